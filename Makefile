@@ -1,0 +1,66 @@
+# controlnet: `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MINUTES ?= vae=20,base=70,canny=30
+NEED_GB := 12
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check lint format types layers tiny card bench wheel clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(VENV)/.ready ## Make the environment in .venv (once)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old"; echo "hint: make env PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: python3-venv is missing"; echo "hint: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import shutil; f = shutil.disk_usage(".").free / 1e9; print(f"free disk: {f:.0f} GB"); raise SystemExit(f < $(NEED_GB))' || { echo "error: the environment needs $(NEED_GB) GB of free disk"; echo "hint: free some, or work in a clone on another disk"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: env ## Photo -> edges -> three pictures, and where they are
+	$(BIN)/python examples/demo.py out/demo
+
+test: env ## Run all tests
+	$(BIN)/python -m pytest
+
+check: env lint types layers test ## Linters, types, layers, tests
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers cannot follow the import hook of an editable install; a folder of links shows them the package.
+types: env
+	@mkdir -p .typing/controlnet
+	@for part in cli model preprocessors; do ln -sfn ../../$$part .typing/controlnet/$$part; done
+	MYPYPATH=.typing $(BIN)/mypy
+
+layers: env
+	$(BIN)/lint-imports --no-cache
+
+wheel: env ## Build the wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	@ls dist
+
+tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=vae=20,base=70,canny=30)
+	$(BIN)/python -u -m controlnet.model.tiny.train --minutes $(MINUTES)
+	$(BIN)/python -u -m controlnet.model.tiny.card
+
+card: env ## Measure the embedded model again and write its card
+	$(BIN)/python -u -m controlnet.model.tiny.card
+
+bench: env ## Time the command line against what one would use instead
+	$(BIN)/python benchmarks/detect.py
+
+clean: ## Remove everything that make made, except .venv and runs
+	rm -rf build dist out .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

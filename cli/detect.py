@@ -1,0 +1,215 @@
+"""`controlnet detect KIND PHOTO...`: photos become condition maps.
+
+Each kind is a sub-command whose flags come from its detectors' options dataclasses, built when it is called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from controlnet.cli.options import Json, Out, Overwrite, Quiet, SkipExisting, keeps, output_path, say, tell, warn
+from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError
+from controlnet.preprocessors.registry import DETECTORS, Detector, find_detector
+from typer.core import TyperGroup
+
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="PHOTO", help="Pictures, folders of pictures, or - for standard input.")
+]
+Size = Annotated[str, typer.Option(help="Size of the map: WIDTHxHEIGHT, or one number for a square. Multiples of 8.")]
+Resize = Annotated[
+    str, typer.Option(help="How the photo is brought to the size: crop, pad, stretch, or keep (its own size).")
+]
+DetectorName = Annotated[
+    str | None, typer.Option("--detector", help="Another detector of this kind; see detect --list.")
+]
+Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
+
+
+class KindGroup(TyperGroup):
+    """Builds the command of a kind when it is called, so that help imports no detector."""
+
+    def resolve_command(self, ctx, args):
+        return args[0], _command(find_detector(args[0])), args[1:]
+
+
+app = typer.Typer(cls=KindGroup, invoke_without_command=True, help="Make condition maps from photos.")
+
+
+@app.callback()
+def _detect(
+    ctx: typer.Context,
+    list_: Annotated[bool, typer.Option("--list", help="List the kinds and their detectors.")] = False,
+    as_json: Json = False,
+) -> None:
+    if list_:
+        for detectors in DETECTORS.values():
+            for i, row in enumerate(detectors.values()):
+                line = {"kind": row.kind, "detector": row.name, "default": i == 0, "help": row.help}
+                print(json.dumps(line) if as_json else f"{row.kind:10} {row.name:12} {row.help}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None and not ctx.args:
+        raise UsageError("which kind of map?", f"controlnet detect {next(iter(DETECTORS))} PHOTO")
+
+
+for _kind in DETECTORS:
+    app.command(_kind, help=find_detector(_kind).help)(lambda: None)
+
+
+def _command(default: Detector):
+    """The command of a kind: the common flags, then one flag a field of its options."""
+    options_type = default.load_options()
+    own = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
+            annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=_doc(options_type, field.name))],
+        )
+        for field in fields(options_type)
+    ]  # fmt: skip
+
+    def command(inputs, out, as_json, size, resize, detector, recursive, overwrite, skip_existing, quiet, **options):
+        chosen = find_detector(default.kind, detector)
+        run(
+            chosen,
+            chosen.load_options()(**options),
+            inputs,
+            out,
+            as_json,
+            size,
+            resize,
+            recursive,
+            overwrite,
+            skip_existing,
+            quiet,
+        )
+
+    def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    signature = inspect.Signature([
+        parameter("inputs", Inputs), parameter("out", Out, None), parameter("as_json", Json, False),
+        parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("detector", DetectorName, None),
+        parameter("recursive", Recursive, False), parameter("overwrite", Overwrite, False),
+        parameter("skip_existing", SkipExisting, False), parameter("quiet", Quiet, False), *own,
+    ])  # fmt: skip
+    command.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(default.kind, help=default.help, context_settings={"help_option_names": ["-h", "--help"]})(command)
+    return typer.main.get_command(single)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _type_of(field) -> type:
+    return {"int": int, "float": float, "bool": bool, "str": str}[
+        field.type if isinstance(field.type, str) else field.type.__name__
+    ]
+
+
+def _doc(options: type, name: str) -> str:
+    """The docstring under a field of a dataclass."""
+    lines = inspect.getsource(options).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{name}:"))
+    return lines[at + 1].strip().strip('"') if at + 1 < len(lines) and lines[at + 1].strip().startswith('"""') else ""
+
+
+def run(detector: Detector, options: Any, inputs: list[str], out: str | None, as_json: bool, size: str, resize: str,
+        recursive: bool, overwrite: bool, skip_existing: bool, quiet: bool) -> None:  # fmt: skip
+    """Make a map of every input. One bad input of several is reported and the rest goes on (exit code PARTIAL)."""
+    from controlnet.preprocessors.geometry import RESIZES, parse_size
+
+    wanted = parse_size(size)
+    if resize not in RESIZES:
+        raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
+    sources = expand(inputs, recursive)
+    # Standard input has no folder of its own: its map goes to standard output unless -o names a place.
+    targets = {
+        s: output_path("-" if s == "-" and out is None else out, _default(s, detector.kind), len(sources) > 1)
+        for s in sources
+    }
+    if len(set(targets.values())) < len(targets):
+        twice = next(p for p in targets.values() if list(targets.values()).count(p) > 1)
+        raise UsageError(f"two inputs would both be written to {twice}", "rename one, or run them with different -o")
+    failed = 0
+    for source in _progress(sources, quiet):
+        try:
+            _one(detector, options, source, targets[source], wanted, resize, as_json, overwrite, skip_existing)
+        except ControlNetError as error:
+            if len(sources) == 1:
+                raise
+            failed += 1
+            say(f"error: {error}")
+    if failed:
+        say(f"{failed} of {len(sources)} inputs failed")
+        raise typer.Exit(Exit.PARTIAL)
+
+
+def _one(detector: Detector, options: Any, source: str, target: Path | None, size: tuple[int, int], resize: str,
+         as_json: bool, overwrite: bool, skip_existing: bool) -> None:  # fmt: skip
+    if target and keeps(target, overwrite, skip_existing):
+        tell({"output": str(target), "source": source, "kind": detector.kind, "skipped": True}, as_json)
+        return
+    from controlnet.preprocessors.detect import detect, record
+    from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+    from controlnet.preprocessors.metadata import dump
+
+    data = read_bytes(source)
+    image, _ = read_image(data, source, warn)
+    map_ = detect(image, detector, options, size, resize)
+    made = record(detector, options, (map_.shape[1], map_.shape[0]), resize, Path(source).name, data)
+    png = png_bytes(map_, dump(made))
+    if target is None:
+        sys.stdout.buffer.write(png)
+        sys.stdout.flush()
+        return
+    write_file(target, png)
+    tell({"output": str(target), **made, "source": source}, as_json)
+
+
+def _default(source: str, kind: str) -> Path:
+    path = Path("stdin" if source == "-" else source)
+    return path.with_name(f"{path.stem}.{kind}.png")
+
+
+def expand(inputs: list[str], recursive: bool) -> list[str]:
+    """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
+    without pictures."""
+    from controlnet.preprocessors.images import SUFFIXES
+    from controlnet.preprocessors.metadata import KINDS
+
+    maps = tuple(f".{kind}.png" for kind in KINDS)
+    sources: list[str] = []
+    for name in inputs:
+        if name == "-" or not Path(name).is_dir():
+            sources.append(name)
+            continue
+        found = sorted(
+            str(path)
+            for path in Path(name).glob("**/*" if recursive else "*")
+            if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.endswith(maps)
+        )
+        if not found:
+            raise InputError(
+                f"{name}: the folder holds no pictures ({', '.join(SUFFIXES)})",
+                f"controlnet detect canny {name} --recursive",
+            )
+        sources += found
+    return list(dict.fromkeys(sources))
+
+
+def _progress(sources: list[str], quiet: bool):
+    """A bar on standard error when someone is watching many files."""
+    if quiet or len(sources) < 4 or not sys.stderr.isatty():
+        return sources
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(sources, "detect", console=Console(stderr=True), transient=True)

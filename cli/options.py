@@ -1,0 +1,63 @@
+"""The flags that several commands share, and the rules of names and outputs that come with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from controlnet.preprocessors.errors import OutputError, UsageError
+
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "-o", "--out", help="Where the result goes: a file, a folder (ends in / or exists), or - for standard output."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a result instead of its path.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave existing results as they are and go on.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps.  [default: the best there is]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.  [default: by the device]")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
+
+
+def say(text: str) -> None:
+    """Talk goes to standard error; standard output is data."""
+    print(text, file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    say(f"warning: {text}")
+
+
+def tell(fields: dict[str, Any], as_json: bool) -> None:
+    """One line of data on standard output: the path, or the whole object."""
+    print(json.dumps(fields, ensure_ascii=False) if as_json else fields["output"], flush=True)
+
+
+def output_path(out: str | None, default: Path, several: bool) -> Path | None:
+    """The path of a result; None for standard output. `default` is its folder and name when -o says nothing."""
+    if out is None:
+        return default
+    if out == "-":
+        if several:
+            raise UsageError("-o - takes one result, but there are several", "-o DIR/")
+        return None
+    if out.endswith("/") or Path(out).is_dir() or several:
+        return Path(out) / default.name
+    return Path(out)
+
+
+def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
+    """Whether an existing result is to be left alone. Raises OutputError when it is in the way."""
+    if overwrite or not path.exists():
+        return False
+    if skip_existing:
+        return True
+    raise OutputError(f"{path}: exists already", "add --overwrite to replace it, or --skip-existing to leave it")

@@ -1,0 +1,39 @@
+"""The canvas: the pixel size of the image to be generated, and the one function that brings a condition to it.
+
+Sampling and training both call `to_canvas`, so a network never sees at one a sort of map that it did not see at the
+other.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LINE_KINDS = ("canny", "softedge", "scribble", "lineart", "mlsd")
+
+
+def to_canvas(condition: np.ndarray, kind: str, size: tuple[int, int]) -> np.ndarray:
+    """A condition (H, W, 3) uint8 at another size (width, height), (H', W', 3) uint8.
+
+    Line maps shrink by the maximum of each cell, so that no line is lost or turns grey, and grow by nearest neighbour.
+    Other maps shrink by area and grow linearly. A different aspect ratio is stretched.
+    """
+    width, height = size
+    if condition.shape[:2] == (height, width):
+        return condition
+    if kind not in LINE_KINDS:
+        shrinks = width * height < condition.shape[0] * condition.shape[1]
+        return cv2.resize(condition, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    h, w = min(height, condition.shape[0]), min(width, condition.shape[1])
+    # The cells of adaptive pooling run from floor(i H / h) to ceil((i + 1) H / h): none is empty, every pixel counts.
+    pixels = torch.from_numpy(np.array(condition)).permute(2, 0, 1).half()
+    pooled = F.adaptive_max_pool2d(pixels, (h, w)).byte().permute(1, 2, 0).numpy()
+    return cv2.resize(pooled, size, interpolation=cv2.INTER_NEAREST)
+
+
+def condition_tensor(condition: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float in [0, 1], the range of every condition here."""
+    return torch.from_numpy(np.ascontiguousarray(condition)).permute(2, 0, 1).float() / 255

@@ -1,0 +1,38 @@
+"""The identity of a model: one sha256 over the weights files of its folder, remembered by size and time of change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from controlnet.preprocessors.images import write_file
+
+
+def cache_folder() -> Path:
+    """Where this toolkit keeps what it can make again: $CONTROLNET_CACHE, else ~/.cache/controlnet."""
+    return Path(os.environ.get("CONTROLNET_CACHE") or Path.home() / ".cache" / "controlnet")
+
+
+def folder_hash(folder: Path) -> str:
+    """sha256 over names and contents of all weights below `folder`, not counting other models in it."""
+    files = sorted(
+        path for path in Path(folder).rglob("*")
+        if path.suffix in (".safetensors", ".bin", ".pth")
+        and not path.relative_to(folder).parts[0].startswith("controlnet-")
+    )  # fmt: skip
+    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    memory = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
+    if memory.is_file():
+        return memory.read_text()
+    total = hashlib.sha256()
+    for path in files:
+        total.update(str(path.relative_to(folder)).encode())
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    try:
+        write_file(memory, total.hexdigest().encode())
+    except Exception:  # a read-only home: the hash is right all the same
+        pass
+    return total.hexdigest()

@@ -1,0 +1,88 @@
+"""Sampling: from noise to a latent under control, one loop for every scheduler of diffusers.
+
+Letters: B images, h w latent, T tokens, D text width. The noise schedule and its update belong to the scheduler; the
+guidance, the control and the noise of each image are here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from controlnet.model.controlnet import Control, ControlNet, denoise
+from diffusers import SchedulerMixin, UNet2DConditionModel
+from torch import Tensor
+
+
+@dataclass
+class Applied:
+    """A ControlNet at work on one image: its hint feature (1, C, h, w), and how strongly and when it acts."""
+
+    net: ControlNet
+    hint: Tensor
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def acts(self, i: int, evaluations: int) -> bool:
+        """Whether it acts in evaluation i: diffusers' rule, i/n >= start and (i+1)/n <= end. A net of scale 0 never
+        does, and is then not run at all."""
+        return self.scale != 0 and i / evaluations >= self.start and (i + 1) / evaluations <= self.end
+
+
+def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
+    """Noise (B, 4, h, w) float32, each image's from its own CPU generator, so that it does not depend on the batch.
+    The generators go on to serve schedulers that add noise at each step."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = [torch.randn((1, *shape), generator=generator) for generator in generators]
+    return torch.cat(noise), generators
+
+
+@torch.no_grad()
+def sample(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    text: Tensor,
+    null_text: Tensor | None,
+    controls: list[Applied],
+    steps: int,
+    guidance: float = 7.5,
+    generators: list[torch.Generator] | None = None,
+    on_step: Callable[[int, int], None] = lambda done, of: None,
+) -> Tensor:
+    """Latents (B, 4, h, w) from noise (B, 4, h, w), in the noise's dtype.
+
+    text and null_text are (B, T, D) and (1, T, D). With guidance 1, or null_text None, the unconditional half is not
+    computed. on_step is told the evaluations done and their number.
+    """
+    guided = null_text is not None and guidance != 1
+    c_t = text if null_text is None or not guided else torch.cat([null_text.expand_as(text), text])  # (2B, T, D)
+    scheduler.set_timesteps(steps, device=unet.device)
+    options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    evaluations = len(scheduler.timesteps)
+    z = noise.to(unet.device) * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        z_t = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t).to(unet.dtype)
+        times = t.to(z_t.device).expand(len(z_t))
+        control = add_controls([c for c in controls if c.acts(i, evaluations)], z_t, times, c_t)
+        eps = denoise(unet, z_t, times, c_t, control).to(z.dtype)
+        if guided:
+            eps_null, eps_text = eps.chunk(2)
+            eps = eps_null + guidance * (eps_text - eps_null)
+        z = scheduler.step(eps, t, z, **options, return_dict=False)[0]
+        on_step(i + 1, evaluations)
+    return z
+
+
+def add_controls(applied: list[Applied], z: Tensor, t: Tensor, text: Tensor) -> Control | None:
+    """The sum of the controls, each times its scale; None when no ControlNet acts."""
+    total = None
+    for one in applied:
+        control = one.net(z, t, text, one.hint)
+        if one.scale != 1:
+            control = control.scaled([one.scale] * (len(control.down) + 1))
+        total = control if total is None else total + control
+    return total

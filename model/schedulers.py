@@ -1,0 +1,40 @@
+"""Schedulers by the names that users know: one row each."""
+
+from __future__ import annotations
+
+import difflib
+
+import diffusers
+from controlnet.preprocessors.errors import UsageError
+from diffusers import SchedulerMixin
+
+SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "sde-dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+"""Name -> class of diffusers and what differs from the base's own scheduler config."""
+
+
+def make_scheduler(own: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
+    """A fresh scheduler with the noise schedule of the base's `own` one: of its class, or of the named one.
+
+    Raises UsageError for an unknown name.
+    """
+    if name is None:
+        return type(own).from_config(own.config)
+    if name not in SCHEDULERS:
+        near = difflib.get_close_matches(name, SCHEDULERS, 1)
+        raise UsageError(
+            f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}",
+            f"--scheduler {near[0] if near else 'ddim'}",
+        )
+    cls, options = SCHEDULERS[name]
+    return getattr(diffusers, cls).from_config(own.config, **options)

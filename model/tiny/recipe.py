@@ -1,0 +1,87 @@
+"""The sizes of `tiny`: every network of the embedded model, as diffusers and transformers build them.
+
+A latent text-to-image model in Stable Diffusion's layout: f8 VAE with 4 latent channels, CLIP text encoder, UNet with
+12 skip connections and a middle block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TOKENS = 40
+TEXT_WIDTH = 192
+VOCABULARY = 2000
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_vae(width: int = 32) -> AutoencoderTiny:
+    """f8, 4 channels, deterministic; latents are trained towards zero mean and unit deviation."""
+    widths = (width,) * 4
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=(1, 2, 3, 3),
+        num_decoder_blocks=(3, 3, 2, 1), latent_channels=4,
+    )  # fmt: skip
+
+
+def make_unet(size: int) -> UNet2DConditionModel:
+    """8 M parameters; attention at the second and third level."""
+    return UNet2DConditionModel(
+        sample_size=size // 8, block_out_channels=(48, 80, 112, 112), layers_per_block=2, norm_num_groups=16,
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+HINT_WIDTHS = (8, 16, 32, 64)
+"""Widths of the canny ControlNet's hint encoder (released form)."""
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=4,
+        num_attention_heads=6, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Linear betas keep 0.6 % of the signal at the last step; Stable Diffusion's scaled-linear ones keep 7 %, which
+    shifts flat colours."""
+    return DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", prediction_type="v_prediction", clip_sample=False,
+        set_alpha_to_one=True, steps_offset=0, timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def make_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+    """A byte-level BPE of at most VOCABULARY entries in CLIP's form, and `words.txt`, the words it was trained on."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = list(captions)
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Every byte must also exist as a word's last one, so that any text can be written.
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[START, END, *(f"{c}</w>" for c in sorted(alphabet))],
+        initial_alphabet=sorted(alphabet), end_of_word_suffix="</w>", show_progress=False,
+    ))  # fmt: skip
+    bpe.model.save(str(folder))
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), unk_token=END, bos_token=START,
+        eos_token=END, pad_token=END, model_max_length=TOKENS,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    words = sorted({word.strip(",") for caption in captions for word in caption.split()})
+    (folder / "words.txt").write_text("\n".join(words) + "\n")
+    return tokenizer

@@ -1,0 +1,189 @@
+"""The stages in which `tiny` is trained: world, VAE, base, ControlNet. Each resumes and is skipped when finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from controlnet.model.canvas import condition_tensor, to_canvas
+from controlnet.model.controlnet import ControlNet, denoise
+from controlnet.model.loop import LoopConfig, Progress, fit, save_atomic
+from controlnet.model.objective import Diffusion
+from controlnet.model.tiny.dataset import World
+from controlnet.model.tiny.recipe import (
+    HINT_WIDTHS,
+    TOKENS,
+    make_scheduler,
+    make_text_encoder,
+    make_unet,
+    make_vae,
+)
+from controlnet.model.tiny.scenes import vary
+from controlnet.preprocessors.canny import CannyOptions, canny
+from torch import Tensor, nn
+
+LATENT_NOISE = 0.05
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def train_vae(world: World, folder: Path, minutes: float, device: torch.device, crop: int = 64, batch: int = 16,
+              width: int = 32, report=print) -> tuple[nn.Module, Progress]:  # fmt: skip
+    """Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit statistics."""
+    torch.manual_seed(0)
+    vae = make_vae(width).to(device, memory_format=torch.channels_last)
+    images = world.images
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([1, step])
+        rows = rng.integers(len(images), size=batch)
+        corners = rng.integers(0, images.shape[1] - crop + 1, (batch, 2))
+        crops = [images[r, y : y + crop, x : x + crop] for r, (y, x) in zip(rows, corners, strict=True)]
+        crops = [c[:, ::-1] if rng.random() < 0.5 else c for c in crops]
+        x = torch.from_numpy(np.stack(crops)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            z = vae.encode(x).latents
+            noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(device)
+            y = vae.decode(z + LATENT_NOISE * noise).sample
+        y, z = y.float(), z.float()
+        gradients = sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for a, b in [(x, y)] for d in (2, 3))
+        mean, deviation = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        unit = mean.square().mean() + (deviation.clamp(min=1e-3).log()).square().mean()
+        return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * gradients + 0.01 * unit
+
+    config = LoopConfig(minutes=minutes, learning_rate=2e-3, weight_decay=0.0)
+    progress = fit(vae, loss_of, config, folder, report)
+    return vae.eval(), progress
+
+
+def encode_captions(tokenizer, captions: list[str]) -> Tensor:
+    """(N, TOKENS) token ids, padded."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def encode_images(vae: Any, images: np.ndarray, device: torch.device, batch: int = 64) -> Tensor:
+    """(N, 4, h, w) float16 latents, scaled as the UNet sees them."""
+    latents = []
+    for i in range(0, len(images), batch):
+        x = torch.from_numpy(images[i : i + batch]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with autocast(device):
+            z = vae.encode(x.contiguous(memory_format=torch.channels_last)).latents
+        latents.append((z.float() * vae.config.scaling_factor).half().cpu())
+    return torch.cat(latents)
+
+
+def cached_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device) -> Tensor:
+    """All latents, from `path` if they are there; sets the VAE's scaling_factor so that they have unit deviation."""
+    deviation = float(encode_images(vae, images[:1000], device).float().std()) * vae.config.scaling_factor
+    vae.register_to_config(scaling_factor=round(1 / deviation, 3))
+    if not path.exists():
+        save_atomic(encode_images(vae, images, device), path)
+    return torch.load(path, weights_only=True)
+
+
+def diffusion_batch(step: int, seed: int, latents: Tensor, batch: int, device: torch.device) -> tuple:
+    """Rows, z_0, eps and t of a step, and the generator to draw the rest from: all from (seed, step)."""
+    rng = np.random.default_rng([seed, step])
+    rows = rng.integers(len(latents), size=batch)
+    z0 = latents[torch.from_numpy(rows)].to(device).float()
+    eps = torch.from_numpy(rng.standard_normal(z0.shape, dtype=np.float32)).to(device)
+    # One timestep from each of `batch` equal parts of the schedule: uniform, with less variance.
+    t = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch * 1000).long().to(device)
+    return rng, rows, z0, eps, t
+
+
+def train_base(
+    latents: Tensor, captions: list[str], tokenizer, size: int, folder: Path, minutes: float, device: torch.device,
+    batch: int = 64, report=print,
+) -> tuple[nn.Module, nn.Module, Progress]:  # fmt: skip
+    """UNet and text encoder together, on cached latents; one prompt in ten empty, captions in varying words."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"unet": make_unet(size), "text": make_text_encoder(tokenizer)})
+    model.to(device).to(memory_format=torch.channels_last)
+    diffusion = Diffusion(make_scheduler(), device)
+    rng = np.random.default_rng(2)
+    variants = [encode_captions(tokenizer, [vary(c, rng) for c in captions]) for _ in range(4)]
+    empty = encode_captions(tokenizer, [""])
+
+    def loss_of(step: int) -> Tensor:
+        rng, rows, z0, eps, t = diffusion_batch(step, 3, latents, batch, device)
+        ids = variants[int(rng.integers(4))][torch.from_numpy(rows)]
+        ids = torch.where(torch.from_numpy(rng.random((batch, 1)) < 0.1), empty, ids).to(device)
+        with autocast(device):
+            text = model["text"](ids).last_hidden_state
+            z = diffusion.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
+            prediction = denoise(model["unet"], z, t, text)
+        return diffusion.loss(prediction, z0, eps, t, min_snr=5.0).mean()
+
+    progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1.5e-3), folder, report)
+    return model["unet"].eval(), model["text"].eval(), progress
+
+
+def training_canny(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A canny condition (H, W, 3) uint8 of a training picture, as varied as users' are: random thresholds; detected at
+    the picture's own size or at 512 pixels and brought back; some of the lines missing."""
+    size = image.shape[0]
+    low = int(rng.integers(30, 160))
+    options = CannyOptions(low, int(low * rng.uniform(1.5, 2.5)))
+    large = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LANCZOS4) if rng.random() < 0.7 else image
+    edges = canny(large, options)
+    if rng.random() < 0.3:
+        _, lines = cv2.connectedComponents(edges)
+        missing = rng.random(lines.max() + 1) < rng.uniform(0, 0.5)
+        edges = np.where(missing[lines], 0, edges).astype(np.uint8)
+    return to_canvas(np.repeat(edges[..., None], 3, 2), "canny", (size, size))
+
+
+def train_canny(
+    unet: nn.Module, text_encoder: nn.Module, world: World, latents: Tensor, tokenizer, folder: Path, minutes: float,
+    device: torch.device, batch: int = 32, report=print,
+) -> tuple[ControlNet, Progress]:  # fmt: skip
+    """The ControlNet on the locked base: prompts emptied half the time, conditions by the functions users call."""
+    torch.manual_seed(0)
+    controlnet = ControlNet.from_base(unet, hint_widths=HINT_WIDTHS).to(device).to(memory_format=torch.channels_last)
+    unet.requires_grad_(False), text_encoder.requires_grad_(False)
+    diffusion = Diffusion(make_scheduler(), device)
+    ids = encode_captions(tokenizer, world.captions)
+    empty = encode_captions(tokenizer, [""])
+
+    def conditions(rows: np.ndarray, rng: np.random.Generator) -> Tensor:
+        maps = [condition_tensor(training_canny(world.images[r], rng)) for r in rows]
+        return torch.stack(maps).to(device).contiguous(memory_format=torch.channels_last)
+
+    def losses(rows, z0: Tensor, eps: Tensor, t: Tensor, text: Tensor, condition: Tensor) -> Tensor:
+        z = diffusion.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
+        with autocast(device):
+            control = controlnet(z, t, text, controlnet.encode_hint(condition))
+            prediction = denoise(unet, z, t, text, control)
+        return diffusion.loss(prediction, z0, eps, t, min_snr=5.0)
+
+    def loss_of(step: int) -> Tensor:
+        rng, rows, z0, eps, t = diffusion_batch(step, 4, latents, batch, device)
+        emptied = torch.from_numpy(rng.random((batch, 1)) < 0.5)
+        with torch.no_grad(), autocast(device):
+            text = text_encoder(torch.where(emptied, empty, ids[torch.from_numpy(rows)]).to(device)).last_hidden_state
+        return losses(rows, z0, eps, t, text, conditions(rows, rng)).mean()
+
+    def control_gap(progress: Progress) -> None:
+        """Loss with the next sample's condition minus loss with the true one, on fixed samples, noise and timesteps."""
+        rng, rows, z0, eps, t = diffusion_batch(0, 5, latents, 64, device)
+        condition = conditions(rows, rng)
+        with torch.no_grad(), autocast(device):
+            text = text_encoder(empty.expand(64, -1).to(device)).last_hidden_state
+            true, other = (losses(rows, z0, eps, t, text, c).mean() for c in (condition, condition.roll(1, 0)))
+        with open(folder / "gap.jsonl", "a") as log:
+            log.write(
+                json.dumps({"step": progress.step, "loss": float(true), "control_gap": float(other - true)}) + "\n"
+            )
+
+    progress = fit(controlnet, loss_of, LoopConfig(minutes=minutes, learning_rate=5e-4), folder, report, control_gap)
+    return controlnet.eval(), progress

@@ -1,0 +1,94 @@
+"""`make tiny`: trains the embedded model from nothing, on this machine, and writes it as diffusers folders.
+
+    python -m controlnet.model.tiny.train --minutes vae=20,base=70,canny=25
+
+Every stage goes on where it was interrupted, and is skipped once its minutes are used up. CUDA is used if present.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from controlnet.model.checkpoint import save_controlnet
+from controlnet.model.tiny.dataset import world
+from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
+from controlnet.model.tiny.scenes import vary
+from controlnet.model.tiny.stages import cached_latents, train_base, train_canny, train_vae
+
+STAGES = ("vae", "base", "canny")
+MAX_SHARD = "14MB"
+
+
+def parse_minutes(text: str) -> dict[str, float]:
+    """`30` for every stage, or `vae=20,base=70,canny=25`."""
+    if "=" not in text:
+        return dict.fromkeys(STAGES, float(text))
+    minutes = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+    if unknown := set(minutes) - set(STAGES):
+        raise ValueError(f"unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
+    return dict.fromkeys(STAGES, 0.0) | minutes
+
+
+def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
+    """The base as float16 safetensors in diffusers' folders; `tokenizer` is a folder."""
+    for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder)):
+        module.to("cpu", torch.float16).to(memory_format=torch.contiguous_format)
+        module.save_pretrained(folder / name, max_shard_size=MAX_SHARD)
+    shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
+    make_scheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderTiny"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", default="vae=20,base=70,canny=30", help="training minutes of each stage")
+    parser.add_argument("--size", type=int, default=128, help="native pixels of the model")
+    parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
+    args = parser.parse_args()
+    minutes = parse_minutes(args.minutes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = args.runs / str(args.size)
+    data = world(args.runs / "world", args.scenes, args.size, device=device.type)
+    rng = np.random.default_rng(0)
+    corpus = [c for caption in data.captions[:10_000] for c in (caption, vary(caption, rng, 0.5))]
+    tokenizer = make_tokenizer(corpus, run / "tokenizer")
+    progress = {}
+
+    vae, progress["vae"] = train_vae(data, run / "vae", minutes["vae"], device)
+    latents = cached_latents(vae, data.images, run / "latents.pt", device)
+    unet, text_encoder, progress["base"] = train_base(
+        latents, data.captions, tokenizer, args.size, run / "base", minutes["base"], device
+    )
+    controlnet, progress["canny"] = train_canny(
+        unet, text_encoder, data, latents, tokenizer, run / "canny", minutes["canny"], device
+    )
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_base(args.out, vae, unet, text_encoder, run / "tokenizer")
+    save_controlnet(controlnet, args.out / "controlnet-canny", torch.float16)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    machine += f", torch {torch.__version__}"
+    training = {
+        "size": args.size, "scenes": args.scenes, "machine": machine,
+        "stages": {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()},
+    }  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    print(f"written: {args.out}; now measure it with python -m controlnet.model.tiny.card")
+
+
+if __name__ == "__main__":
+    main()

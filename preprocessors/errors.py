@@ -1,0 +1,54 @@
+"""What a user did wrong, as one exception family, and the exit codes of the command line.
+
+An error says what, which value and what was expected; its hint says what to do next. Bugs are not of this family and
+keep their traceback.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes; 0 to 2 are the shell's and Typer's conventions, ours start at 3."""
+
+    OK = 0
+    BUG = 1
+    """An unexpected error of ours, with a traceback."""
+    USAGE = 2
+    """Wrong flags or values."""
+    INPUT = 3
+    """A file or photo that cannot be used."""
+    OUTPUT = 4
+    """A result that cannot be written, or exists already."""
+    MODEL = 5
+    """Weights or a model folder that cannot be used."""
+    PARTIAL = 6
+    """Some of several inputs failed; the others are done."""
+    INTERRUPTED = 130
+
+
+class ControlNetError(Exception):
+    """Base of the family: a message, a hint (a command where there is one) and an exit code."""
+
+    code = Exit.USAGE
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(ControlNetError):
+    code = Exit.USAGE
+
+
+class InputError(ControlNetError):
+    code = Exit.INPUT
+
+
+class OutputError(ControlNetError):
+    code = Exit.OUTPUT
+
+
+class ModelError(ControlNetError):
+    code = Exit.MODEL

@@ -1,0 +1,71 @@
+"""The geometry of detect: a photo is brought to the map's size first, then detected at that size."""
+
+from __future__ import annotations
+
+import re
+
+import cv2
+import numpy as np
+from controlnet.preprocessors.errors import UsageError
+
+RESIZES = ("crop", "pad", "stretch", "keep")
+STEP = 8
+"""Sides are multiples of this many pixels: one cell of the latent."""
+MAX_SIDE = 8192
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`512` or `768x512` -> (width, height). Raises UsageError unless both are multiples of 8 from 64 to 8192."""
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not match:
+        raise UsageError(f"size {text!r}: expected a number or WIDTHxHEIGHT", "--size 512 or --size 768x512")
+    width = int(match[1])
+    height = int(match[2] or width)
+    for side in (width, height):
+        if side % STEP or not 64 <= side <= MAX_SIDE:
+            near = min(MAX_SIDE, max(64, round(side / STEP) * STEP))
+            raise UsageError(
+                f"size {text!r}: {side} is not a multiple of {STEP} from 64 to {MAX_SIDE}", f"--size {near}"
+            )
+    return width, height
+
+
+def fit(image: np.ndarray, size: tuple[int, int], resize: str = "crop") -> np.ndarray:
+    """Bring (H, W, 3) uint8 to `size` (width, height).
+
+    crop: fill the size and cut what hangs over, centred. pad: show all, black beside it. stretch: ignore the aspect.
+    keep: the photo's own size, centre-cropped to multiples of 8 (`size` does not count). Shrinks by area, grows by
+    Lanczos. Raises UsageError for another word, and for a photo under 8 pixels with keep.
+    """
+    height, width = image.shape[:2]
+    if resize == "keep":
+        return _centre(image, width // STEP * STEP, height // STEP * STEP)
+    if resize == "stretch":
+        return _scale(image, *size)
+    if resize not in RESIZES:
+        raise UsageError(f"resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
+    ratios = size[0] / width, size[1] / height
+    ratio = max(ratios) if resize == "crop" else min(ratios)
+    bound = max if resize == "crop" else min
+    scaled = _scale(image, bound(size[0], round(width * ratio)) if ratio == ratios[1] else size[0],
+                    bound(size[1], round(height * ratio)) if ratio == ratios[0] else size[1])  # fmt: skip
+    if resize == "crop":
+        return _centre(scaled, *size)
+    out = np.zeros((size[1], size[0], 3), np.uint8)
+    h, w = scaled.shape[:2]
+    y, x = (size[1] - h) // 2, (size[0] - w) // 2
+    out[y : y + h, x : x + w] = scaled
+    return out
+
+
+def _centre(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return np.ascontiguousarray(image[y : y + height, x : x + width])
+
+
+def _scale(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    width, height = max(1, width), max(1, height)
+    if (width, height) == (image.shape[1], image.shape[0]):
+        return image
+    shrinks = width * height < image.shape[0] * image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)

@@ -1,0 +1,114 @@
+"""Reading photos and writing pictures: inside, an image is (H, W, 3) uint8 RGB; outside, whatever people have.
+
+EXIF orientation is applied; grey, palette, 16-bit and CMYK are converted, transparency is laid over white.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+from controlnet.preprocessors.errors import InputError, OutputError
+from PIL import Image, ImageOps, PngImagePlugin
+
+MAX_PIXELS = 250_000_000
+"""Pictures beyond this are refused from their header."""
+MIN_SIDE = 8
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""What a folder is searched for."""
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
+
+
+def read_bytes(source: str) -> bytes:
+    """The bytes of a file, or of standard input for `-`. Raises InputError naming what is wrong."""
+    if source == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise InputError(f"{source}: no such file", f"ls {path.parent}")
+        if path.is_dir():
+            raise InputError(f"{source}: is a folder, expected a picture")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{source}: cannot be read ({error.strerror})") from error
+    if not data:
+        raise InputError(f"{source}: is empty, expected a picture")
+    return data
+
+
+def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarray, dict[str, str]]:
+    """Decode a picture to (H, W, 3) uint8 RGB, and give the text it carries (PNG text chunks).
+
+    Raises InputError for what is no picture, is cut off, larger than MAX_PIXELS or smaller than MIN_SIDE.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise InputError(
+                f"{name}: {width}x{height} pixels, expected at most {MAX_PIXELS // 10**6} million",
+                "make it smaller first, for example with: convert PHOTO -resize 4096x4096 SMALLER.png",
+            )
+        if min(width, height) < MIN_SIDE:
+            raise InputError(f"{name}: {width}x{height} pixels, expected at least {MIN_SIDE} on each side")
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            warn(f"{name}: has {frames} frames, only the first is used")
+        text = {k: v for k, v in getattr(image, "text", {}).items() if isinstance(v, str)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broken EXIF and palettes: the picture decides
+            return _to_rgb(ImageOps.exif_transpose(image)), text
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types for broken data
+        reason = "is cut off or damaged" if _looks_like_image(data) else "is not a picture"
+        raise InputError(f"{name}: {reason} ({error})", f"file {name}") from error
+
+
+def _looks_like_image(data: bytes) -> bool:
+    magic = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+    return data.startswith(magic)
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if image.mode != "F" else max(1.0, float(values.max()))
+        grey = np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, 2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)
+    return np.asarray(image.convert("RGB"))
+
+
+def png_bytes(image: np.ndarray, text: dict[str, str] | None = None) -> bytes:
+    """A PNG of (H, W) or (H, W, 3) uint8 with text chunks."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write under a temporary name, then rename: a file is whole or not there. Raises OutputError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror})", "choose another place with -o DIR/"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.exists() else None

@@ -1,0 +1,77 @@
+"""The detectors: one row each. Nothing is imported until a detector is used.
+
+To add one: a file here with a frozen options dataclass and a function `(image (H, W, 3) uint8 RGB, options) -> map`
+of the same height and width, (H, W) or (H, W, 3) uint8; then a row below. Its flags and help follow from the dataclass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from controlnet.preprocessors.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One way of making a kind of condition from a photo."""
+
+    kind: str
+    name: str
+    function: str
+    """`module:function`, imported when used."""
+    options: str
+    """`module:dataclass`."""
+    help: str
+
+    def load(self) -> Any:
+        return _resolve(self.function)
+
+    def load_options(self) -> type:
+        return _resolve(self.options)
+
+
+def _resolve(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_ROWS = (
+    Detector(
+        "canny", "opencv", "controlnet.preprocessors.canny:canny", "controlnet.preprocessors.canny:CannyOptions",
+        "Edges by brightness steps: thin white lines on black. No weights.",
+    ),
+)  # fmt: skip
+
+
+def _table(rows: tuple[Detector, ...]) -> dict[str, dict[str, Detector]]:
+    table: dict[str, dict[str, Detector]] = {}
+    for row in rows:
+        if row.name in table.setdefault(row.kind, {}):
+            raise ValueError(f"two detectors {row.kind}/{row.name}")
+        table[row.kind][row.name] = row
+    return table
+
+
+DETECTORS = _table(_ROWS)
+"""kind -> name -> detector; a kind's first one is its default."""
+
+
+def find_detector(kind: str, name: str | None = None) -> Detector:
+    """Raises UsageError for a kind or name that is not in the table."""
+    if kind not in DETECTORS:
+        near = difflib.get_close_matches(kind, DETECTORS, 1) or list(DETECTORS)
+        raise UsageError(
+            f"unknown kind {kind!r}: expected one of {', '.join(DETECTORS)}", f"controlnet detect {near[0]} PHOTO"
+        )
+    choices = DETECTORS[kind]
+    if name is None:
+        return next(iter(choices.values()))
+    if name not in choices:
+        raise UsageError(
+            f"unknown detector {name!r} for {kind}: expected one of {', '.join(choices)}",
+            f"controlnet detect {kind} PHOTO --detector {next(iter(choices))}",
+        )
+    return choices[name]

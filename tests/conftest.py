@@ -1,0 +1,74 @@
+"""What all tests share: no network, a cache of their own, and small random models in diffusers' layout."""
+
+import socket
+
+import numpy as np
+import pytest
+from helpers import randomise, small_unet
+
+_connect = socket.socket.connect
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Only loopback and local sockets may be reached."""
+
+    def connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach the network: {address}")
+        return _connect(self, address)
+
+    socket.socket.connect = connect
+    yield
+    socket.socket.connect = _connect
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CONTROLNET_BASE", raising=False)
+
+
+@pytest.fixture
+def photo():
+    """A photo-like picture (96, 128, 3) uint8: smooth colours, a disc and a bar."""
+    y, x = np.mgrid[0:96, 0:128]
+    image = np.stack([x * 2, y * 2, (x + y)], -1).clip(0, 255).astype(np.uint8)
+    image[(x - 40) ** 2 + (y - 50) ** 2 < 500] = (250, 40, 30)
+    image[20:30, 70:120] = (10, 10, 200)
+    return image
+
+
+@pytest.fixture(scope="session")
+def small_base_folder(tmp_path_factory):
+    """A base with random weights: f8 AutoencoderKL, two-level UNet, CLIP text encoder of two layers; and a ControlNet
+    with random zero convolutions in its folder `net`."""
+    import torch
+    from controlnet.model.checkpoint import save_controlnet
+    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.tiny.recipe import make_tokenizer
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(["a red cube on a blue floor", "a person standing"] * 20, folder / "tokens")
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    ))  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    unet = small_unet()
+    StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer, safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+        ),
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "base")  # fmt: skip
+    net = ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))
+    save_controlnet(randomise(net), folder / "net")
+    return folder

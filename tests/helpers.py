@@ -1,0 +1,25 @@
+"""Small random networks. Fakes are tiny real networks."""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+torch.set_num_threads(1)  # small networks: threads cost more than they give
+
+
+def randomise(module, seed=0, std=0.1):
+    """Fill every all-zero tensor (the zero convolutions) with random numbers: a fresh ControlNet hides every bug."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if not parameter.detach().any():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std
+    return module
+
+
+def small_unet(prediction="epsilon", **changes):
+    torch.manual_seed(0)
+    config = dict(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    return UNet2DConditionModel(**(config | changes)).eval()

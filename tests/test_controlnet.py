@@ -1,0 +1,129 @@
+"""The ControlNet of a base: nothing at step 0, then gradients in order; parity with diffusers' ControlNetModel."""
+
+import copy
+
+import pytest
+import torch
+from controlnet.model.checkpoint import load_controlnet, save_controlnet
+from controlnet.model.controlnet import ControlNet, denoise, skip_channels
+from controlnet.model.hint import PaperHintEncoder, ReleasedHintEncoder
+from diffusers import ControlNetModel, UNet2DConditionModel
+from helpers import randomise, small_unet
+from safetensors.torch import load_file
+
+WIDTHS = (4, 4, 8, 8)
+
+
+def inputs(unet, batch=2, size=8, dtype=torch.float32):
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(batch, 4, size, size, generator=g, dtype=dtype)
+    text = torch.randn(batch, 5, unet.config.cross_attention_dim, generator=g, dtype=dtype)
+    condition = torch.rand(batch, 3, 8 * size, 8 * size, generator=g, dtype=dtype)
+    return z, torch.tensor([3, 700])[:batch], text, condition
+
+
+def controlled(unet, net, z, t, text, condition):
+    return denoise(unet, z, t, text, net(z, t, text, net.encode_hint(condition)))
+
+
+@pytest.mark.parametrize("hint", ["released", "paper"])
+def test_fresh_net_changes_nothing_and_wakes_in_order(hint):
+    unet = small_unet()
+    net = ControlNet.from_base(unet, hint, WIDTHS)
+    unet.requires_grad_(False)
+    before = copy.deepcopy(unet.state_dict())
+    z, t, text, condition = inputs(unet)
+    assert torch.equal(controlled(unet, net, z, t, text, condition), denoise(unet, z, t, text))
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    awake = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        (controlled(unet, net, z, t, text, condition) - 1).square().mean().backward()
+        awake.append({n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()})
+        optimizer.step()
+    names = {n for n, _ in net.named_parameters()}
+    zeros = {n for n in names if n.startswith(("controlnet_down_blocks", "controlnet_mid_block"))}
+    last_hint = {n for n in names if n.startswith("controlnet_cond_embedding.conv_out")}
+    earlier_hint = {n for n in names if n.startswith("controlnet_cond_embedding")} - last_hint
+    assert awake[0] == zeros
+    assert len(zeros) == 2 * (len(skip_channels(unet.config)) + 1)
+    assert awake[1] == names - earlier_hint
+    assert awake[2] == names
+    assert all(torch.equal(before[n], p) for n, p in unet.state_dict().items())
+
+
+def test_twelve_and_one_zero_convolutions_for_stable_diffusion():
+    widths = dict(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2)
+    assert skip_channels(widths) == [320] * 4 + [640] * 3 + [1280] * 5
+
+
+@pytest.mark.parametrize("encoder", [ReleasedHintEncoder, PaperHintEncoder])
+@pytest.mark.parametrize("height, width", [(64, 64), (64, 128), (72, 88)])
+def test_hint_is_an_eighth(encoder, height, width):
+    hint = encoder(6)
+    out = hint(torch.rand(1, 3, height, width))
+    assert out.shape == (1, 6, height // 8, width // 8)
+    assert not out.any()
+    assert randomise(hint)(torch.rand(1, 3, height, width)).any()
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_parity_with_diffusers(tmp_path, dtype, limit):
+    """Our folder in diffusers' classes: same control, same prediction."""
+    unet = small_unet().to(dtype)
+    net = randomise(ControlNet.from_base(unet, hint_widths=WIDTHS).to(dtype)).eval()
+    save_controlnet(net, tmp_path)
+    reference = ControlNetModel.from_pretrained(tmp_path).to(dtype).eval()  # from_pretrained reads float32
+    reference.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    z, t, text, condition = inputs(unet, dtype=dtype)
+    with torch.no_grad():
+        ours = controlled(unet, net, z, t, text, condition)
+        down, middle = reference(z, t, text, condition, return_dict=False)
+        theirs = unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+        assert (theirs - denoise(unet, z, t, text)).std() > 0.05 * theirs.std()  # control is at work
+    assert (ours - theirs).abs().max() <= limit * theirs.std()
+
+
+def test_diffusers_files_load_here(tmp_path):
+    """diffusers' folder in our class: same names, same tensors, same control."""
+    unet = small_unet()
+    reference = randomise(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=WIDTHS)).eval()
+    reference.save_pretrained(tmp_path)
+    net = load_controlnet(tmp_path)
+    assert net.state_dict().keys() == reference.state_dict().keys()
+    assert all(torch.equal(p, net.state_dict()[n]) for n, p in reference.state_dict().items())
+    z, t, text, condition = inputs(unet)
+    with torch.no_grad():
+        down, middle = reference(z, t, text, condition, return_dict=False)
+        ours = net(z, t, text, net.encode_hint(condition))
+    for a, b in zip([*ours.down, ours.middle], [*down, middle], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_xl_bases_are_refused():
+    unet = small_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64
+    )
+    with pytest.raises(ValueError, match="SDXL"):
+        ControlNet.from_base(unet)
+
+
+@pytest.mark.slow
+def test_parity_on_the_full_sd15_configuration(tmp_path):
+    """SD 1.5's sizes with random weights, float32, batch 1, 256 pixels."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
+    net = randomise(ControlNet.from_base(unet), std=0.02).eval()
+    assert len(net.controlnet_down_blocks) == 12
+    with torch.device("meta"):
+        reference = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    reference.load_state_dict(net.state_dict(), assign=True)
+    reference.eval()
+    z, t, text, condition = inputs(unet, batch=1, size=32)
+    with torch.no_grad():
+        ours = controlled(unet, net, z, t, text, condition)
+        down, middle = reference(z, t, text, condition, return_dict=False)
+        theirs = unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
+        assert (theirs - denoise(unet, z, t, text)).std() > 0.01 * theirs.std()
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.std()

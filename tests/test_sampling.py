@@ -1,0 +1,154 @@
+"""The sampling loop against diffusers' ControlNet pipeline, and what it does not compute."""
+
+import numpy as np
+import pytest
+import torch
+from controlnet.model.base import load_base
+from controlnet.model.canvas import condition_tensor
+from controlnet.model.checkpoint import load_controlnet
+from controlnet.model.generate import Placed, generate
+from controlnet.model.sampling import Applied, draw_noise, sample
+from controlnet.model.schedulers import SCHEDULERS, make_scheduler
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+PROMPT = "a red cube on a blue floor"
+
+
+@pytest.fixture(scope="module")
+def base(small_base_folder):
+    return load_base(str(small_base_folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def net(small_base_folder):
+    return load_controlnet(small_base_folder / "net")
+
+
+@pytest.fixture(scope="module")
+def condition():
+    rng = np.random.default_rng(0)
+    return np.repeat((rng.random((64, 64, 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
+
+
+class Counter:
+    """Counts the calls of a module."""
+
+    def __init__(self, module):
+        self.count, self.batches = 0, []
+        self.hook = module.register_forward_pre_hook(self._call, with_kwargs=True)
+
+    def _call(self, module, args, kwargs):
+        self.count += 1
+        self.batches.append(len(args[0]))
+
+
+def run(base, net, condition, dtype=torch.float64, scheduler="ddim", seeds=(5, 6), **options):
+    noise, generators = draw_noise(list(seeds), (4, 8, 8))
+    text = base.encode_text([PROMPT]).to(dtype).expand(len(seeds), -1, -1)
+    null = base.encode_text([""]).to(dtype)
+    hint = net.encode_hint(condition_tensor(condition)[None].to(dtype))
+    acting = {k: options.pop(k) for k in ("scale", "start", "end") if k in options}
+    controls = [Applied(net, hint, **acting)]
+    steps = options.pop("steps", 10)
+    return sample(
+        base.unet,
+        make_scheduler(base.scheduler, scheduler),
+        noise.to(dtype),
+        text,
+        null,
+        controls,
+        steps,
+        generators=generators,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc"])
+def test_parity_with_diffusers_pipeline(small_base_folder, condition, scheduler):
+    """Latents after 10 steps in float64, two images, guidance 7.5."""
+    folder = small_base_folder
+    reference_net = ControlNetModel.from_pretrained(folder / "net").double()
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        folder / "base", controlnet=reference_net, safety_checker=None
+    ).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    net = load_controlnet(folder / "net", torch.float64)
+    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    noise, _ = draw_noise([5, 6], (4, 8, 8))
+    with torch.no_grad():
+        theirs = pipeline(
+            [PROMPT] * 2, image=condition_tensor(condition)[None].double(), latents=noise.double(), guidance_scale=7.5,
+            num_inference_steps=10, controlnet_conditioning_scale=0.8, output_type="latent", height=64, width=64,
+        ).images  # fmt: skip
+        ours = run(base, net, condition, scheduler=scheduler, scale=0.8)
+        without = run(base, net, condition, scheduler=scheduler, scale=0.0)
+    assert (ours - without).std() > 0.01 * ours.std()  # control is at work
+    assert (ours - theirs).abs().max() <= 1e-9 * theirs.std()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_runs_and_counts_its_evaluations(base, net, condition, name):
+    seen = []
+    latents = run(base, net, condition, torch.float32, name, steps=4, on_step=lambda done, of: seen.append((done, of)))
+    assert torch.isfinite(latents).all()
+    evaluations = {"pndm": 5, "heun": 7}.get(name, 4)
+    assert seen == [(i + 1, evaluations) for i in range(evaluations)]
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler_a", "sde-dpm++", "lcm"])
+def test_an_image_does_not_depend_on_its_batch(base, net, condition, name):
+    """Noise bit for bit, latents to rounding, also for schedulers that draw noise at each step."""
+    together, _ = draw_noise([5, 6, 7], (4, 8, 8))
+    alone, _ = draw_noise([6], (4, 8, 8))
+    assert torch.equal(together[1], alone[0])
+    three = run(base, net, condition, torch.float32, name, (5, 6, 7), steps=5)
+    one = run(base, net, condition, torch.float32, name, (6,), steps=5)
+    torch.testing.assert_close(three[1], one[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(three[0], one[0], atol=0.1)
+
+
+def test_pixels_agree_within_one_level(base, net, condition):
+    def images(seeds):
+        return dict(generate(base, PROMPT, [Placed(condition, net)], (64, 64), seeds, steps=4))
+
+    many = images([3, 4, 5, 6, 7])
+    for seed in (3, 7):
+        difference = many[seed].astype(int) - images([seed])[seed].astype(int)
+        assert np.abs(difference).max() <= 1
+    assert np.abs(many[3].astype(int) - many[4]).max() > 1
+
+
+def test_guidance_one_skips_the_unconditional_half_and_the_hint_runs_once(base, net, condition):
+    unet, hint = Counter(base.unet), Counter(net.controlnet_cond_embedding)
+    list(generate(base, PROMPT, [Placed(condition, net)], (64, 64), [1, 2], steps=3, guidance=1.0))
+    assert unet.batches == [2, 2, 2]
+    list(generate(base, PROMPT, [Placed(condition, net)], (64, 64), [1, 2], steps=3, guidance=2.0))
+    assert unet.batches[3:] == [4, 4, 4]
+    assert hint.count == 2  # once a call, for both images, both halves and all steps
+    unet.hook.remove(), hint.hook.remove()
+
+
+@pytest.mark.parametrize(
+    "acting, runs",
+    [
+        ({}, 10), ({"scale": 0.0}, 0), ({"end": 0.5}, 5), ({"start": 0.5}, 5), ({"start": 0.25, "end": 0.75}, 4),
+        ({"end": 0.05}, 0), ({"start": 1.0}, 0), ({"start": 0.0, "end": 0.0}, 0),
+    ],
+)  # fmt: skip
+def test_a_net_that_does_not_act_is_not_run(base, net, condition, acting, runs):
+    """diffusers' rule: evaluation i of n acts iff i/n >= start and (i+1)/n <= end."""
+    counter = Counter(net.conv_in)
+    run(base, net, condition, torch.float32, **acting)
+    assert counter.count == runs
+    counter.hook.remove()
+
+
+def test_controls_are_added(base, net, condition):
+    one = run(base, net, condition, torch.float32, scale=2.0)
+    noise, generators = draw_noise([5, 6], (4, 8, 8))
+    hint = net.encode_hint(condition_tensor(condition)[None])
+    text = base.encode_text([PROMPT]).expand(2, -1, -1)
+    two = sample(base.unet, make_scheduler(base.scheduler, "ddim"), noise, text, base.encode_text([""]),
+                 [Applied(net, hint, 1.5), Applied(net, hint, 0.5)], 10, generators=generators)  # fmt: skip
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
