@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 HELP = "Make images from condition maps and a prompt."
 MAX_NUM = 10_000
+MAX_STEPS = 999  # schedulers with an offset of one step have no more
 
 Cond = Annotated[
     list[str] | None,
@@ -88,8 +89,8 @@ def generate(
         )
     if not 1 <= num <= MAX_NUM:
         raise UsageError(f"--num {num}: expected 1 to {MAX_NUM}", "--num 4")
-    if not 1 <= steps <= 1000:
-        raise UsageError(f"--steps {steps}: expected 1 to 1000", "--steps 20")
+    if not 1 <= steps <= MAX_STEPS:
+        raise UsageError(f"--steps {steps}: expected 1 to {MAX_STEPS}", "--steps 20")
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 1):
         raise UsageError(f"--guidance {guidance}: expected a number from 1 on", "--guidance 7.5")
     seed = random.randrange(2**31) if seed is None else seed
@@ -139,14 +140,14 @@ def _read(flag: ConditionFlag) -> tuple[ConditionFlag, str, np.ndarray, dict]:
     from controlnet.preprocessors.detect import detect, record
     from controlnet.preprocessors.geometry import STEP
     from controlnet.preprocessors.images import read_bytes, read_image
-    from controlnet.preprocessors.metadata import kind_of, sha256
+    from controlnet.preprocessors.metadata import sha256
     from controlnet.preprocessors.registry import find_detector
 
     data = read_bytes(flag.path)
     image, text = read_image(data, flag.path, warn)
     fields: dict[str, Any] = {"path": flag.path, "sha256": sha256(data)}
     if flag.detect is None:
-        return flag, flag.kind or ("own" if flag.net else kind_of(flag.path, text)), image, fields
+        return flag, _kind(flag, text), image, fields
     detector = find_detector(flag.detect)
     options = detector.load_options()()
     # The map keeps the photo's aspect, with the shorter side at 512 as `detect` has it.
@@ -160,6 +161,18 @@ def _read(flag: ConditionFlag) -> tuple[ConditionFlag, str, np.ndarray, dict]:
         map_,
         fields | {"detect": record(detector, options, size, "crop", flag.path, data)},
     )
+
+
+def _kind(flag: ConditionFlag, text: dict[str, str]) -> str:
+    """As given, or told by the map's text or name; with a net of one's own it may be any."""
+    from controlnet.preprocessors.metadata import kind_of
+
+    try:
+        return kind_of(flag.path, text, flag.kind)
+    except UsageError:
+        if flag.net:
+            return "own"
+        raise
 
 
 def _generate(maps, prompt, negative, seeds, targets, steps, guidance, scheduler, base_name, canvas, device, dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,7 +56,14 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
 
 
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
-    """Whether an existing result is to be left alone. Raises OutputError when it is in the way."""
+    """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
+    cannot be written: before the work, not after it."""
+    there = next(p for p in path.absolute().parents if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
+                          "choose another place with -o DIR/")  # fmt: skip
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder, expected a file", f"-o {path}/")
     if overwrite or not path.exists():
         return False
     if skip_existing:

@@ -36,4 +36,4 @@ def to_canvas(condition: np.ndarray, kind: str, size: tuple[int, int]) -> np.nda
 
 def condition_tensor(condition: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float in [0, 1], the range of every condition here."""
-    return torch.from_numpy(np.ascontiguousarray(condition)).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(condition)).permute(2, 0, 1).float() / 255

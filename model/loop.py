@@ -23,7 +23,7 @@ class LoopConfig:
 
     max_steps: int = 1_000_000
     minutes: float = float("inf")
-    """Training time of all runs into the same folder together."""
+    """Training time of all runs into the same folder together; 0 takes what is there."""
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     decay_fraction: float = 0.25
@@ -36,9 +36,11 @@ class LoopConfig:
     log_every: int = 50
 
     def __post_init__(self):
-        for name in ("max_steps", "minutes", "learning_rate", "save_every", "log_every"):
+        for name in ("max_steps", "learning_rate", "save_every", "log_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.minutes < 0:
+            raise ValueError(f"minutes must not be negative, got {self.minutes}")
 
 
 @dataclass
@@ -96,7 +98,8 @@ def fit(
         save_atomic(state | vars(progress), state_path)
 
     def done() -> float:
-        return max(progress.step / config.max_steps, progress.seconds / 60 / config.minutes)
+        spent = progress.seconds / 60 / config.minutes if config.minutes else 1.0
+        return max(progress.step / config.max_steps, spent)
 
     module.train()
     last_save = last_tick = time.perf_counter()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass
 class Applied:
-    """A ControlNet at work on one image: its hint feature (1, C, h, w), and how strongly and when it acts."""
+    """A ControlNet at work: its hint feature, (1, C, h, w) for all images or (B, C, h, w), how strongly and when."""
 
     net: ControlNet
     hint: Tensor
@@ -55,8 +55,8 @@ def sample(
 ) -> Tensor:
     """Latents (B, 4, h, w) from noise (B, 4, h, w), in the noise's dtype.
 
-    text and null_text are (B, T, D) and (1, T, D). With guidance 1, or null_text None, the unconditional half is not
-    computed. on_step is told the evaluations done and their number.
+    text and null_text are (B, T, D) and (1, T, D). A hint of B images serves both guidance halves. With guidance 1, or
+    null_text None, the unconditional half is not computed. on_step is told the evaluations done and their number.
     """
     guided = null_text is not None and guidance != 1
     c_t = text if null_text is None or not guided else torch.cat([null_text.expand_as(text), text])  # (2B, T, D)
@@ -81,7 +81,8 @@ def add_controls(applied: list[Applied], z: Tensor, t: Tensor, text: Tensor) -> 
     """The sum of the controls, each times its scale; None when no ControlNet acts."""
     total = None
     for one in applied:
-        control = one.net(z, t, text, one.hint)
+        hint = one.hint if len(one.hint) == 1 else one.hint.repeat(len(z) // len(one.hint), 1, 1, 1)
+        control = one.net(z, t, text, hint)
         if one.scale != 1:
             control = control.scaled([one.scale] * (len(control.down) + 1))
         total = control if total is None else total + control

@@ -9,7 +9,6 @@ Theta_z2 has a gradient then; after one optimiser step Theta_c and Theta_z1 have
 from __future__ import annotations
 
 import copy
-
 from typing import TypeVar
 
 from torch import Tensor, nn

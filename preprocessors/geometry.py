@@ -23,7 +23,7 @@ def parse_size(text: str) -> tuple[int, int]:
     height = int(match[2] or width)
     for side in (width, height):
         if side % STEP or not 64 <= side <= MAX_SIDE:
-            near = min(MAX_SIDE, max(64, round(side / STEP) * STEP))
+            near = min(MAX_SIDE, max(64, (side + STEP // 2) // STEP * STEP))
             raise UsageError(
                 f"size {text!r}: {side} is not a multiple of {STEP} from 64 to {MAX_SIDE}", f"--size {near}"
             )

@@ -1,5 +1,6 @@
 """What all tests share: no network, a cache of their own, and small random models in diffusers' layout."""
 
+import shutil
 import socket
 
 import numpy as np
@@ -69,6 +70,7 @@ def small_base_folder(tmp_path_factory):
         ),
         requires_safety_checker=False,
     ).save_pretrained(folder / "base")  # fmt: skip
+    shutil.copy(folder / "tokens/words.txt", folder / "base/tokenizer")
     net = ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))
     save_controlnet(randomise(net), folder / "net")
     return folder

@@ -156,10 +156,11 @@ def _cast(scenes: list[Scene], n: int, device) -> tuple[Tensor, Tensor, Tensor]:
     )
     parts = torch.where(on_floor, FLOOR, WALL).to(torch.uint8)
     at = on_body.nonzero(as_tuple=True)
-    row = which[at]
-    normals[at] = _normals(bodies, row, hits[at])
-    colours[at] = bodies.rgb[row]
-    parts[at] = bodies.part[row]
+    if len(at[0]):
+        row = which[at]
+        normals[at] = _normals(bodies, row, hits[at])
+        colours[at] = bodies.rgb[row]
+        parts[at] = bodies.part[row]
 
     light = _per_scene(scenes, lambda s: s.light, device)
     lambert = (normals * light).sum(-1).clamp(min=0)
@@ -183,6 +184,8 @@ def _nearest(bodies: _Bodies, origins: Tensor, rays: Tensor) -> tuple[Tensor, Te
     which = torch.zeros(rays.shape[:2], dtype=torch.long, device=rays.device)
     for scene in range(len(rays)):
         rows = (bodies.scene == scene).nonzero()[:, 0]
+        if not len(rows):
+            continue
         o, d, centre = origins[scene], rays[scene], bodies.centre[rows]
         # Only the rays that meet a body's bounding sphere are worth the exact test: |near|^2 - (near . d)^2 <= reach^2
         # with near = centre - o, written as matrix products.

@@ -122,7 +122,7 @@ def train_base(
             text = model["text"](ids).last_hidden_state
             z = diffusion.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
             prediction = denoise(model["unet"], z, t, text)
-        return diffusion.loss(prediction, z0, eps, t, min_snr=5.0).mean()
+        return diffusion.loss(prediction, z0, eps, t).mean()
 
     progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1.5e-3), folder, report)
     return model["unet"].eval(), model["text"].eval(), progress
@@ -164,7 +164,7 @@ def train_canny(
         with autocast(device):
             control = controlnet(z, t, text, controlnet.encode_hint(condition))
             prediction = denoise(unet, z, t, text, control)
-        return diffusion.loss(prediction, z0, eps, t, min_snr=5.0)
+        return diffusion.loss(prediction, z0, eps, t)
 
     def loss_of(step: int) -> Tensor:
         rng, rows, z0, eps, t = diffusion_batch(step, 4, latents, batch, device)

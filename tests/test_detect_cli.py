@@ -1,0 +1,166 @@
+"""`controlnet detect` as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from controlnet.cli.main import main
+from controlnet.preprocessors.errors import Exit
+from controlnet.preprocessors.images import read_image
+from controlnet.preprocessors.registry import DETECTORS
+from PIL import Image
+
+
+@pytest.fixture
+def run(capsys):
+    """main(args) -> (exit code, stdout, stderr)."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path, photo):
+    Image.fromarray(photo).save(tmp_path / "one.png")
+    Image.fromarray(photo[:, ::-1]).save(tmp_path / "two.jpg")
+    return tmp_path
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_one_photo(run, folder):
+    code, out, err = run("detect", "canny", folder / "one.png")
+    assert (code, out, err) == (0, f"{folder}/one.canny.png\n", "")
+    map_ = Image.open(folder / "one.canny.png")
+    assert (map_.mode, map_.size) == ("L", (512, 512))
+    assert set(np.unique(map_)) == {0, 255}
+    _, text = read_image((folder / "one.canny.png").read_bytes(), "x")
+    made = json.loads(text["controlnet"])
+    assert made["kind"] == "canny" and made["source"] == "one.png" and len(made["source_sha256"]) == 64
+    assert made["options"] == {"low": 100, "high": 200, "auto": False}
+
+
+def test_options_reach_the_detector(run, folder):
+    run("detect", "canny", folder / "one.png", "-o", folder / "a.png", "--low", 10, "--high", 20, "--size", "128x64")
+    run("detect", "canny", folder / "one.png", "-o", folder / "b.png", "--low", 900, "--high", 1900, "--size", "128x64")
+    a, b = (np.asarray(Image.open(folder / f"{n}.png")) for n in "ab")
+    assert a.shape == b.shape == (64, 128)
+    assert a.sum() > b.sum()
+
+
+def test_keep_and_json_lines(run, folder):
+    code, out, _ = run("detect", "canny", folder, "--resize", "keep", "--json", "--auto")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [Path(line["output"]).name for line in lines] == ["one.canny.png", "two.canny.png"]
+    assert all(line["size"] == [128, 96] and line["options"]["auto"] for line in lines)
+
+
+def test_folders_skip_earlier_maps_and_search_deeper_when_asked(run, folder):
+    (folder / "deep").mkdir()
+    (folder / "two.jpg").rename(folder / "deep" / "two.jpg")
+    assert run("detect", "canny", folder, "-o", f"{folder}/maps/")[0] == 0
+    assert files(folder) == ["deep/two.jpg", "maps/one.canny.png", "one.png"]
+    assert run("detect", "canny", folder, "-r", "--skip-existing")[0] == 0
+    assert files(folder) == ["deep/two.canny.png", "deep/two.jpg", "maps/one.canny.png", "one.canny.png", "one.png"]
+
+
+def test_existing_files(run, folder):
+    target = folder / "one.canny.png"
+    target.write_bytes(b"mine")
+    code, _, err = run("detect", "canny", folder / "one.png")
+    assert code == Exit.OUTPUT and "exists already" in err and "--overwrite" in err
+    code, out, _ = run("detect", "canny", folder / "one.png", "--skip-existing")
+    assert code == 0 and out == f"{target}\n" and target.read_bytes() == b"mine"
+    assert run("detect", "canny", folder / "one.png", "--overwrite")[0] == 0
+    assert target.read_bytes() != b"mine"
+
+
+def test_a_bad_file_among_good_ones(run, folder):
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nxx")
+    code, out, err = run("detect", "canny", folder)
+    assert code == Exit.PARTIAL
+    assert len(out.splitlines()) == 2 and "bad.png" in err and "1 of 3 inputs failed" in err
+    assert "bad.canny.png" not in files(folder)
+
+
+def test_standard_input_and_output(folder):
+    data = (folder / "one.png").read_bytes()
+    command = [sys.executable, "-m", "controlnet.cli.main", "detect", "canny", "-", "--size", "64"]
+    done = subprocess.run(command, input=data, capture_output=True, cwd=folder, check=True)
+    assert read_image(done.stdout, "x")[0].shape == (64, 64, 3)
+    assert files(folder) == ["one.png", "two.jpg"]
+
+
+@pytest.mark.parametrize("args, code, said", [
+    (["cany", "x.png"], Exit.USAGE, "unknown kind 'cany'"), ([], Exit.USAGE, "which kind"),
+    (["canny", "none.png"], Exit.INPUT, "no such file"), (["canny", "empty/"], Exit.INPUT, "holds no pictures"),
+    (["canny", "one.png", "--size", "500"], Exit.USAGE, "--size 504"),
+    (["canny", "one.png", "--resize", "squeeze"], Exit.USAGE, "crop, pad, stretch, keep"),
+    (["canny", "one.png", "--low", "300"], Exit.USAGE, "low=300, high=200"),
+    (["canny", "one.png", "--detector", "sobel"], Exit.USAGE, "unknown detector 'sobel'"),
+    (["canny", "one.png", "two.jpg", "-o", "-"], Exit.USAGE, "takes one result"),
+    (["canny", "one.png", "./one.png", "deep/one.png", "-o", "maps/"], Exit.USAGE, "two inputs would both be written"),
+    (["canny", "one.png", "-o", "one.png/x/"], Exit.OUTPUT, "cannot be written"),
+    (["canny", "tiny.png"], Exit.INPUT, "at least 8"),
+])  # fmt: skip
+def test_mistakes_are_told_and_leave_nothing(run, folder, monkeypatch, args, code, said):
+    monkeypatch.chdir(folder)
+    (folder / "empty").mkdir()
+    Image.new("RGB", (1, 1)).save(folder / "tiny.png")
+    before = files(folder)
+    found, out, err = run("detect", *args)
+    assert found == code
+    assert err.startswith("error: ") and said in err and "Traceback" not in err
+    assert out == "" and files(folder) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(run, folder):
+    (folder / "locked").mkdir(mode=0o500)
+    assert run("detect", "canny", folder / "one.png", "-o", f"{folder}/locked/")[0] == Exit.OUTPUT
+
+
+def test_every_detector_of_the_table(run):
+    """Its map has the photo's size, and every option has a flag with a help text."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8)
+    for kind, detectors in DETECTORS.items():
+        for row in detectors.values():
+            map_ = row.load()(image, row.load_options()())
+            assert map_.dtype == np.uint8 and map_.shape[:2] == image.shape[:2]
+        _, out, _ = run("detect", kind, "--help")
+        options = next(iter(detectors.values())).load_options()
+        for field in fields(options):
+            assert f"--{field.name}" in out
+    _, out, _ = run("detect", "--list", "--json")
+    assert {json.loads(line)["kind"] for line in out.splitlines()} == set(DETECTORS)
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["detect", "canny", "one.png"], ["detect", "--list"], ["generate", "--help"]]
+)
+def test_no_heavy_import(folder, args):
+    """Help and canny import neither torch nor the libraries on top of it; help not even numpy."""
+    heavy = ["torch", "diffusers", "transformers", "controlnet_aux"] + (
+        ["numpy", "cv2", "PIL"] if "--help" in args else []
+    )
+    code = f"""
+import sys
+from controlnet.cli.main import main
+try: main({args!r})
+except SystemExit: pass
+print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"

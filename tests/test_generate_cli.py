@@ -1,0 +1,273 @@
+"""`controlnet generate` as a user types it, on a base with random weights."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from controlnet.cli.main import main
+from controlnet.preprocessors.errors import Exit
+from controlnet.preprocessors.images import read_image
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """main(args) in a folder of its own -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main(["generate", *map(str, args)])
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def common(small_base_folder, tmp_path, photo):
+    """Flags that make the small base run: base, condition and net."""
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20] = lines[:, 30] = 255
+    Image.fromarray(lines).save(tmp_path / "map.canny.png")
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    return ["--base", small_base_folder / "base", "--cond", f"map.canny.png,net={small_base_folder}/net", "--steps", 2]
+
+
+def pixels(path):
+    return read_image(path.read_bytes(), str(path))[0]
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts)
+
+
+def test_an_image_and_what_it_says(run, common, tmp_path):
+    code, out, err = run(*common, "--prompt", "a red cube", "--seed", 5)
+    assert code == 0 and out == "out/5-map.png\n"
+    assert "on cpu in float32" in err and "no safety checker" in err and "canvas 64x64" in err
+    image, text = read_image((tmp_path / "out/5-map.png").read_bytes(), "x")
+    assert image.shape == (64, 64, 3)
+    made = json.loads(text["controlnet"])
+    assert (made["seed"], made["prompt"], made["steps"], made["guidance"]) == (5, "a red cube", 2, 7.5)
+    condition = made["conditions"][0]
+    assert condition["kind"] == "canny" and len(condition["sha256"]) == len(condition["net_sha256"]) == 64
+    assert text["parameters"].startswith(
+        "a red cube\nSteps: 2, Sampler: DDIMScheduler, CFG scale: 7.5, Seed: 5, Size: 64x64"
+    )
+
+
+def test_seeds_repeat_and_count_up(run, common, tmp_path):
+    run(*common, "-p", "a red cube", "--seed", 5, "--num", 3)
+    assert files(tmp_path / "out") == ["5-map.png", "6-map.png", "7-map.png"]
+    run(*common, "-p", "a red cube", "--seed", 6, "-o", "again.png")
+    difference = pixels(tmp_path / "out/6-map.png").astype(int) - pixels(tmp_path / "again.png")
+    assert np.abs(difference).max() <= 1
+    assert np.abs(pixels(tmp_path / "out/6-map.png").astype(int) - pixels(tmp_path / "out/7-map.png")).max() > 1
+
+
+def test_condition_prompt_scale_scheduler_and_negative_matter(run, common, tmp_path):
+    base, cond = common[:2], common[3]
+    variants = {
+        "a": [*common], "scale": [*base, "--cond", f"{cond},scale=0"], "window": [*base, "--cond", f"{cond},end=0.5"],
+        "prompt": [*common, "-p", "a person"], "negative": [*common, "--negative", "blue"],
+        "sampler": [*common, "--scheduler", "euler"],
+        "guidance": [*common, "--guidance", 1], "none": [*base, "-p", "a red cube"],
+    }  # fmt: skip
+    seen = []
+    for name, flags in variants.items():
+        flags = flags if "-p" in flags else [*flags, "-p", "a red cube"]
+        code, _, err = run(*flags, "--steps", 2, "--seed", 1, "-o", f"{name}.png")
+        assert code == 0, err
+        seen.append(pixels(tmp_path / f"{name}.png").tobytes())
+    assert len(set(seen)) == len(seen) - 1  # scale 0 is no condition
+    assert seen[1] == seen[-1]
+
+
+def test_detect_in_the_same_process_equals_two_commands(run, common, tmp_path, small_base_folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["detect", "canny", "photo.png", "--size", "680x512"])
+    capsys.readouterr()
+    net = f"net={small_base_folder}/net"
+    base = [*common[:2], "--steps", 2, "-p", "x", "--seed", 3]
+    code, _, err = run(*base, "--cond", f"photo.canny.png,{net}", "-o", "two.png")
+    assert code == 0 and "canvas 88x64" in err
+    code, _, err = run(*base, "--cond", f"photo.png,detect=canny,{net}", "-o", "one.png")
+    assert code == 0, err
+    assert np.array_equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "two.png"))
+    _, text = read_image((tmp_path / "one.png").read_bytes(), "x")
+    assert json.loads(text["controlnet"])["conditions"][0]["detect"]["kind"] == "canny"
+
+
+def test_words_that_the_base_cannot_read_are_told(run, common):
+    code, _, err = run(*common, "-p", "a red zebra " + "cube " * 60, "--seed", 1)
+    assert code == 0
+    assert "never met these words in training: zebra" in err
+    assert "reads 38 tokens; these words are beyond: cube cube" in err
+
+
+def test_existing_and_skipped(run, common, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/1-map.png").write_bytes(b"mine")
+    code, _, err = run(*common, "-p", "x", "--seed", 1, "--num", 2)
+    assert code == Exit.OUTPUT and "1-map.png: exists already" in err
+    assert files(tmp_path / "out") == ["1-map.png"]
+    code, out, _ = run(*common, "-p", "x", "--seed", 1, "--num", 2, "--skip-existing", "--json")
+    assert code == 0 and [json.loads(line)["seed"] for line in out.splitlines()] == [1, 2]
+    assert (tmp_path / "out/1-map.png").read_bytes() == b"mine"
+
+
+def test_a_condition_of_another_aspect_is_stretched_and_said(run, common):
+    _, _, err = run(*common, "-p", "x", "--size", "128x64", "--seed", 1)
+    assert "stretched to the canvas 128x64" in err
+
+
+@pytest.mark.parametrize("args, code, said", [
+    ([], Exit.USAGE, "nothing to go by"), (["-p", "x", "--num", "0"], Exit.USAGE, "--num 0"),
+    (["-p", "x", "--steps", "0"], Exit.USAGE, "--steps 0"), (["-p", "x", "--size", "500"], Exit.USAGE, "--size 504"),
+    (["-p", "x", "--guidance", "nan"], Exit.USAGE, "--guidance nan"),
+    (["-p", "x", "--seed", "-1"], Exit.USAGE, "--seed -1"),
+    (["-p", "x", "--scheduler", "eulr"], Exit.USAGE, "--scheduler euler"),
+    (["-p", "x", "--base", "none"], Exit.USAGE, "unknown base 'none'"),
+    (["-p", "x", "--device", "tpu"], Exit.USAGE, "--device tpu"),
+    (["-p", "x", "--dtype", "int8"], Exit.USAGE, "--dtype int8"),
+    (["--cond", "photo.png"], Exit.USAGE, "its kind is told neither"),
+    (["--cond", "none.canny.png"], Exit.INPUT, "no such file"),
+    (["--cond", "photo.png,detect=cany"], Exit.USAGE, "unknown kind 'cany'"),
+    (["--cond", "photo.png,kind=seg"], Exit.MODEL, "no ControlNet for kind 'seg'"),
+    (["--cond", "map.canny.png,net=nowhere"], Exit.USAGE, "no such folder"),
+    (["-p", "x", "--base", "someone/model", "--offline"], Exit.MODEL, "not on this machine"),
+])  # fmt: skip
+def test_mistakes_are_told_and_leave_nothing(run, common, tmp_path, args, code, said):
+    before = files(tmp_path)
+    args = args if "--base" in args else [*args, "--base", common[1]]
+    found, out, err = run(*args)
+    assert (found, out) == (code, ""), err
+    assert "error: " in err and said in err and "Traceback" not in err
+    assert files(tmp_path) == before
+
+
+def copy_of(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "model")
+
+
+def test_a_base_with_a_missing_file(run, common, tmp_path):
+    folder = copy_of(common[1], tmp_path)
+    shutil.rmtree(folder / "vae")
+    code, _, err = run("-p", "x", "--base", folder)
+    assert code == Exit.MODEL and "no folder vae/" in err
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    shutil.copytree(common[1] / "vae", folder / "vae")
+    code, _, err = run("-p", "x", "--base", folder)
+    assert code == Exit.MODEL and "unet" in err and "Traceback" not in err
+
+
+def break_nan(state):
+    next(iter(state.values())).view(-1)[0] = float("nan")
+
+
+def break_shape(state):
+    name = next(iter(state))
+    state[name] = torch.zeros(3)
+
+
+def break_name(state):
+    state["surprise"] = state.pop(next(iter(state)))
+
+
+@pytest.mark.parametrize("damage, said", [(break_nan, "NaN"), (break_shape, "shape"), (break_name, "lack 1 tensors")])
+def test_damaged_weights_of_a_net(run, common, small_base_folder, tmp_path, damage, said):
+    folder = copy_of(small_base_folder / "net", tmp_path)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    damage(state)
+    save_file(state, path)
+    code, out, err = run(*common[:2], "--cond", f"map.canny.png,net={folder}", "-p", "x")
+    assert code == Exit.MODEL and said in err and out == ""
+
+
+def test_damaged_weights_of_a_base(run, common, tmp_path):
+    folder = copy_of(common[1], tmp_path)
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    break_nan(state)
+    save_file(state, path)
+    code, _, err = run("-p", "x", "--base", folder)
+    assert code == Exit.MODEL and "NaN" in err
+    break_shape(state)
+    save_file(state, path)
+    code, _, err = run("-p", "x", "--base", folder)
+    assert code == Exit.MODEL and "Traceback" not in err
+    path.write_bytes(path.read_bytes()[:1000])
+    code, _, err = run("-p", "x", "--base", folder)
+    assert code == Exit.MODEL and "Traceback" not in err
+
+
+class Bomb:
+    """A pickle that would write a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("part", ["net", "base"])
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(run, common, small_base_folder, tmp_path, part):
+    exploded = tmp_path / "exploded"
+    if part == "net":
+        folder = copy_of(small_base_folder / "net", tmp_path)
+        weights = folder / "diffusion_pytorch_model"
+        flags = [*common[:2], "--cond", f"map.canny.png,net={folder}"]
+    else:
+        folder = copy_of(common[1], tmp_path)
+        weights = folder / "unet/diffusion_pytorch_model"
+        flags = ["--base", folder]
+    torch.save({"conv_in.weight": Bomb(exploded)}, weights.with_suffix(".bin"))
+    weights.with_suffix(".safetensors").unlink()
+    code, _, err = run(*flags, "-p", "x")
+    assert code == Exit.MODEL and "Traceback" not in err
+    assert not exploded.exists()
+    torch.load(weights.with_suffix(".bin"), weights_only=False)["conv_in.weight"].close()
+    assert exploded.exists()  # the bomb is live: only the refusal kept it from running
+
+
+def test_a_net_of_another_family_is_refused_before_its_weights_are_read(run, common, small_base_folder, tmp_path):
+    folder = copy_of(small_base_folder / "net", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 768}))
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    code, _, err = run(*common[:2], "--cond", f"map.canny.png,net={folder}", "-p", "x")
+    assert code == Exit.MODEL and "cross_attention_dim is 768, the base's is 16" in err
+
+
+def test_interruption_leaves_nothing_half_written(common, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "controlnet.cli.main",
+        "generate",
+        *map(str, common),
+        "-p",
+        "x",
+        "--steps",
+        "999",
+        "--seed",
+        "1",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert "no safety checker" in process.stderr.readline() + process.stderr.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == Exit.INTERRUPTED
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert files(tmp_path) == ["map.canny.png", "photo.png"]

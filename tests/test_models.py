@@ -1,0 +1,117 @@
+"""Finding, identifying and refusing models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from controlnet.model import base as base_module
+from controlnet.model.base import load_base
+from controlnet.model.checkpoint import load_controlnet, read_weights, save_controlnet
+from controlnet.model.hashes import folder_hash
+from controlnet.model.schedulers import SCHEDULERS, make_scheduler
+from controlnet.preprocessors.errors import ModelError, UsageError
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_loaded(small_base_folder, monkeypatch):
+    asked = {}
+
+    def snapshot(name, allow_patterns, local_files_only):
+        asked.update(name=name, patterns=allow_patterns, offline=local_files_only)
+        return str(small_base_folder / "base")
+
+    monkeypatch.setattr(base_module, "snapshot_download", snapshot)
+    base = load_base("someone/model", offline=True)
+    assert base.name == asked["name"] == "someone/model" and asked["offline"] is True
+    assert "model_index.json" in asked["patterns"] and "vae/*.json" in asked["patterns"]
+    assert not any(p.endswith((".bin", ".pt", ".ckpt", "*")) for p in asked["patterns"])
+    assert base.guidance == 7.5 and base.native_size == 64 and base.factor == 8
+
+
+@pytest.mark.parametrize("offline, said", [(True, "was not asked"), (False, "cannot be reached")])
+def test_a_hub_id_without_a_network(monkeypatch, offline, said):
+    def snapshot(*args, **options):
+        raise LocalEntryNotFoundError("no")
+
+    monkeypatch.setattr(base_module, "snapshot_download", snapshot)
+    with pytest.raises(ModelError, match=said):
+        load_base("someone/model", offline=offline)
+
+
+@pytest.mark.parametrize("part, change, said", [
+    ("vae", {"_class_name": "VQModel"}, "expected AutoencoderKL or AutoencoderTiny"),
+    ("unet", {"_class_name": "UNet3D"}, "expected UNet2DConditionModel"),
+    ("text_encoder", {"architectures": ["T5"]}, "expected CLIPTextModel"),
+])  # fmt: skip
+def test_a_base_of_other_classes_is_refused(small_base_folder, tmp_path, part, change, said):
+    folder = shutil.copytree(small_base_folder / "base", tmp_path / "base")
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=said):
+        load_base(str(folder))
+    path.write_text("{not json")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        load_base(str(folder))
+
+
+def test_an_unknown_scheduler_in_the_base(small_base_folder, tmp_path):
+    folder = shutil.copytree(small_base_folder / "base", tmp_path / "base")
+    (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "NoScheduler"}')
+    with pytest.raises(ModelError, match="NoScheduler"):
+        load_base(str(folder))
+
+
+def test_schedulers_keep_the_bases_noise_schedule(small_base_folder):
+    own = load_base(str(small_base_folder / "base")).scheduler
+    for name in SCHEDULERS:
+        assert torch.equal(make_scheduler(own, name).alphas_cumprod, own.alphas_cumprod)
+        assert make_scheduler(own, name).config.prediction_type == own.config.prediction_type
+    with pytest.raises(UsageError, match="'dimm'") as caught:
+        make_scheduler(own, "dimm")
+    assert caught.value.hint == "--scheduler ddim"
+
+
+def test_a_folders_hash_follows_its_weights(small_base_folder, tmp_path):
+    folder = shutil.copytree(small_base_folder / "net", tmp_path / "net")
+    first = folder_hash(folder)
+    assert first == folder_hash(folder) == folder_hash(small_base_folder / "net")
+    (folder / "config.json").write_text("{}")
+    assert folder_hash(folder) == first
+    path = folder / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert folder_hash(folder) != first
+
+
+@pytest.mark.parametrize("hint", ["released", "paper"])
+def test_a_net_survives_its_file(small_base_folder, tmp_path, hint):
+    from controlnet.model.controlnet import ControlNet
+    from helpers import randomise, small_unet
+
+    net = randomise(ControlNet.from_base(small_unet(), hint, (4, 4, 8, 8)))
+    save_controlnet(net, tmp_path / "half", torch.float16)
+    save_controlnet(net, tmp_path / "full")
+    again = load_controlnet(tmp_path / "full")
+    assert again.hint == hint and not again.training
+    assert all(torch.equal(p, again.state_dict()[n]) for n, p in net.state_dict().items())
+    assert {t.dtype for t in read_weights(tmp_path / "half", "diffusion_pytorch_model").values()} == {torch.float16}
+
+
+def test_shards_and_variants_are_read(small_base_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(small_base_folder / "net/diffusion_pytorch_model.safetensors")
+    names = sorted(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: state[k] for k in keys}, tmp_path / file)
+    index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_weights(tmp_path, "diffusion_pytorch_model").keys() == state.keys()
+    (tmp_path / "half").mkdir()
+    save_file(state, tmp_path / "half/diffusion_pytorch_model.fp16.safetensors")
+    assert read_weights(tmp_path / "half", "diffusion_pytorch_model").keys() == state.keys()
+    torch.save(state, tmp_path / "half/other.bin")
+    assert read_weights(tmp_path / "half", "other").keys() == state.keys()

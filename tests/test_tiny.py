@@ -1,0 +1,115 @@
+"""The embedded model as shipped: small, whole, readable by other programs, and under control."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from controlnet.model.base import load_base
+from controlnet.model.canvas import condition_tensor
+from controlnet.model.checkpoint import load_controlnet
+from controlnet.model.generate import Placed, generate
+from controlnet.model.registry import TINY
+from controlnet.model.tiny.card import edge_f1, user_canny
+from controlnet.model.tiny.dataset import HELD_OUT
+from controlnet.model.tiny.render import render
+from controlnet.model.tiny.scenes import make_scene
+from controlnet.model.tiny.train import parse_minutes
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from PIL import Image
+from safetensors import safe_open
+
+MIB = 2**20
+
+
+def test_size_and_type_of_the_files():
+    weights = list(TINY.rglob("*.safetensors"))
+    assert sum(p.stat().st_size for p in TINY.rglob("*") if p.is_file()) < 48 * MIB
+    assert max(p.stat().st_size for p in weights) < 15 * MIB
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            assert {file.get_slice(k).get_dtype() for k in file.keys()} == {"F16"}, path  # noqa: SIM118
+
+
+def test_the_card_is_whole():
+    card = json.loads((TINY / "card.json").read_text())
+    told = (TINY / "README.md").read_text()
+    assert card["scenes"] >= 200 and f"**(T - S) / (C - S) = {card['control']:.2f}**" in told
+    t, s, c = (card["canny_f1"][k][0] for k in "TSC")
+    assert card["control"] == pytest.approx((t - s) / (c - s), abs=2e-3)
+    training = json.loads((TINY / "training.json").read_text())
+    assert training["scenes"] >= 30_000 and all(
+        f"| {n} | {v['steps']:,} |" in told for n, v in training["stages"].items()
+    )
+
+
+def test_twelve_skips_and_the_layout_of_stable_diffusion():
+    net = load_controlnet(TINY / "controlnet-canny")
+    assert len(net.controlnet_down_blocks) == 12
+    index = json.loads((TINY / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_diffusers_runs_it_and_gives_the_same_picture():
+    """Our float32 images against diffusers' own pipeline on the same folders, within one level."""
+    scene = make_scene(HELD_OUT + 1)
+    condition = user_canny(render([scene], 128).images[0].numpy())
+    base = load_base("tiny")
+    net = load_controlnet(TINY / "controlnet-canny", torch.float32)
+    ours = dict(generate(base, scene.caption, [Placed(condition, net)], (128, 128), [3], steps=4))[3]
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        TINY, controlnet=ControlNetModel.from_pretrained(TINY / "controlnet-canny"), safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        scene.caption, image=condition_tensor(condition)[None], num_inference_steps=4, guidance_scale=base.guidance,
+        generator=torch.Generator().manual_seed(3), height=128, width=128, output_type="np",
+    ).images[0]  # fmt: skip
+    assert np.abs(ours.astype(int) - np.rint(theirs * 255)).max() <= 1
+
+
+def test_its_images_follow_their_edges():
+    """On eight held-out scenes the edges found again fit the given condition better than a neighbour's."""
+    scenes = [make_scene(HELD_OUT + i) for i in range(8)]
+    conditions = [user_canny(image) for image in render(scenes, 128).images.numpy()]
+    base, net = load_base("tiny"), load_controlnet(TINY / "controlnet-canny", torch.float32)
+    true, other = [], []
+    for i, scene in enumerate(scenes):
+        image = dict(generate(base, scene.caption, [Placed(conditions[i], net)], (128, 128), [i], steps=8))[i]
+        found = user_canny(image)[..., 0]
+        true.append(edge_f1(found, conditions[i][..., 0], 1))
+        other.append(edge_f1(found, conditions[i - 1][..., 0], 1))
+    assert np.mean(true) > np.mean(other) + 0.15
+
+
+def test_edge_f1_in_closed_form():
+    a, b = np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
+    a[10], b[11] = 255, 255
+    assert edge_f1(a, a, 0) == pytest.approx(1) and edge_f1(a, b, 0) == 0 and edge_f1(a, b, 1) == pytest.approx(1)
+    b[20] = 255  # half of b has no partner in a
+    assert edge_f1(a, b, 1) == pytest.approx(2 / 3)
+    empty = np.zeros_like(a)
+    assert edge_f1(empty, empty, 1) == 1 and edge_f1(empty, a, 1) == 0
+
+
+def test_minutes_of_the_stages():
+    assert parse_minutes("2") == {"vae": 2, "base": 2, "canny": 2}
+    assert parse_minutes("base=5") == {"vae": 0, "base": 5, "canny": 0}
+    with pytest.raises(ValueError, match="'bas'"):
+        parse_minutes("bas=5")
+
+
+def test_a_word_in_capitals_is_read(small_base_folder):
+    base = load_base(str(small_base_folder / "base"))
+    assert torch.equal(base.encode_text(["A Red CUBE"]), base.encode_text(["a red cube"]))
+    assert base.unknown_words("a RED Zebra, zebra!") == ["zebra"]
+
+
+def test_contact_sheet():
+    from controlnet.preprocessors.sheet import contact_sheet
+
+    red, grey = np.full((10, 20, 3), (255, 0, 0), np.uint8), np.full((8, 8), 99, np.uint8)
+    sheet = contact_sheet([(red, "red"), (grey, "a long text " * 9), (red, "")], columns=2, cell=40)
+    assert sheet.shape[1] == 2 * 48 + 8
+    assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * 40 * 20 and (sheet == 99).all(-1).sum() >= 40 * 40
+    Image.fromarray(sheet)
