@@ -40,6 +40,10 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
     for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder)):
         module.to("cpu", torch.float16).to(memory_format=torch.contiguous_format)
         module.save_pretrained(folder / name, max_shard_size=MAX_SHARD)
+    # AutoencoderTiny writes a key that it warns of when it reads it.
+    config = json.loads((folder / "vae/config.json").read_text())
+    config.pop("block_out_channels", None)
+    (folder / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {
