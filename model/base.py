@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 from controlnet.model.checkpoint import check_finite, read_json
-from controlnet.model.registry import BASES, KnownBase
+from controlnet.model.registry import BASES
 from controlnet.preprocessors.errors import ModelError, UsageError
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import snapshot_download
@@ -111,10 +111,6 @@ def resolve(name: str, offline: bool, patterns: tuple[str, ...], example: str) -
         raise ModelError(
             f"{name}: could not be fetched from the model hub ({error})", "try again, or give a folder"
         ) from error
-
-
-def known_base(name: str) -> KnownBase | None:
-    return BASES.get(name)
 
 
 def load_base(

@@ -111,4 +111,5 @@ def write_file(path: Path, data: bytes) -> None:
             f"{path}: cannot be written ({error.strerror})", "choose another place with -o DIR/"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.exists() else None
+        if temporary.exists():
+            temporary.unlink()

@@ -15,7 +15,7 @@ def randomise(module, seed=0, std=0.1):
     return module
 
 
-def small_unet(prediction="epsilon", **changes):
+def small_unet(**changes):
     torch.manual_seed(0)
     config = dict(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
