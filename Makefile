@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MINUTES ?= vae=20,base=70,canny=30
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
@@ -52,8 +51,8 @@ wheel: env ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
 	@ls dist
 
-tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=vae=20,base=70,canny=30)
-	$(BIN)/python -u -m controlnet.model.tiny.train --minutes $(MINUTES)
+tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=base=120 for other times)
+	$(BIN)/python -u -m controlnet.model.tiny.train $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -u -m controlnet.model.tiny.card
 
 card: env ## Measure the embedded model again and write its card

@@ -93,8 +93,8 @@ def test_edge_f1_in_closed_form():
 
 
 def test_minutes_of_the_stages():
-    assert parse_minutes("2") == {"vae": 2, "base": 2, "canny": 2}
-    assert parse_minutes("base=5") == {"vae": 0, "base": 5, "canny": 0}
+    assert parse_minutes("2") == {"vae": 2, "text": 2, "base": 2, "canny": 2}
+    assert parse_minutes("base=5") == {"vae": 0, "text": 0, "base": 5, "canny": 0}
     with pytest.raises(ValueError, match="'bas'"):
         parse_minutes("bas=5")
 

@@ -116,6 +116,17 @@ def test_poses_touch_the_ground_with_bones_of_fixed_length(pose):
             assert np.linalg.norm(joints[JOINTS.index(a)] - joints[JOINTS.index(b)]) == pytest.approx(length)
 
 
+def test_the_main_region_is_the_main_objects():
+    channel = {"red": 0, "green": 1, "blue": 2}
+    scenes = [s for s in map(make_scene, range(900)) if s.sort == "objects" and s.main.name in channel]
+    scenes = [s for s in scenes if len(s.bodies) > 1]
+    assert len(scenes) > 25
+    seen = render(scenes, 32)
+    for scene, image, parts in zip(scenes, seen.images.float(), seen.parts, strict=True):
+        if (parts == MAIN).sum() > 10:
+            assert int(image[parts == MAIN].mean(0).argmax()) == channel[scene.main.name], scene.caption
+
+
 def test_flips():
     assert sorted(FLIPPED) == list(range(18))
     assert [JOINTS[i] for i in FLIPPED][:5] == ["nose", "neck", "l_shoulder", "l_elbow", "l_wrist"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from controlnet.model.tiny.people import ONE_SIDED, POSES, body_parts, pose_joints
@@ -179,10 +179,11 @@ def _objects(rng: np.random.Generator) -> Scene:
             bodies.append(body)
             words.append(word)
     order = sorted(range(count), key=lambda i: -_extent(bodies[i]))
-    main = bodies[order[0]]
+    bodies = [replace(bodies[i], part=rank) for rank, i in enumerate(order)]
+    main = bodies[0]
     words = [f"a {words[i]}" for i in order]
     if count == 2 and abs(bodies[0].a[0] - bodies[1].a[0]) > 0.5 and rng.random() < 0.6:
-        side = "left" if main.a[0] < bodies[order[1]].a[0] else "right"
+        side = "left" if main.a[0] < bodies[1].a[0] else "right"
         told = f"{words[0]} on the {side} of {words[1]}"
     elif count == 1 and abs(main.a[0]) > 0.5 and rng.random() < 0.6:
         told = f"{words[0]} on the {'left' if main.a[0] < 0 else 'right'}"

@@ -1,8 +1,11 @@
-"""The stages in which `tiny` is trained: world, VAE, base, ControlNet. Each resumes and is skipped when finished."""
+"""The stages in which `tiny` is trained: VAE, text encoder, base, ControlNet. Each resumes and is skipped when
+finished."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from controlnet.model.objective import Diffusion
 from controlnet.model.tiny.dataset import World
 from controlnet.model.tiny.recipe import (
     HINT_WIDTHS,
+    TEXT_WIDTH,
     TOKENS,
     make_scheduler,
     make_text_encoder,
@@ -26,12 +30,17 @@ from controlnet.model.tiny.recipe import (
 from controlnet.model.tiny.scenes import vary
 from controlnet.preprocessors.canny import CannyOptions, canny
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LATENT_NOISE = 0.05
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16)
+@contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    """bfloat16 autocast; on a CPU with attention as plain matrix products, whose backward is ten times faster there."""
+    fused = [] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel([*fused, SDPBackend.MATH]):
+        yield
 
 
 def train_vae(world: World, folder: Path, minutes: float, device: torch.device, crop: int = 64, batch: int = 16,
@@ -101,22 +110,68 @@ def diffusion_batch(step: int, seed: int, latents: Tensor, batch: int, device: t
     return rng, rows, z0, eps, t
 
 
-def train_base(
-    latents: Tensor, captions: list[str], tokenizer, size: int, folder: Path, minutes: float, device: torch.device,
+def reworded(tokenizer, captions: list[str]) -> Tensor:
+    """(4, N, TOKENS) token ids: every caption in four wordings."""
+    rng = np.random.default_rng(2)
+    return torch.stack([encode_captions(tokenizer, [vary(c, rng) for c in captions]) for _ in range(4)])
+
+
+class Sketch(nn.Module):
+    """Text features (B, TOKENS, TEXT_WIDTH) to the mean latent that they let expect, (B, 4, 8, 8): a query for each
+    place attends to the words, as the UNet's will."""
+
+    def __init__(self, side: int = 8):
+        super().__init__()
+        self.side = side
+        self.queries = nn.Parameter(0.5 * torch.randn(side * side, TEXT_WIDTH))
+        layer = nn.TransformerDecoderLayer(TEXT_WIDTH, 6, 2 * TEXT_WIDTH, 0.0, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(TEXT_WIDTH))
+        self.out = nn.Linear(TEXT_WIDTH, 4)
+
+    def forward(self, text: Tensor) -> Tensor:
+        places = self.out(self.decoder(self.queries.expand(len(text), -1, -1), text))
+        return places.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+
+def train_text(
+    latents: Tensor, captions: list[str], tokenizer, folder: Path, minutes: float, device: torch.device,
     batch: int = 64, report=print,
+) -> tuple[nn.Module, Progress]:  # fmt: skip
+    """The text encoder alone, before the base, as Stable Diffusion's: it learns to tell what the picture looks like.
+
+    Taught by the denoising loss alone it needs a hundred times as many samples (benchmarks/LOG.md).
+    """
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"text": make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
+    wordings = reworded(tokenizer, captions)
+    sketches = F.adaptive_avg_pool2d(latents.float(), model["sketch"].side)
+
+    def loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([6, step])
+        rows = torch.from_numpy(rng.integers(len(captions), size=batch))
+        with autocast(device):
+            y = model["sketch"](model["text"](wordings[int(rng.integers(4)), rows].to(device)).last_hidden_state)
+        return F.mse_loss(y.float(), sketches[rows].to(device))
+
+    progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, report)
+    return model["text"], progress
+
+
+def train_base(
+    latents: Tensor, captions: list[str], tokenizer, text_encoder: nn.Module, size: int, folder: Path, minutes: float,
+    device: torch.device, batch: int = 64, report=print,
 ) -> tuple[nn.Module, nn.Module, Progress]:  # fmt: skip
     """UNet and text encoder together, on cached latents; one prompt in ten empty, captions in varying words."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"unet": make_unet(size), "text": make_text_encoder(tokenizer)})
+    model = nn.ModuleDict({"unet": make_unet(size), "text": text_encoder})
     model.to(device).to(memory_format=torch.channels_last)
     diffusion = Diffusion(make_scheduler(), device)
-    rng = np.random.default_rng(2)
-    variants = [encode_captions(tokenizer, [vary(c, rng) for c in captions]) for _ in range(4)]
+    wordings = reworded(tokenizer, captions)
     empty = encode_captions(tokenizer, [""])
 
     def loss_of(step: int) -> Tensor:
         rng, rows, z0, eps, t = diffusion_batch(step, 3, latents, batch, device)
-        ids = variants[int(rng.integers(4))][torch.from_numpy(rows)]
+        ids = wordings[int(rng.integers(4)), torch.from_numpy(rows)]
         ids = torch.where(torch.from_numpy(rng.random((batch, 1)) < 0.1), empty, ids).to(device)
         with autocast(device):
             text = model["text"](ids).last_hidden_state
@@ -124,7 +179,7 @@ def train_base(
             prediction = denoise(model["unet"], z, t, text)
         return diffusion.loss(prediction, z0, eps, t).mean()
 
-    progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1.5e-3), folder, report)
+    progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, report)
     return model["unet"].eval(), model["text"].eval(), progress
 
 

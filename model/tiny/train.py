@@ -1,6 +1,6 @@
 """`make tiny`: trains the embedded model from nothing, on this machine, and writes it as diffusers folders.
 
-    python -m controlnet.model.tiny.train --minutes vae=20,base=70,canny=25
+    python -m controlnet.model.tiny.train --minutes vae=20,text=5,base=90,canny=15
 
 Every stage goes on where it was interrupted, and is skipped once its minutes are used up. CUDA is used if present.
 """
@@ -19,14 +19,14 @@ from controlnet.model.checkpoint import save_controlnet
 from controlnet.model.tiny.dataset import world
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.scenes import vary
-from controlnet.model.tiny.stages import cached_latents, train_base, train_canny, train_vae
+from controlnet.model.tiny.stages import cached_latents, train_base, train_canny, train_text, train_vae
 
-STAGES = ("vae", "base", "canny")
+STAGES = ("vae", "text", "base", "canny")
 MAX_SHARD = "14MB"
 
 
 def parse_minutes(text: str) -> dict[str, float]:
-    """`30` for every stage, or `vae=20,base=70,canny=25`."""
+    """`30` for every stage, or `vae=20,text=5,base=90,canny=15`."""
     if "=" not in text:
         return dict.fromkeys(STAGES, float(text))
     minutes = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
@@ -57,7 +57,7 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", default="vae=20,base=70,canny=30", help="training minutes of each stage")
+    parser.add_argument("--minutes", default="vae=20,text=5,base=90,canny=15", help="training minutes of each stage")
     parser.add_argument("--size", type=int, default=128, help="native pixels of the model")
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
@@ -74,8 +74,11 @@ def main() -> None:
 
     vae, progress["vae"] = train_vae(data, run / "vae", minutes["vae"], device)
     latents = cached_latents(vae, data.images, run / "latents.pt", device)
+    text_encoder, progress["text"] = train_text(
+        latents, data.captions, tokenizer, run / "text", minutes["text"], device
+    )
     unet, text_encoder, progress["base"] = train_base(
-        latents, data.captions, tokenizer, args.size, run / "base", minutes["base"], device
+        latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device
     )
     controlnet, progress["canny"] = train_canny(
         unet, text_encoder, data, latents, tokenizer, run / "canny", minutes["canny"], device
