@@ -90,6 +90,15 @@ class Base:
         """Images (B, 3, H, W) in [-1, 1], float32, of latents as the UNet gives them."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
 
+    def unload(self) -> None:
+        """Forget VAE and text encoder: training needs their memory and not them."""
+        self.vae = self.text_encoder = None
+
+    def reload(self, *parts: str) -> None:
+        """Load `vae`, `text_encoder` or both again, in float32."""
+        for part in parts:
+            setattr(self, part, _load_network(part, self.folder, self.device, torch.float32))
+
 
 def resolve(name: str, offline: bool, patterns: tuple[str, ...], example: str) -> Path:
     """The folder of a model: a folder as it is, or a hub id fetched into the hub's own cache."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from controlnet.model.ablations import ControlNetLite
 from controlnet.model.controlnet import ControlNet
 from controlnet.preprocessors.errors import ModelError
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -39,6 +40,8 @@ def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | N
     config |= {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": list(controlnet.hint_widths)}
     if controlnet.hint != "released":
         config["hint_encoder"] = controlnet.hint
+    if "copy" in controlnet.config:
+        config["copy"] = controlnet.config["copy"]
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in controlnet.state_dict().items()}
     temporary = folder / f"{WEIGHTS}.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
@@ -88,7 +91,8 @@ def _from_config(config: dict, folder: Path) -> ControlNet:
             config=config, conv_in=unet.conv_in, time_proj=unet.time_proj, time_embedding=unet.time_embedding,
             down_blocks=unet.down_blocks, mid_block=unet.mid_block,
         )  # fmt: skip
-        return ControlNet(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
+        network = ControlNetLite if config.get("copy") == "lite" else ControlNet
+        return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"{folder}: config.json does not describe a usable ControlNet: {error}") from error
 

@@ -9,15 +9,18 @@ the other's files; `checkpoint.py` does that.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from controlnet.model.hint import HINT_ENCODERS, SD_WIDTHS
 from controlnet.model.zero import zero_conv
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -53,6 +56,7 @@ class ControlNet(nn.Module):
             raise ValueError("bases with added or class embeddings (such as SDXL) are not supported")
         self.config = dict(config)
         self.hint, self.hint_widths = hint, tuple(hint_widths)
+        self.gradient_checkpointing = False
         self.conv_in = encoder.conv_in
         self.time_proj = encoder.time_proj
         self.time_embedding = encoder.time_embedding
@@ -78,21 +82,26 @@ class ControlNet(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> Control:
         """Control for z_t (B, 4, h, w) at timesteps t (B,) with text c_t (B, T, D) and hint c_f (B, C, h, w)."""
+        skips, x = self.encode(z, t, text, hint)
+        down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        return Control(down, self.controlnet_mid_block(x))
+
+    def encode(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The trainable copy's features, before the zero convolutions: one per skip connection, and the middle's."""
         embedding = self.time_embedding(self.time_proj(t).to(z.dtype))  # (B, 4C)
         x = self.conv_in(z) + hint  # (B, C, h, w)
         skips = [x]
         for block in self.down_blocks:
-            if getattr(block, "has_cross_attention", False):
-                x, outputs = block(x, embedding, encoder_hidden_states=text)
-            else:
-                x, outputs = block(x, embedding)
+            x, outputs = self._run(block, x, embedding, text)
             skips += outputs
-        if getattr(self.mid_block, "has_cross_attention", False):
-            x = self.mid_block(x, embedding, encoder_hidden_states=text)
-        else:
-            x = self.mid_block(x, embedding)
-        down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        return Control(down, self.controlnet_mid_block(x))
+        return skips, self._run(self.mid_block, x, embedding, text)
+
+    def _run(self, block: Callable, x: Tensor, embedding: Tensor, text: Tensor):
+        if getattr(block, "has_cross_attention", False):
+            block = partial(block, encoder_hidden_states=text)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, embedding, use_reentrant=False)
+        return block(x, embedding)
 
 
 def skip_channels(config: dict) -> list[int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TINY = Path(__file__).parent / "tiny" / "weights"
+TINY_HINT_WIDTHS = (8, 16, 32, 64)
+"""Widths of the hint encoder on `tiny` and other small bases."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,15 @@ class KnownBase:
     licence: str
     nets: dict[str, str] = field(default_factory=dict)
     guidance: float = 7.5
+    training: dict[str, float] = field(default_factory=dict)
+    """Where the settings of `controlnet train` differ from the defaults, which suit Stable Diffusion."""
 
 
 BASES = {
-    "tiny": KnownBase(str(TINY), "Apache-2.0", {"canny": str(TINY / "controlnet-canny")}, guidance=4.0),
+    "tiny": KnownBase(
+        str(TINY), "Apache-2.0", {"canny": str(TINY / "controlnet-canny")}, guidance=4.0,
+        training={"learning_rate": 5e-4, "batch_size": 16, "max_steps": 1500, "validate_every": 50},
+    ),
     "sd15": KnownBase(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M",
         {"canny": "lllyasviel/control_v11p_sd15_canny"},

@@ -25,6 +25,8 @@ class Exit(IntEnum):
     """Weights or a model folder that cannot be used."""
     PARTIAL = 6
     """Some of several inputs failed; the others are done."""
+    TRAINING = 7
+    """Training stopped: the loss exploded, or memory ran out; the last checkpoint is kept."""
     INTERRUPTED = 130
 
 
@@ -52,3 +54,7 @@ class OutputError(ControlNetError):
 
 class ModelError(ControlNetError):
     code = Exit.MODEL
+
+
+class TrainingError(ControlNetError):
+    code = Exit.TRAINING

@@ -1,8 +1,14 @@
 """The training loop: it learns, resumes exactly, and never leaves half a checkpoint."""
 
+import json
+import os
+import signal
+from dataclasses import replace
+
 import pytest
 import torch
-from controlnet.model.loop import LoopConfig, fit
+from controlnet.model.training.checkpoints import Checkpoints
+from controlnet.model.training.loop import ExplodedError, LoopConfig, fit
 from torch import nn
 
 CONFIG = LoopConfig(max_steps=30, learning_rate=1e-2, warmup_steps=3, log_every=5, save_every=1e-9)
@@ -19,13 +25,17 @@ def setup():
     return net, loss_of
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def test_it_learns_and_logs(tmp_path):
     net, loss_of = setup()
-    logged = []
-    progress = fit(net, loss_of, CONFIG, tmp_path, print, lambda p: logged.append((p.step, p.loss)))
+    progress = fit(net, loss_of, CONFIG, tmp_path)
     assert progress.step == 30
-    assert [s for s, _ in logged] == [5, 10, 15, 20, 25, 30] and logged[-1][1] < 0.7 * logged[0][1]
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+    logged = log_of(tmp_path)
+    assert [row["step"] for row in logged] == [5, 10, 15, 20, 25, 30]
+    assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
 
 
 class Stop(Exception):
@@ -35,7 +45,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("at", [1, 7, 29])
 def test_interrupted_and_resumed_is_the_same_run(tmp_path, at):
     net, loss_of = setup()
-    fit(net, loss_of, CONFIG, tmp_path / "whole", print)
+    fit(net, loss_of, CONFIG, tmp_path / "whole")
     expected = [p.clone() for p in net.parameters()]
 
     net, loss_of = setup()
@@ -46,26 +56,29 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, at):
         return loss_of(step)
 
     with pytest.raises(Stop):
-        fit(net, failing, CONFIG, tmp_path / "cut", print)
+        fit(net, failing, CONFIG, tmp_path / "cut")
     net, loss_of = setup()
-    fit(net, loss_of, CONFIG, tmp_path / "cut", print)
+    fit(net, loss_of, CONFIG, tmp_path / "cut")
     assert all(torch.equal(a, b) for a, b in zip(expected, net.parameters(), strict=True))
-    assert [p.name for p in (tmp_path / "cut").iterdir() if p.suffix == ".tmp"] == []
+    assert list((tmp_path / "cut").rglob("*.tmp")) == []
+    whole, cut = ([(row["step"], row["loss"]) for row in log_of(tmp_path / n)] for n in ("whole", "cut"))
+    assert whole == cut
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
     net, loss_of = setup()
-    fit(net, loss_of, CONFIG, tmp_path, print)
+    fit(net, loss_of, CONFIG, tmp_path)
     expected = [p.clone() for p in net.parameters()]
     net, _ = setup()
-    fit(net, lambda step: pytest.fail("ran"), CONFIG, tmp_path, print)
+    fit(net, lambda step: pytest.fail("ran"), CONFIG, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(expected, net.parameters(), strict=True))
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     net, loss_of = setup()
-    fit(net, loss_of, CONFIG, tmp_path, print)
-    before = (tmp_path / "state.pt").read_bytes()
+    fit(net, loss_of, CONFIG, tmp_path)
+    (last,) = (tmp_path / "checkpoints").iterdir()
+    before = last.read_bytes()
 
     def full(obj, file):
         file.write(b"half")
@@ -73,21 +86,27 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torch.save", full)
     with pytest.raises(OSError):
-        fit(net, loss_of, LoopConfig(max_steps=40, save_every=1e-9), tmp_path, print)
-    assert (tmp_path / "state.pt").read_bytes() == before
+        fit(net, loss_of, LoopConfig(max_steps=40, save_every=1e-9), tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [last.name] and last.read_bytes() == before
 
 
 def test_a_loss_that_explodes_stops_the_run(tmp_path):
     net, loss_of = setup()
-    with pytest.raises(FloatingPointError, match="step 10"):
-        fit(net, lambda s: loss_of(s) * (float("nan") if s > 6 else 1), CONFIG, tmp_path, print)
+    with pytest.raises(ExplodedError, match="at step 7"):
+        fit(net, lambda s: loss_of(s) * (float("nan") if s > 6 else 1), CONFIG, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [7]
+    state = Checkpoints(tmp_path / "checkpoints").load()
+    assert all(p.isfinite().all() for p in state["parameters"])
+    net, loss_of = setup()
+    with pytest.raises(ExplodedError, match="it began at"):
+        fit(net, lambda s: loss_of(s) * (100 if s > 12 else 1), CONFIG, tmp_path / "rise")
 
 
 def test_only_trainable_parameters_move(tmp_path):
     net, loss_of = setup()
     net.bias.requires_grad_(False)
     before = net.bias.clone()
-    fit(net, loss_of, CONFIG, tmp_path, print)
+    fit(net, loss_of, CONFIG, tmp_path)
     assert torch.equal(net.bias, before)
 
 
@@ -95,3 +114,64 @@ def test_only_trainable_parameters_move(tmp_path):
 def test_settings_are_checked(field):
     with pytest.raises(ValueError, match=field):
         LoopConfig(**{field: -1})
+
+
+def test_accumulated_batches_are_one_large_one(tmp_path):
+    """Four batches of 2 in a step give what one batch of 8 gives."""
+    x = torch.randn(8 * 30, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        net, _ = setup()
+
+        def loss_of(k, net=net, size=size):
+            rows = x[k * size : (k + 1) * size]
+            return (net(rows) - rows[:, :2]).square().mean()
+
+        fit(net, loss_of, replace(CONFIG, accumulation=accumulation), tmp_path / str(size))
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_validation_sees_the_average_and_training_goes_on_without_it(tmp_path):
+    net, loss_of = setup()
+    seen = []
+
+    def validate(progress):
+        seen.append((progress.step, net.weight.detach().clone(), net.training))
+        return {"validation_loss": float(net.weight.detach().square().sum())}
+
+    fit(net, loss_of, replace(CONFIG, validate_every=10), tmp_path / "a", validate=validate)
+    assert [step for step, *_ in seen] == [0, 10, 20, 30] and not any(training for *_, training in seen)
+    assert torch.equal(seen[-1][1], net.weight)
+    other, loss_of = setup()
+    fit(other, loss_of, CONFIG, tmp_path / "b")
+    assert torch.equal(net.weight, other.weight)
+
+
+def test_the_last_checkpoints_and_the_best_one_are_kept(tmp_path):
+    net, loss_of = setup()
+    losses = {0: 9.0, 5: 1.0}
+    config = replace(CONFIG, keep=2, validate_every=5)
+    progress = fit(net, loss_of, config, tmp_path, validate=lambda p: {"validation_loss": losses.get(p.step, 5.0)})
+    assert progress.best_step == 5
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [5, 29, 30]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path, number):
+    net, loss_of = setup()
+    fit(net, loss_of, CONFIG, tmp_path / "whole")
+    expected = net.weight.clone()
+
+    net, loss_of = setup()
+
+    def signalled(step):
+        if step == 12:
+            os.kill(os.getpid(), number)
+        return loss_of(step)
+
+    progress = fit(net, signalled, replace(CONFIG, save_every=1e9), tmp_path / "cut")
+    assert progress.step == 13 and Checkpoints(tmp_path / "cut/checkpoints").steps() == [13]
+    net, loss_of = setup()
+    fit(net, loss_of, CONFIG, tmp_path / "cut")
+    assert torch.equal(net.weight, expected)

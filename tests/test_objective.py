@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from controlnet.model.objective import Diffusion
+from controlnet.model.training.objective import Diffusion
 from diffusers import DDPMScheduler
 
 

@@ -6,6 +6,7 @@ an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from controlnet.model.tiny.render import render
 from controlnet.model.tiny.scenes import WORLD_VERSION, make_scene
+from controlnet.preprocessors.images import png_bytes, write_file
 
 SHARD = 250
 HELD_OUT = 10_000_000
@@ -81,3 +83,17 @@ def world(folder: Path, scenes: int, size: int, first_seed: int = 0, device: str
                 shards.append(shard[key])
     arrays = {key: np.concatenate(shards)[:scenes] for key, shards in parts.items()}
     return World(**{**arrays, "captions": arrays["captions"].tolist()})  # type: ignore[arg-type]
+
+
+def world_photos(folder: Path, scenes: int, size: int, report=print) -> Path:
+    """The first `scenes` of the world as a folder of pictures with captions, `folder`, drawn where it is not there."""
+    folder = Path(folder)
+    if (folder / "metadata.jsonl").is_file():
+        return folder
+    data = world(folder.parent / "shards", scenes, size, report=report)
+    lines = []
+    for index, (image, caption) in enumerate(zip(data.images, data.captions, strict=True)):
+        write_file(folder / f"{index:05d}.png", png_bytes(image))
+        lines.append(json.dumps({"file_name": f"{index:05d}.png", "text": caption}) + "\n")
+    write_file(folder / "metadata.jsonl", "".join(lines).encode())
+    return folder

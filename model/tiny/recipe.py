@@ -37,10 +37,6 @@ def make_unet(size: int) -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-HINT_WIDTHS = (8, 16, 32, 64)
-"""Widths of the canny ControlNet's hint encoder (released form)."""
-
-
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=4,

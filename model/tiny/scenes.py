@@ -105,13 +105,6 @@ def make_scene(seed: int) -> Scene:
     return (_objects, _person, _poster)[int(rng.integers(3))](rng)
 
 
-def flip_words(caption: str) -> str:
-    """The caption of the mirrored picture: left and right change places."""
-    swap = {"left": "right", "right": "left"}
-    return " ".join(swap.get(word, word) for word in caption.split(" ")).replace("left,", "\0").replace(
-        "right,", "left,").replace("\0", "right,")  # fmt: skip
-
-
 def _pick(rng: np.random.Generator, options) -> str:
     options = tuple(options)
     return options[int(rng.integers(len(options)))]

@@ -3,9 +3,6 @@ finished."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from controlnet.model.canvas import condition_tensor, to_canvas
 from controlnet.model.controlnet import ControlNet, denoise
-from controlnet.model.loop import LoopConfig, Progress, fit, save_atomic
-from controlnet.model.objective import Diffusion
+from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.tiny.dataset import World
 from controlnet.model.tiny.recipe import (
-    HINT_WIDTHS,
     TEXT_WIDTH,
     TOKENS,
     make_scheduler,
@@ -28,19 +23,14 @@ from controlnet.model.tiny.recipe import (
     make_vae,
 )
 from controlnet.model.tiny.scenes import vary
+from controlnet.model.training.checkpoints import save_atomic
+from controlnet.model.training.loop import LoopConfig, Progress, fit
+from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
+from controlnet.model.training.precision import autocast
 from controlnet.preprocessors.canny import CannyOptions, canny
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LATENT_NOISE = 0.05
-
-
-@contextmanager
-def autocast(device: torch.device) -> Iterator[None]:
-    """bfloat16 autocast; on a CPU with attention as plain matrix products, whose backward is ten times faster there."""
-    fused = [] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel([*fused, SDPBackend.MATH]):
-        yield
 
 
 def train_vae(world: World, folder: Path, minutes: float, device: torch.device, crop: int = 64, batch: int = 16,
@@ -116,21 +106,24 @@ def reworded(tokenizer, captions: list[str]) -> Tensor:
     return torch.stack([encode_captions(tokenizer, [vary(c, rng) for c in captions]) for _ in range(4)])
 
 
+SKETCH = 8
+"""Places on a side of the sketch that the text encoder learns to draw."""
+
+
 class Sketch(nn.Module):
     """Text features (B, TOKENS, TEXT_WIDTH) to the mean latent that they let expect, (B, 4, 8, 8): a query for each
     place attends to the words, as the UNet's will."""
 
-    def __init__(self, side: int = 8):
+    def __init__(self):
         super().__init__()
-        self.side = side
-        self.queries = nn.Parameter(0.5 * torch.randn(side * side, TEXT_WIDTH))
+        self.queries = nn.Parameter(0.5 * torch.randn(SKETCH * SKETCH, TEXT_WIDTH))
         layer = nn.TransformerDecoderLayer(TEXT_WIDTH, 6, 2 * TEXT_WIDTH, 0.0, batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(TEXT_WIDTH))
         self.out = nn.Linear(TEXT_WIDTH, 4)
 
     def forward(self, text: Tensor) -> Tensor:
         places = self.out(self.decoder(self.queries.expand(len(text), -1, -1), text))
-        return places.transpose(1, 2).unflatten(2, (self.side, self.side))
+        return places.transpose(1, 2).unflatten(2, (SKETCH, SKETCH))
 
 
 def train_text(
@@ -144,7 +137,7 @@ def train_text(
     torch.manual_seed(0)
     model = nn.ModuleDict({"text": make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
     wordings = reworded(tokenizer, captions)
-    sketches = F.adaptive_avg_pool2d(latents.float(), model["sketch"].side)
+    sketches = F.adaptive_avg_pool2d(latents.float(), SKETCH)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([6, step])
@@ -204,7 +197,9 @@ def train_canny(
 ) -> tuple[ControlNet, Progress]:  # fmt: skip
     """The ControlNet on the locked base: prompts emptied half the time, conditions by the functions users call."""
     torch.manual_seed(0)
-    controlnet = ControlNet.from_base(unet, hint_widths=HINT_WIDTHS).to(device).to(memory_format=torch.channels_last)
+    controlnet = (
+        ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS).to(device).to(memory_format=torch.channels_last)
+    )
     unet.requires_grad_(False), text_encoder.requires_grad_(False)
     diffusion = Diffusion(make_scheduler(), device)
     ids = encode_captions(tokenizer, world.captions)
@@ -214,31 +209,21 @@ def train_canny(
         maps = [condition_tensor(training_canny(world.images[r], rng)) for r in rows]
         return torch.stack(maps).to(device).contiguous(memory_format=torch.channels_last)
 
-    def losses(rows, z0: Tensor, eps: Tensor, t: Tensor, text: Tensor, condition: Tensor) -> Tensor:
-        z = diffusion.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
+    def losses_of(batch: Batch) -> Tensor:
         with autocast(device):
-            control = controlnet(z, t, text, controlnet.encode_hint(condition))
-            prediction = denoise(unet, z, t, text, control)
-        return diffusion.loss(prediction, z0, eps, t)
+            return control_losses(unet, controlnet, diffusion, batch)
 
-    def loss_of(step: int) -> Tensor:
-        rng, rows, z0, eps, t = diffusion_batch(step, 4, latents, batch, device)
-        emptied = torch.from_numpy(rng.random((batch, 1)) < 0.5)
+    def draw(step: int, seed: int, count: int, emptied: float) -> Batch:
+        rng, rows, z0, eps, t = diffusion_batch(step, seed, latents, count, device)
+        empties = torch.from_numpy(rng.random((count, 1)) < emptied)
         with torch.no_grad(), autocast(device):
-            text = text_encoder(torch.where(emptied, empty, ids[torch.from_numpy(rows)]).to(device)).last_hidden_state
-        return losses(rows, z0, eps, t, text, conditions(rows, rng)).mean()
+            text = text_encoder(torch.where(empties, empty, ids[torch.from_numpy(rows)]).to(device)).last_hidden_state
+        return Batch(z0, eps, t, text, conditions(rows, rng))
 
-    def control_gap(progress: Progress) -> None:
-        """Loss with the next sample's condition minus loss with the true one, on fixed samples, noise and timesteps."""
-        rng, rows, z0, eps, t = diffusion_batch(0, 5, latents, 64, device)
-        condition = conditions(rows, rng)
-        with torch.no_grad(), autocast(device):
-            text = text_encoder(empty.expand(64, -1).to(device)).last_hidden_state
-            true, other = (losses(rows, z0, eps, t, text, c).mean() for c in (condition, condition.roll(1, 0)))
-        with open(folder / "gap.jsonl", "a") as log:
-            log.write(
-                json.dumps({"step": progress.step, "loss": float(true), "control_gap": float(other - true)}) + "\n"
-            )
+    def validate(progress: Progress) -> dict[str, float]:
+        batch = draw(0, 5, 64, 1.0)
+        return control_gap(losses_of, [(batch, batch.condition.roll(1, 0))])
 
-    progress = fit(controlnet, loss_of, LoopConfig(minutes=minutes, learning_rate=5e-4), folder, report, control_gap)
+    config = LoopConfig(minutes=minutes, learning_rate=5e-4)
+    progress = fit(controlnet, lambda k: losses_of(draw(k, 4, batch, 0.5)).mean(), config, folder, report, validate)
     return controlnet.eval(), progress

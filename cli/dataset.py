@@ -1,0 +1,118 @@
+"""`controlnet dataset check DATA` and `controlnet dataset build PHOTOS`: training data, before a day is spent on it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from controlnet.cli.options import Json, Quiet, say, warn
+from controlnet.preprocessors.errors import Exit, UsageError
+
+app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.")
+SHOWN = 3
+
+
+@app.command("check", help="Look at every pair; a contact sheet; exit code 3 when training would suffer.")
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that `controlnet train` takes.")],
+    kind: Annotated[str | None, typer.Option(help="The kind of condition.  [default: told by the data]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Contact sheet.  [default: DATA-check.png here]")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    from controlnet.preprocessors.check import check_pairs
+    from controlnet.preprocessors.images import png_bytes, write_file
+    from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
+    from controlnet.preprocessors.sheet import contact_sheet
+
+    found = find_pairs(data)
+    try:
+        name, _ = kind_of_pairs(found, kind or "")
+    except UsageError as error:
+        warn(f"{error}; lines are not checked for polarity")
+        name = "unknown"
+    with _bar("checking", len(found.pairs), quiet) as on_pair:
+        counts, problems, previews = check_pairs(found, name, on_pair)
+    sheet = out or Path(f"{data.resolve().name}-check.png")
+    if previews:
+        write_file(sheet, png_bytes(contact_sheet([(p, "") for p in previews], 4, 256)))
+    if as_json:
+        print(json.dumps({"output": str(sheet), **counts, "problems": [vars(p) for p in problems]}, ensure_ascii=False))
+    else:
+        print(f"{counts['pairs']} pairs, form {counts['form']}, kind {counts['kind']}")
+        print("sizes: " + ", ".join(f"{size} ({n})" for size, n in counts["sizes"].items()))
+        for (level, what), number in Counter((p.level, p.what) for p in problems).items():
+            print(f"{level}: {number} x {what}")
+            for problem in [p for p in problems if p.what == what][:SHOWN]:
+                print(f"    {problem.where}")
+        print(f"{counts['errors']} errors, {counts['warnings']} warnings; look at {sheet}")
+    if counts["errors"]:
+        raise typer.Exit(Exit.INPUT)
+
+
+@app.command("build", help="Make pairs from photos: pictures and conditions of one size, captions, manifest, split.")
+def build(
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, captions in .txt or metadata.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the data set; what is there already is kept.")],
+    kind: Annotated[str, typer.Option(help="The kind of condition; its default detector makes it.")] = "canny",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the detector.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Size of pictures and maps: WIDTHxHEIGHT, or one number.")] = "512",
+    resize: Annotated[str, typer.Option(help="crop, pad or stretch.")] = "crop",
+    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Processes.  [default: one a core]")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    from controlnet.cli.options import keeps
+    from controlnet.preprocessors.build import build, options_of
+    from controlnet.preprocessors.geometry import parse_size
+    from controlnet.preprocessors.pairs import find_pairs
+
+    if resize not in ("crop", "pad", "stretch"):
+        raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")
+    options = options_of(kind, set_ or [])
+    found = find_pairs(photos)
+    if found.form != "photos":
+        raise UsageError(f"{photos}: holds pairs already ({found.form})", f"controlnet train {photos}")
+    keeps(out / "manifest.json", overwrite=True, skip_existing=False)
+    with _bar("building", len(found.pairs), quiet) as on_pair:
+        manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair)
+    for reason in failed:
+        warn(reason)
+    if without := sum(not p.caption for p in found.pairs):
+        warn(f"{without} of {len(found.pairs)} photos have no caption")
+    say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train {out}")
+    print(json.dumps({"output": str(out), **manifest}) if as_json else out)
+    if failed:
+        raise typer.Exit(Exit.PARTIAL)
+
+
+class _bar:
+    """A progress bar on standard error when someone is watching; as a context it gives on_pair(done)."""
+
+    def __init__(self, what: str, total: int, quiet: bool):
+        import sys
+
+        self.progress = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.progress = Progress(console=Console(stderr=True), transient=True)
+            self.task = self.progress.add_task(what, total=total)
+
+    def __enter__(self):
+        if self.progress is None:
+            return lambda done: None
+        self.progress.start()
+        return lambda done: self.progress.update(self.task, completed=done)
+
+    def __exit__(self, *_) -> None:
+        if self.progress is not None:
+            self.progress.stop()

@@ -1,0 +1,226 @@
+"""`controlnet train DATA`: pairs or photos become a ControlNet; `controlnet status RUN` says how it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from controlnet.cli.options import Device, Json, Offline, Quiet, keeps, say, tell, warn
+from controlnet.preprocessors.errors import Exit, InputError, UsageError
+
+HELP = "Train a ControlNet on photos or pairs, and be told whether it works."
+STATUS_HELP = "Say how a training run stands: verdict, control gap, time left; draw its curve."
+WORLD = "world"
+WORLD_SCENES = 3000
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder of photos (captions in .txt or metadata.jsonl) or of pairs; or `world`, the built-in scenes.",
+    ),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(help="The kind of condition; any word for your own.  [default: told by the data, canny for photos]"),
+]
+BaseName = Annotated[
+    str | None,
+    typer.Option("--base", envvar="CONTROLNET_BASE", help="The base to train on: tiny, sd15, a folder or a hub id."),
+]
+Config = Annotated[Path | None, typer.Option("--config", help="Settings from a TOML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeat. See --settings for all of them."),
+]
+RunFolder = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Folder of the run.  [default: runs/DATA-N, the next free N]")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or with the last run of DATA.")]
+Processes = Annotated[int, typer.Option(help="Processes that share each batch.")]
+Force = Annotated[bool, typer.Option("--force", help="Resume although data or settings changed.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, order, noise and crops.  [default: 0]")]
+
+
+def _settings(wanted: bool) -> None:
+    if wanted:
+        from dataclasses import fields
+
+        from controlnet.cli.detect import _doc
+        from controlnet.model.training.config import TrainConfig
+        from controlnet.model.training.loop import LoopConfig
+
+        for field in fields(TrainConfig):
+            owner = TrainConfig if field.name in TrainConfig.__annotations__ else LoopConfig
+            print(f"{field.name:24} {field.default!s:10} {_doc(owner, field.name)}".rstrip())
+        raise typer.Exit
+
+
+Settings = Annotated[
+    bool, typer.Option("--settings", callback=_settings, is_eager=True, help="List all settings with their defaults.")
+]
+
+
+def train(
+    data: Data, kind: Kind = None, base: BaseName = None, config: Config = None, set_: Set = None,
+    out: RunFolder = None, resume: Resume = False, processes: Processes = 1, force: Force = False, seed: Seed = None,
+    device: Device = None, offline: Offline = False, as_json: Json = False, quiet: Quiet = False,
+    settings: Settings = False,
+) -> None:  # fmt: skip
+    from controlnet.preprocessors.pairs import find_pairs
+
+    world = data == WORLD and not Path(data).is_dir()
+    found = None if world else find_pairs(Path(data))
+    folder = out or run_folder(Path(data), resume)
+    if resume and not (folder / "run.json").is_file():
+        raise InputError(f"{folder}: no run to go on with", f"controlnet train {data}")
+    if not resume and (folder / "run.json").is_file():
+        raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
+    keeps(folder / "run.json", overwrite=True, skip_existing=False)
+    if processes < 1:
+        raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
+    if processes > 1 and "RANK" not in os.environ:
+        raise typer.Exit(launch(processes, folder))
+    _train(found, folder, kind, base, config, set_ or [], resume, force, seed, device, offline, as_json, quiet)
+
+
+def run_folder(data: Path, resume: bool) -> Path:
+    """runs/DATA-N: the next free N, or with `resume` the last one that exists."""
+    name = re.sub(r"[^\w.-]+", "-", data.resolve().name if data.is_dir() else data.name) or "data"
+    numbers = [
+        int(m[1]) for p in Path("runs").glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))
+    ]
+    return Path("runs") / f"{name}-{max(numbers, default=0) + (not resume) or 1}"
+
+
+def launch(processes: int, folder: Path) -> int:
+    """The same command once more in each of several processes, which find each other through torch's launcher."""
+    import subprocess
+
+    own = sys.argv[1:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               "-m", "controlnet.cli.main", *own]  # fmt: skip
+    if not any(a in ("-o", "--out") or a.startswith("--out=") for a in own):
+        command += ["-o", str(folder)]
+    return subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+
+
+def _train(found, folder, kind, base, config_path, assignments, resume, force, seed, device, offline, as_json, quiet):
+    from dataclasses import replace
+
+    from controlnet.cli.generate import _device, _silence_libraries
+    from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
+
+    _silence_libraries()
+    from controlnet.model.training.config import read_config
+
+    paths = [folder / "config.toml"] * resume + [config_path] * (config_path is not None)
+    config = read_config(paths, assignments, base=base, seed=seed, kind=kind)
+    if found is None:
+        from controlnet.model.hashes import cache_folder
+        from controlnet.model.tiny.dataset import world_photos
+
+        found = find_pairs(
+            world_photos(cache_folder() / "world" / f"{WORLD_SCENES}-128", WORLD_SCENES, 128, report=say)
+        )
+    kind, reason = kind_of_pairs(found, config.kind)
+    config = replace(config, kind=kind)
+    without = sum(not pair.caption for pair in found.pairs)
+    main = int(os.environ.get("RANK", 0)) == 0
+    if main:
+        say(
+            f"{len(found.pairs)} pairs ({found.form}), kind {kind} ({reason}); base {config.base}, "
+            f"{config.max_steps:,} steps of {config.batch_size * config.accumulation}; run in {folder}"
+        )
+        for what, names in (("missing", found.missing), ("without a partner", found.extra)):
+            if names:
+                warn(f"{len(names)} files {what}, the first: {names[0]}; controlnet dataset check {found.folder}")
+        if without:
+            warn(f"{without} of {len(found.pairs)} captions are empty: they train the empty prompt")
+        if len(found.pairs) < 100:
+            warn(f"only {len(found.pairs)} pairs: the network may learn them by heart")
+    from controlnet.model.training.run import train as run
+
+    with _watcher(quiet or not main, config.max_steps) as watcher:
+        progress = run(found, config, folder, _device(device), resume, force, offline, watcher)
+    if main:
+        state = _state(folder)
+        for line in state["lines"]:
+            say(line)
+        if progress.step < config.max_steps:
+            say(f"go on with: controlnet train {found.folder} --resume -o {folder}")
+        tell({"output": str(folder)} | state, as_json)
+    if progress.step < config.max_steps and progress.seconds < 60 * config.minutes:
+        raise typer.Exit(Exit.INTERRUPTED)
+
+
+@contextmanager
+def _watcher(quiet: bool, max_steps: int):
+    """Progress on standard error: bars when someone is watching, else a line a look at the held-out pairs."""
+    from controlnet.model.training.run import Watcher
+
+    if quiet:
+        yield Watcher()
+        return
+    if not sys.stderr.isatty():
+        yield Watcher(say=say)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks = {}
+
+        def on_item(what: str, of: int, done: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(f"caching {what}", total=of)
+            bars.update(tasks[what], completed=done)
+
+        def on_step(progress) -> None:
+            if "steps" not in tasks:
+                tasks["steps"] = bars.add_task("training", total=max_steps)
+            bars.update(tasks["steps"], completed=progress.step, description=f"training, loss {progress.loss:.3f}")
+
+        yield Watcher(say=lambda text: console.print(text, highlight=False), on_item=on_item, on_step=on_step)
+
+
+def _state(folder: Path) -> dict:
+    from controlnet.model.training.report import describe, read_run
+
+    run = read_run(folder)
+    last = run.validations[-1] if run.validations else {}
+    return {
+        "verdict": run.verdict.word, "converged_at": run.verdict.step, "step": run.step,
+        "max_steps": run.record["settings"]["max_steps"], "control_gap": last.get("control_gap"),
+        "band": last.get("band"), "validation_loss": last.get("validation_loss"), "causes": run.verdict.causes,
+        "lines": describe(run),
+    }  # fmt: skip
+
+
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/photos-1.")],
+    as_json: Json = False,
+) -> None:
+    from controlnet.model.training.report import draw_curve, read_run
+
+    state = _state(run)
+    if as_json:
+        print(json.dumps({"output": str(run)} | state))
+        return
+    for line in state["lines"]:
+        print(line)
+    try:
+        draw_curve(read_run(run), run / "curve.png")
+    except Exception as error:  # a run of someone else's, on a disk that cannot be written: the words are what counts
+        warn(f"curve.png not drawn: {error}")
+    pictures = [str(p) for p in (run / "curve.png", run / "samples.png") if p.is_file()]
+    if pictures:
+        print("look at " + " and ".join(pictures))

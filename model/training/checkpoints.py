@@ -1,0 +1,48 @@
+"""The checkpoints of a run: one file a state, whole or not there; the last ones and the best one are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_atomic(obj: object, path: Path) -> None:
+    """torch.save under a temporary name, then rename: the file is whole or not there, also on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """`step-0000100.pt` files in a folder. `keep` is how many of the last ones stay."""
+
+    def __init__(self, folder: Path, keep: int = 1):
+        self.folder, self.keep = Path(folder), keep
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.pt"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}.pt"
+
+    def save(self, state: dict[str, Any], step: int, best: int | None = None) -> None:
+        """Write the state of `step`, then remove the ones that are neither among the last nor `best`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_atomic(state, self.path(step))
+        for old in self.steps()[: -self.keep]:
+            if old != best:
+                self.path(old).unlink()
+
+    def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+        """The last state; None when there is none."""
+        steps = self.steps()
+        return torch.load(self.path(steps[-1]), weights_only=True, map_location=device) if steps else None

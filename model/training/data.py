@@ -1,0 +1,82 @@
+"""What a run is trained on, looked at before it begins and again before it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from controlnet.model.canvas import LINE_KINDS
+from controlnet.model.training.config import TrainConfig
+from controlnet.model.training.report import read_run
+from controlnet.model.training.samples import Samples
+from controlnet.preprocessors.errors import InputError, UsageError
+from controlnet.preprocessors.pairs import Pair, Pairs
+
+LEAST_PAIRS = 4
+FREE_TO_CHANGE = {
+    "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
+}  # fmt: skip
+"""Settings that a resumed run may change: they do not touch the optimisation."""
+
+
+def split(found: Pairs, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs): by the data's own split, else by chance from the seed."""
+    if len(found.pairs) < LEAST_PAIRS:
+        raise InputError(
+            f"{found.folder}: {len(found.pairs)} of at least {LEAST_PAIRS} pairs; hundreds are better",
+            f"controlnet dataset check {found.folder}",
+        )
+    own = [pair for pair in found.pairs if pair.held_out]
+    if len(own) >= 2 and len(found.pairs) - len(own) >= 2:
+        return [pair for pair in found.pairs if not pair.held_out], own[: max(2, config.held_out)]
+    count = max(2, min(config.held_out, len(found.pairs) // 4))
+    chosen = set(np.random.default_rng(config.seed).permutation(len(found.pairs))[:count].tolist())
+    parts: tuple[list[Pair], list[Pair]] = ([], [])
+    for index, pair in enumerate(found.pairs):
+        parts[index in chosen].append(pair)
+    return parts
+
+
+def look_at(*sets: Samples) -> dict[str, float]:
+    """What the first conditions are like: their mean brightness where they are line maps, and how much they differ.
+    Raises InputError when all are of one flat colour."""
+    maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
+    spread = float(np.stack([m.astype(np.float32) for m in maps]).std(0).mean() / 255)
+    if all(int(m.max()) - int(m.min()) < 8 for m in maps):
+        raise InputError("nothing to learn: every condition is one flat colour", "controlnet dataset check DATA")
+    facts = {"condition_spread": round(spread, 4)}
+    if sets[0].config.kind in LINE_KINDS:
+        facts["line_map_brightness"] = round(float(np.mean([m.mean() for m in maps]) / 255), 4)
+    return facts
+
+
+def fingerprint(found: Pairs) -> str:
+    """sha256 over names, sizes and captions of the pairs."""
+
+    def row(pair: Pair) -> list:
+        files = [p for p in (pair.image, pair.condition) if p]
+        return [[str(p.relative_to(found.folder)), p.stat().st_size] for p in files] + [pair.caption]
+
+    return hashlib.sha256(json.dumps([row(pair) for pair in found.pairs]).encode()).hexdigest()
+
+
+def check_resumed(folder: Path, record: dict[str, Any], force: bool) -> None:
+    """Raises UsageError that says what differs from the run that is to go on."""
+    before = read_run(folder).record
+    changes = [
+        f"{name} was {before['settings'].get(name)!r}, is {value!r}"
+        for name, value in record["settings"].items()
+        if name not in FREE_TO_CHANGE and before["settings"].get(name) != value
+    ]
+    if before["base_sha256"] != record["base_sha256"]:
+        changes.append(f"the weights of base {record['settings']['base']} are others")
+    if before["data"]["sha256"] != record["data"]["sha256"]:
+        changes.append(f"the data changed: {before['data']['pairs']} pairs then, {record['data']['pairs']} now")
+    if changes and not force:
+        raise UsageError(
+            f"{folder}: cannot go on as it was: " + "; ".join(changes),
+            "--force goes on all the same; or start anew without --resume",
+        )

@@ -1,0 +1,300 @@
+"""The training loop that every network of this project is trained with: AdamW, accumulation, EMA, checkpoints, exact
+resume, several processes.
+
+Knows neither what is trained nor on what data: it is given a module and a function from the number of a batch to a
+loss. That function draws all its randomness from the number, so a resumed run repeats an uninterrupted one, and there
+is no other random state to save.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from controlnet.model.training.checkpoints import Checkpoints
+from controlnet.model.training.precision import PRECISIONS
+from torch import Tensor, nn
+
+EXPLODED = 4.0
+"""A loss this many times the first one logged has exploded."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a loop optimises and when it stops: at `max_steps` or after `minutes`, whichever comes first."""
+
+    max_steps: int = 1_000_000
+    """Optimiser steps; accumulated batches do not count."""
+    minutes: float = float("inf")
+    """Training time of all runs into the same folder together; 0 takes what is there."""
+    accumulation: int = 1
+    """Batches whose gradients are averaged in one optimiser step."""
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    decay_fraction: float = 0.25
+    """The last part of the run, over which the learning rate falls linearly to zero."""
+    weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "bfloat16"
+    """float32, bfloat16 or float16; master weights and optimiser are float32 in any case."""
+    save_every: float = 120.0
+    """Seconds between checkpoints."""
+    keep: int = 1
+    """How many of the last checkpoints stay; the best one stays besides."""
+    log_every: int = 50
+    """Optimiser steps."""
+    validate_every: int = 100
+    """Optimiser steps."""
+
+    def __post_init__(self):
+        for name in ("max_steps", "accumulation", "learning_rate", "save_every", "keep", "log_every", "validate_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("minutes", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("decay_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+@dataclass
+class Progress:
+    """Where a loop stands."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = math.nan
+    """Mean over the steps of the last log line."""
+    first_loss: float = math.nan
+    best_loss: float = math.inf
+    """Of the validations; the network of `best_step` had it."""
+    best_step: int | None = None
+    window: list[float] = field(default_factory=list)
+    """Losses since the last log line."""
+
+
+class ExplodedError(ArithmeticError):
+    """The loss is not finite, or far above where it began. The checkpoints are from before."""
+
+
+def fit(
+    module: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    config: LoopConfig,
+    folder: Path,
+    report: Callable[[str], None] = print,
+    validate: Callable[[Progress], dict[str, Any]] | None = None,
+    on_validated: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Train `module` in place and leave its exponential moving average in it.
+
+    loss_of(k) gives the scalar loss of batch k; one optimiser step takes `accumulation` of them. Goes on from the last
+    checkpoint in `folder/checkpoints`. `validate` runs on the averaged weights before the first step, every
+    `validate_every` steps and at the end, and returns fields for the log; the lowest `validation_loss` among them makes
+    the step the best one; `on_validated` follows when they are written. SIGTERM and SIGINT end the loop after a
+    checkpoint. With several processes (Accelerate's environment), each computes its own part of batch k, gradients are
+    averaged, and the first one writes.
+
+    Raises ExplodedError when the loss stops being finite or explodes, OSError when a checkpoint cannot be written; the
+    earlier ones stay in both cases.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    device = parameters[0].device
+    processes = PartialState(cpu=device.type == "cpu")
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    log = Log(folder / "log.jsonl", write=processes.is_main_process)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    ema = [p.detach().clone() for p in parameters]
+    progress = Progress()
+    if state := checkpoints.load(device):
+        torch._foreach_copy_([p.data for p in parameters], state["parameters"])
+        torch._foreach_copy_(ema, state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        progress = Progress(**state["progress"])
+        report(f"{folder.name}: goes on at step {progress.step}")
+    log.trim(progress.step if state else -1)
+
+    def save() -> None:
+        if processes.is_main_process:
+            state = {"parameters": [p.detach() for p in parameters], "ema": ema, "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict(), "progress": asdict(progress)}  # fmt: skip
+            checkpoints.save(state, progress.step, progress.best_step)
+
+    def check() -> bool:
+        """Look at the averaged weights; whether they are the best so far."""
+        if validate is None or not processes.is_main_process:
+            return False
+        with averaged(parameters, ema):
+            module.eval()
+            fields = validate(progress)
+            log.write({"step": progress.step, **fields})
+            better = fields.get("validation_loss", math.inf) < progress.best_loss
+            if better:
+                progress.best_loss, progress.best_step = fields["validation_loss"], progress.step
+            on_validated(progress)
+            module.train()
+        return better
+
+    def done() -> float:
+        spent = progress.seconds / 60 / config.minutes if config.minutes else 1.0
+        return max(progress.step / config.max_steps, spent)
+
+    module.train()
+    if progress.step == 0:
+        check()
+    last_save = last_tick = time.perf_counter()
+    with Stop() as stop:
+        while done() < 1 and not stop.asked(processes):
+            rate = min(1.0, (progress.step + 1) / max(1, config.warmup_steps))
+            if config.decay_fraction:
+                rate *= min(1.0, (1 - done()) / config.decay_fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * rate
+            loss = torch.zeros((), device=device)
+            for k in range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation):
+                part = loss_of(k) / config.accumulation
+                scaler.scale(part).backward()
+                loss += part.detach()
+            scaler.unscale_(optimizer)
+            average_gradients(parameters, processes)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            value = float(reduce(loss, "mean")) if processes.num_processes > 1 else float(loss)
+            if not math.isfinite(value) or not (scaler.is_enabled() or math.isfinite(float(norm))):
+                raise ExplodedError(f"the loss is {value} and its gradient {float(norm)} at step {progress.step}")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            progress.step += 1
+            decay = min(config.ema_decay, (1 + progress.step) / (10 + progress.step))
+            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
+            progress.window.append(value)
+            now = time.perf_counter()
+            progress.seconds, last_tick = progress.seconds + now - last_tick, now
+            if progress.step % config.log_every == 0:
+                _log(log, progress, rate * config.learning_rate)
+            better = progress.step % config.validate_every == 0 and check()
+            if better or now - last_save > config.save_every:
+                save()
+                last_save = now
+            on_step(progress)
+        if not checkpoints.path(progress.step).exists():
+            if done() >= 1 and progress.step % config.validate_every:
+                check()
+            save()
+        processes.wait_for_everyone()
+    if stop.signal is not None:
+        report(f"stopped at step {progress.step}, saved")
+    for parameter, average in zip(parameters, ema, strict=True):
+        parameter.data.copy_(average)
+    return progress
+
+
+def _log(log: Log, progress: Progress, rate: float) -> None:
+    progress.loss = sum(progress.window) / len(progress.window)
+    progress.window.clear()
+    if math.isnan(progress.first_loss):
+        progress.first_loss = progress.loss
+    if progress.loss > EXPLODED * progress.first_loss:
+        raise ExplodedError(
+            f"the loss is {progress.loss:.3g} at step {progress.step}, it began at {progress.first_loss:.3g}"
+        )
+    log.write({"step": progress.step, "seconds": round(progress.seconds, 1), "loss": progress.loss, "lr": rate})
+
+
+@contextmanager
+def averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold their moving average."""
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        torch._foreach_copy_([p.data for p in parameters], ema)
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in parameters], kept)
+
+
+def average_gradients(parameters: list[nn.Parameter], processes: PartialState) -> None:
+    """Mean over the processes, in one message."""
+    if processes.num_processes == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    torch._foreach_copy_(
+        gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+    )
+
+
+class Stop:
+    """Whether a signal has asked to end; the processes of a run agree on it."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> Stop:
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal is not None:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def asked(self, processes: PartialState) -> bool:
+        if processes.num_processes == 1:
+            return self.signal is not None
+        flag = reduce(torch.tensor(float(self.signal or 0), device=processes.device), "sum")
+        if flag > 0 and self.signal is None:
+            self.signal = int(signal.SIGTERM)
+        return bool(flag > 0)
+
+
+class Log:
+    """JSON lines, one object a line."""
+
+    def __init__(self, path: Path, write: bool = True):
+        self.path, self.writes = path, write
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, fields: dict[str, Any]) -> None:
+        if self.writes:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(fields) + "\n")
+
+    def trim(self, step: int) -> None:
+        """Drop what was logged after `step`, and a last line that a crash cut off."""
+        if self.writes and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(True) if _step_of(line) <= step]
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(lines))
+            temporary.replace(self.path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf

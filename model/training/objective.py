@@ -1,0 +1,97 @@
+"""What training minimises (paper Eq. 5): the mean square of target minus prediction at a random timestep.
+
+The target is eps, or v or z_0 for a base whose scheduler says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from controlnet.model.controlnet import ControlNet, denoise
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+
+class Diffusion:
+    """The forward process of a base's scheduler: z_t = alpha_t z_0 + sigma_t eps, and the training target.
+
+    Raises ValueError for a prediction type other than epsilon, v_prediction, sample.
+    """
+
+    def __init__(self, scheduler, device: torch.device | str = "cpu"):
+        alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
+        self.alpha, self.sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        self.prediction = scheduler.config.prediction_type
+        self.timesteps = len(alphas_cumprod)
+        if self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"unknown prediction type {self.prediction!r}")
+
+    def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """z_t (B, C, h, w) at timesteps t (B,)."""
+        alpha, sigma = self._at(t)
+        return alpha * z0 + sigma * eps
+
+    def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self._at(t)
+        return {"epsilon": eps, "v_prediction": alpha * eps - sigma * z0, "sample": z0}[self.prediction]
+
+    def loss(self, prediction: Tensor, z0: Tensor, eps: Tensor, t: Tensor, min_snr: float | None = None) -> Tensor:
+        """One loss a sample, (B,). With min_snr, weighted as in Hang et al. 2023 (arXiv 2303.09556)."""
+        losses = (prediction.float() - self.target(z0, eps, t)).square().mean((1, 2, 3))
+        if min_snr is None:
+            return losses
+        snr = (self.alpha[t] / self.sigma[t]) ** 2
+        clipped = snr.clamp(max=min_snr)
+        return (
+            losses * {"epsilon": clipped / snr, "v_prediction": clipped / (snr + 1), "sample": clipped}[self.prediction]
+        )
+
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+
+
+@dataclass
+class Batch:
+    """What a step sees: z_0 and eps (B, 4, h, w), t (B,), c_t (B, T, D), condition (B, 3, H, W) in [0, 1]."""
+
+    z0: Tensor
+    eps: Tensor
+    t: Tensor
+    text: Tensor
+    condition: Tensor
+
+    def map(self, function) -> Batch:
+        """The same batch with a function applied to each tensor."""
+        return Batch(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+
+def control_losses(
+    unet: UNet2DConditionModel, controlnet: ControlNet, diffusion: Diffusion, batch: Batch, min_snr: float | None = None
+) -> Tensor:
+    """Eq. 5, one loss a sample, (B,): the locked base under the ControlNet's control."""
+    z = diffusion.add_noise(batch.z0, batch.eps, batch.t).contiguous(memory_format=torch.channels_last)
+    control = controlnet(z, batch.t, batch.text, controlnet.encode_hint(batch.condition))
+    prediction = denoise(unet, z, batch.t, batch.text, control)
+    return diffusion.loss(prediction, batch.z0, batch.eps, batch.t, min_snr)
+
+
+@torch.no_grad()
+def control_gap(losses_of: Callable[[Batch], Tensor], batches: Iterable[tuple[Batch, Tensor]]) -> dict[str, float]:
+    """How much worse the network does with another pair's condition than with the true one.
+
+    losses_of gives one loss a sample. Each batch, fixed noise and timesteps included, comes with conditions of other
+    pairs (B, 3, H, W). A fresh ControlNet has a gap of exactly 0. `band` is twice the standard error of the gap's mean
+    over the samples, `validation_loss` the loss with the true conditions.
+    """
+    true, other = [], []
+    for batch, others in batches:
+        true.append(losses_of(batch).double())
+        other.append(losses_of(replace(batch, condition=others)).double())
+    gaps = torch.cat(other) - torch.cat(true)
+    return {
+        "validation_loss": float(torch.cat(true).mean()),
+        "control_gap": float(gaps.mean()),
+        "band": float(2 * gaps.std() / len(gaps) ** 0.5),
+    }

@@ -1,0 +1,139 @@
+"""A run as people see it: its log, its curve, its state in words. Needs no torch."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from controlnet.model.training.verdict import Verdict, verdict
+from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.images import write_file
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the files of a run tell. `steps` are the log's training lines, `validations` the others."""
+
+    folder: Path
+    record: dict[str, Any]
+    steps: list[dict]
+    validations: list[dict]
+    verdict: Verdict
+
+    @property
+    def step(self) -> int:
+        return max((row["step"] for row in self.steps + self.validations), default=0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace of the last ten log lines."""
+        recent = self.steps[-10:]
+        if len(recent) < 2 or recent[-1]["step"] == recent[0]["step"]:
+            return None
+        pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
+        return pace * (self.record["settings"]["max_steps"] - self.step)
+
+
+def read_run(folder: Path) -> RunState:
+    """Raises InputError for a folder that is no run."""
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise InputError(f"{folder}: is not a training run (no run.json)", "controlnet status runs/DATA-1")
+    record = json.loads((folder / "run.json").read_text())
+    rows = []
+    if (folder / "log.jsonl").is_file():
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a run that was killed
+                continue
+    validations = [row for row in rows if "control_gap" in row]
+    steps = [row for row in rows if "lr" in row]
+    return RunState(folder, record, steps, validations, verdict(validations, record["settings"], record["facts"]))
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `12 min`, `40 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def describe(run: RunState) -> list[str]:
+    """A line each: the verdict; the step and the time left; gap and loss; causes that are worth a look."""
+    settings = run.record["settings"]
+    lines = [run.verdict.text, f"step {run.step:,} of {settings['max_steps']:,}"]
+    if run.step < settings["max_steps"] and run.seconds_left is not None:
+        lines[-1] += f", {duration(run.seconds_left)} left"
+    if run.validations:
+        last = run.validations[-1]
+        lines.append(f"control gap {last['control_gap']:.4f} (noise {last['band']:.4f}), "
+                     f"validation loss {last['validation_loss']:.4f} at step {last['step']:,}")  # fmt: skip
+    return lines + [f"possible cause: {cause}" for cause in run.verdict.causes]
+
+
+def draw_curve(run: RunState, path: Path) -> None:
+    """The control gap with its noise band above, the losses below, as a PNG."""
+    if not run.validations:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    steps, gaps, bands = ([row[key] for row in run.validations] for key in ("step", "control_gap", "band"))
+    above.fill_between(steps, [-b for b in bands], bands, color="0.88", label="noise band")
+    above.plot(steps, gaps, color="tab:blue", marker=".", label="control gap")
+    above.axhline(0, color="0.6", linewidth=0.8)
+    if run.verdict.step is not None:
+        above.axvline(run.verdict.step, color="tab:green", linestyle="--", label=run.verdict.text.split(":")[0])
+    above.set_ylabel("loss with another condition\nminus loss with the true one")
+    settings = run.record["settings"]
+    above.set_title(f"{settings['kind']} on {settings['base']}, step {run.step:,}: {run.verdict.word}", fontsize=10)
+    above.legend(loc="upper left", frameon=False)
+    below.plot(
+        [r["step"] for r in run.steps], [r["loss"] for r in run.steps], color="0.7", linewidth=1, label="training"
+    )
+    below.plot(steps, [r["validation_loss"] for r in run.validations], color="tab:red", label="validation")
+    below.set_ylabel("loss"), below.set_xlabel("optimiser steps")
+    below.legend(loc="upper right", frameon=False)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_file(path, buffer.getvalue())
+
+
+def model_card(run: RunState, best_step: int) -> str:
+    """README.md of the run's folder."""
+    settings, data = run.record["settings"], run.record["data"]
+    best = next((row for row in run.validations if row["step"] == best_step), None)
+    measured = (f"Validation loss {best['validation_loss']:.4f}, control gap {best['control_gap']:.4f} (noise band "
+                f"{best['band']:.4f}) on {data['held_out']} held-out pairs." if best else "")  # fmt: skip
+    loads = settings["hint"] == "released" and settings["copy"] == "full"
+    use = f"""
+    from diffusers import ControlNetModel
+    controlnet = ControlNetModel.from_pretrained("{run.folder.name}")
+"""
+    if not loads:
+        what = "hint encoder" if settings["copy"] == "full" else "lite form"
+        use = f"\ndiffusers cannot load it: its {what} is this project's own.\n"
+    return f"""---
+tags: [controlnet, {settings["kind"]}]
+base_model: {settings["base"]}
+---
+# A ControlNet for {settings["kind"]}
+
+Trained with the ControlNet toolkit on base `{settings["base"]}` (sha256 {run.record["base_sha256"][:16]}), at
+{run.record["size"]} pixels. Network of step {best_step:,}; {run.verdict.text}. {measured}
+
+    controlnet generate --base {settings["base"]} --cond map.png,net={run.folder.name}/ --prompt "..."
+{use}
+Data: {data["pairs"]:,} pairs from `{data["name"]}` ({data["form"]}), {data["held_out"]} of them held out. Settings are
+in `config.toml`, the curve in `curve.png`, pictures over the run in `samples.png`.
+"""

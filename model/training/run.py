@@ -1,0 +1,280 @@
+"""`controlnet train DATA`, without the command line: data, cache, network, loop, and the folder that holds it all.
+
+RUN/config.json, diffusion_pytorch_model.safetensors   the best network so far, in diffusers' layout
+RUN/run.json, config.toml, log.jsonl                   what is trained and how it goes
+RUN/curve.png, samples.png, README.md                  to look at
+RUN/checkpoints/, pictures/                            to go on from; each look at the held-out pairs
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from controlnet.model.ablations import ControlNetLite, gaussian_convolutions_
+from controlnet.model.base import Base, load_base
+from controlnet.model.canvas import condition_tensor
+from controlnet.model.checkpoint import load_controlnet, save_controlnet
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.generate import to_pixels
+from controlnet.model.hashes import cache_folder, folder_hash
+from controlnet.model.hint import SD_WIDTHS
+from controlnet.model.registry import TINY_HINT_WIDTHS
+from controlnet.model.sampling import Applied, draw_noise, sample
+from controlnet.model.schedulers import make_scheduler
+from controlnet.model.training.cache import Cache
+from controlnet.model.training.config import TrainConfig, to_toml
+from controlnet.model.training.data import check_resumed, fingerprint, look_at, split
+from controlnet.model.training.loop import ExplodedError, Progress, fit
+from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
+from controlnet.model.training.precision import PRECISIONS, autocast
+from controlnet.model.training.report import describe, draw_curve, model_card, read_run
+from controlnet.model.training.samples import Samples
+from controlnet.preprocessors.errors import ModelError, OutputError, TrainingError, UsageError
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+from controlnet.preprocessors.mirror import FLIP_KINDS
+from controlnet.preprocessors.pairs import Pairs
+from controlnet.preprocessors.sheet import contact_sheet
+from torch import Tensor
+
+SHOWN = 3
+"""Held-out pairs in samples.png."""
+
+
+@dataclass
+class Watcher:
+    """Where a run tells what it does: text, progress of the preparation, progress of the training."""
+
+    say: Callable[[str], None] = lambda text: None
+    on_item: Callable[[str, int, int], None] = lambda what, of, done: None
+    on_step: Callable[[Progress], None] = lambda progress: None
+
+
+def train(
+    found: Pairs, config: TrainConfig, folder: Path, device: torch.device, resume: bool = False, force: bool = False,
+    offline: bool = False, watcher: Watcher | None = None,
+) -> Progress:  # fmt: skip
+    """Train a ControlNet on pairs; `config.kind` is set. Everything that can be wrong is looked at before step 1.
+
+    Raises InputError for data that cannot be trained on, UsageError for settings or a resume that do not fit,
+    ModelError for a base or network, OutputError when the disk is full, TrainingError for exploded losses and spent
+    memory.
+    """
+    watcher = watcher or Watcher()
+    processes = PartialState(cpu=device.type == "cpu")
+    count = processes.num_processes
+    if config.batch_size % count:
+        raise UsageError(
+            f"batch_size={config.batch_size} over {count} processes: expected a multiple",
+            f"--set batch_size={count * max(1, config.batch_size // count)}",
+        )
+    if config.minutes != float("inf") and count > 1:
+        raise UsageError("minutes ends a run of one process only", "--set max_steps=2000")
+    if config.flip and config.kind not in FLIP_KINDS:
+        raise UsageError(
+            f"flip=true with kind {config.kind!r}: a mirrored map would say something else", "--set flip=false"
+        )
+    torch.manual_seed(config.seed)
+    base = load_base(config.base, device, torch.float32, offline)
+    base_hash = folder_hash(base.folder)
+    training, held_out = split(found, config)
+    store = Cache(cache_folder() / "training" if config.cache else None)
+    samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
+    facts = look_at(samples, validation)
+    record = {
+        "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts,
+        "data": {"name": str(found.folder), "form": found.form, "pairs": len(found.pairs), "held_out": len(held_out),
+                 "sha256": fingerprint(found)},
+    }  # fmt: skip
+    if resume:
+        check_resumed(folder, record, force)
+    if facts.get("line_map_brightness", 0) > 0.5:
+        watcher.say("warning: the line maps are mostly white; networks are fed white lines on black")
+    prepare(samples, validation, processes, watcher)
+    if processes.is_main_process:
+        begin(folder, record, config)
+    if config.cache:
+        base.unload()
+        gc.collect()
+    net = make_controlnet(base, config)
+    base.unet.to(dtype=PRECISIONS[config.precision])
+    if config.gradient_checkpointing:
+        net.gradient_checkpointing = True
+        base.unet.enable_gradient_checkpointing()
+    work = _Training(net, base, samples, validation, config, folder, device, processes, watcher)
+    try:
+        return fit(net, work.loss_of, config, folder, watcher.say, work.validate, work.show, watcher.on_step)
+    except ExplodedError as error:
+        raise TrainingError(
+            f"{error}; the checkpoints before are kept in {folder}",
+            f"a lower rate from the start: --set learning_rate={config.learning_rate / 3:.1g}",
+        ) from error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        halved = max(1, config.batch_size // 2)
+        raise TrainingError(
+            f"out of memory with batch_size={config.batch_size} at {samples.size} pixels in {config.precision}",
+            f"--set batch_size={halved} --set accumulation={2 * config.accumulation} halves it for the same step; so do"
+            " --set gradient_checkpointing=true and --set precision=bfloat16",
+        ) from error
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); the last checkpoint is whole",
+                          "free some disk, then the same command with --resume") from error  # fmt: skip
+    finally:
+        work.pool.shutdown(cancel_futures=True)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
+
+
+def begin(folder: Path, record: dict[str, Any], config: TrainConfig) -> None:
+    write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_file(folder / "config.toml", to_toml(config).encode())
+
+
+def prepare(samples: Samples, validation: Samples, processes: PartialState, watcher: Watcher) -> None:
+    """Fill the cache; each process makes its part."""
+    if samples.cache.folder is not None:
+        for what, one in (("pairs", samples), ("held-out pairs", validation)):
+            rows = range(processes.process_index, len(one.pairs), processes.num_processes)
+            one.prepare(rows, partial(watcher.on_item, what, len(rows)))
+    processes.wait_for_everyone()
+
+
+def make_controlnet(base: Base, config: TrainConfig) -> ControlNet:
+    """A fresh network of the form that the settings name, or the one to go on from."""
+    if config.start_from != "base":
+        net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name).to(base.device)
+    else:
+        widths = SD_WIDTHS if base.unet.config.block_out_channels[0] >= 128 else TINY_HINT_WIDTHS
+        if config.hint == "paper":
+            widths = (16, 32, 64, 128)
+        network = ControlNetLite if config.copy == "lite" else ControlNet
+        try:
+            net = network.from_base(base.unet, config.hint, widths)
+        except ValueError as error:
+            raise ModelError(
+                f"base {base.name}: {error}", "--base sd15, or another of Stable Diffusion 1.x's form"
+            ) from error
+        if config.convolutions == "gaussian":
+            gaussian_convolutions_(net)
+    return net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
+
+
+class _Training:
+    """The functions that the loop calls."""
+
+    def __init__(self, net: ControlNet, base: Base, samples: Samples, validation: Samples, config: TrainConfig,
+                 folder: Path, device: torch.device, processes: PartialState, watcher: Watcher):  # fmt: skip
+        self.net, self.base, self.samples, self.validation = net, base, samples, validation
+        self.config, self.folder, self.device, self.processes, self.watcher = config, folder, device, processes, watcher
+        self.diffusion = Diffusion(base.scheduler, device)
+        base.unet.to(memory_format=torch.channels_last)
+        self.pool = ThreadPoolExecutor(1)
+        self.next: tuple[int, Any] = (-1, None)
+        self.held_out: list[tuple[Batch, Tensor]] = []
+
+    def _batch(self, k: int) -> Batch:
+        """Batch k; the next one is read while it is computed."""
+        part = self.processes.process_index, self.processes.num_processes
+        future = self.next[1] if self.next[0] == k else self.pool.submit(self.samples.batch, k, *part)
+        batch = future.result()
+        self.next = k + 1, self.pool.submit(self.samples.batch, k + 1, *part)
+        return batch
+
+    def losses_of(self, batch: Batch) -> Tensor:
+        batch = batch.map(lambda x: x.to(self.device))
+        batch.condition = batch.condition.contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, self.config.precision, small=self.samples.size <= 256):
+            return control_losses(self.base.unet, self.net, self.diffusion, batch, self.config.min_snr or None)
+
+    def loss_of(self, k: int) -> Tensor:
+        return self.losses_of(self._batch(k)).mean()
+
+    def validate(self, progress: Progress) -> dict[str, Any]:
+        """The control gap; pictures at the chosen steps."""
+        self.held_out = self.held_out or self.validation.validation()
+        fields: dict[str, Any] = control_gap(self.losses_of, self.held_out)
+        every = (
+            max(1, self.config.max_steps // max(1, self.config.pictures) // self.config.validate_every)
+            * self.config.validate_every
+        )
+        if self.config.pictures and (progress.step % every == 0 or progress.step >= self.config.max_steps):
+            fields["pictures"] = self.pictures(progress.step)
+        return fields
+
+    @torch.no_grad()
+    def pictures(self, step: int) -> str:
+        """What the network makes of the first held-out conditions: one PNG, side by side."""
+        count = min(SHOWN, len(self.validation.pairs))
+        base, side = self.base, self.validation.size
+        dtype = base.dtype
+        conditions = torch.stack([condition_tensor(self.validation.condition(i, 0, False)) for i in range(count)]).to(
+            self.device
+        )
+        text = torch.stack(
+            [torch.from_numpy(self.validation.text(self.validation.pairs[i].caption)) for i in range(count)]
+        )
+        null_text = torch.from_numpy(self.validation.text(""))[None]
+        if base.vae is None:
+            base.reload("vae")
+        with autocast(self.device, self.config.precision, small=side <= 256):
+            noise, _ = draw_noise(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
+            applied = [Applied(self.net, self.net.encode_hint(conditions))]
+            latents = sample(
+                base.unet,
+                make_scheduler(base.scheduler),
+                noise,
+                text.to(self.device, dtype),
+                null_text.to(self.device, dtype),
+                applied,
+                20,
+                base.guidance,
+            )
+        images = to_pixels(base.decode(latents.float()))
+        if self.config.cache:
+            base.vae = None
+        name = f"pictures/step-{step:07d}.png"
+        write_file(self.folder / name, png_bytes(np.concatenate(list(images), 1)))
+        return name
+
+    def show(self, progress: Progress) -> None:
+        """Say where the run stands, draw curve.png and samples.png; keep the network if it is the best so far."""
+        run = read_run(self.folder)
+        if progress.best_step == progress.step:
+            save_controlnet(self.net, self.folder)
+            write_file(self.folder / "README.md", model_card(run, progress.step).encode())
+        draw_curve(run, self.folder / "curve.png")
+        self.strip([row for row in run.validations if "pictures" in row])
+        self.watcher.say(", ".join(describe(run)[:3]))
+
+    def strip(self, rows: list[dict]) -> None:
+        if not rows:
+            return
+        shots = {}
+        for row in rows:
+            path = self.folder / row["pictures"]
+            if path.is_file():
+                shots[row["step"]] = read_image(read_bytes(str(path)), path.name)[0]
+        cells: list[tuple[np.ndarray, str]] = []
+        side = self.validation.size
+        for i in range(min(SHOWN, len(self.validation.pairs))):
+            cells.append((self.validation.picture(i, 0), "held-out picture"))
+            cells.append((self.validation.condition(i, 0, False), f"its {self.config.kind}"))
+            cells += [(shot[:, i * side : (i + 1) * side], f"step {step}") for step, shot in sorted(shots.items())]
+        write_file(self.folder / "samples.png", png_bytes(contact_sheet(cells, len(shots) + 2, 128)))

@@ -1,0 +1,208 @@
+"""From pairs to batches. Everything random about a sample comes from a generator seeded by (seed, epoch, index): its
+crop, flip, prompt dropout, timestep and noise; so a batch is the same with and without cache, in one process or
+several, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from controlnet.model.base import Base
+from controlnet.model.canvas import condition_tensor, to_canvas
+from controlnet.model.training.cache import Cache, key_of
+from controlnet.model.training.config import TrainConfig
+from controlnet.model.training.objective import Batch
+from controlnet.preprocessors.check import same_aspect
+from controlnet.preprocessors.detect import detect
+from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.mirror import flip_condition, flip_words
+from controlnet.preprocessors.pairs import Pair
+from controlnet.preprocessors.registry import DETECTORS, find_detector
+from torch import Tensor
+
+VALIDATION_TIMES = 4
+"""Timesteps at which each held-out pair is looked at."""
+ZOOM = 1.25
+"""How much closer a random crop may be than the centre one."""
+
+
+class Samples:
+    """The training data of a run, as the network sees it.
+
+    `base` gives latents and texts while they are not in the cache. Arrays: latent moments (8 or 4, h, w) float16, text
+    (T, D) float16, condition (H, W, 3) uint8.
+    """
+
+    def __init__(self, pairs: list[Pair], config: TrainConfig, base: Base, base_hash: str, cache: Cache):
+        self.pairs, self.config, self.base, self.base_hash, self.cache = pairs, config, base, base_hash, cache
+        self.size = config.size or base.native_size
+        self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
+        self.latent = dict(base.vae.config)
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
+        """Put everything that the pairs in `rows` can ask for into the cache."""
+        for done, index in enumerate(rows, 1):
+            for flip in (False, True)[: 1 + self.config.flip]:
+                self.text(self.caption(index, flip))
+                for crop in range(self.config.crops):
+                    self.moments(index, crop, flip)
+                    self.condition(index, crop, flip)
+            on_item(done)
+        self.text("")
+        self.cache.remember()
+
+    def caption(self, index: int, flip: bool) -> str:
+        caption = self.pairs[index].caption
+        return flip_words(caption) if flip else caption
+
+    def text(self, caption: str) -> np.ndarray:
+        key = key_of(self.base_hash, caption)
+        return self.cache.array("text", key, lambda: self._encode_text(caption))
+
+    def moments(self, index: int, crop: int, flip: bool) -> np.ndarray:
+        """Mean and log variance of the latent, or the latent itself of a VAE without variance."""
+        path = self.pairs[index].image
+        key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and place_of(path), flip)
+        return self.cache.array("latents", key, lambda: self._encode_image(self.picture(index, crop, flip)))
+
+    def condition(self, index: int, crop: int, flip: bool) -> np.ndarray:
+        pair = self.pairs[index]
+        path = pair.condition or pair.image
+        options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
+        key = key_of(self._hash(path), self.config.kind, options, self.size, crop, crop and place_of(pair.image), flip)
+        return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
+
+    def picture(self, index: int, crop: int, flip: bool = False) -> np.ndarray:
+        """The crop of a picture, (size, size, 3) uint8."""
+        image = cut(_read(str(self.pairs[index].image)), crop, place_of(self.pairs[index].image))
+        image = fit(image, (self.size, self.size), "stretch")
+        return np.ascontiguousarray(image[:, ::-1]) if flip else image
+
+    def _condition(self, pair: Pair, crop: int, flip: bool) -> np.ndarray:
+        if pair.condition is None:
+            if self.detector is None:
+                raise InputError(
+                    f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
+                )
+            # Detected as `detect` does it, at 512 pixels; then brought to the canvas as `generate` does it.
+            side = max(512, self.size)
+            photo = fit(cut(_read(str(pair.image)), crop, place_of(pair.image)), (side, side), "stretch")
+            map_ = detect(photo, self.detector, self.detector.load_options()(), (side, side), "stretch")
+            map_ = map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
+        else:
+            map_ = _read(str(pair.condition))
+            height, width = _read(str(pair.image)).shape[:2]
+            if not same_aspect((map_.shape[1], map_.shape[0]), (width, height)):
+                raise InputError(
+                    f"{pair.condition}: {map_.shape[1]}x{map_.shape[0]} for a picture of {width}x{height}",
+                    "controlnet dataset check DATA lists all such pairs",
+                )
+            map_ = cut(map_, crop, place_of(pair.image))
+        map_ = to_canvas(map_, self.config.kind, (self.size, self.size))
+        return flip_condition(map_, self.config.kind) if flip else map_
+
+    @torch.no_grad()
+    def _encode_image(self, image: np.ndarray) -> np.ndarray:
+        vae = self.base.vae
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
+        encoded = vae.encode(x)
+        moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
+        return moments[0].half().cpu().numpy()
+
+    @torch.no_grad()
+    def _encode_text(self, caption: str) -> np.ndarray:
+        return self.base.encode_text([caption])[0].half().cpu().numpy()
+
+    def _hash(self, path) -> str:
+        return self.cache.file_hash(path) if self.cache.folder else ""
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """z_0 (B, 4, h, w) of moments (B, 8 or 4, h, w), scaled as the UNet sees them; noise has z_0's shape."""
+        mean, *spread = moments.chunk(2, 1) if moments.shape[1] == 2 * noise.shape[1] else (moments,)
+        z = mean + (0.5 * spread[0].clamp(-30, 20)).exp() * noise if spread else mean
+        return (z - (self.latent.get("shift_factor") or 0.0)) * self.latent["scaling_factor"]
+
+    def batch(self, k: int, process: int = 0, processes: int = 1) -> Batch:
+        """Batch k, or the part of it that belongs to one of several processes. On the CPU, float32."""
+        own = self.config.batch_size // processes
+        first = k * self.config.batch_size + process * own
+        return self._collate([self._sample(position) for position in range(first, first + own)])
+
+    def _sample(self, position: int) -> dict[str, Any]:
+        epoch, place = divmod(position, len(self.pairs))
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.pairs))
+        index = int(self.order[1][place])
+        rng = np.random.default_rng([self.config.seed, epoch, index])
+        crop = int(rng.integers(self.config.crops))
+        flip = bool(rng.random() < 0.5) and self.config.flip
+        dropped = rng.random() < self.config.prompt_dropout
+        t = int(rng.integers(self.base.scheduler.config.num_train_timesteps))
+        caption = "" if dropped else self.caption(index, flip)
+        return self._draw(index, crop, flip, caption, t, rng)
+
+    def _draw(
+        self, index: int, crop: int, flip: bool, caption: str, t: int, rng: np.random.Generator
+    ) -> dict[str, Any]:
+        moments = self.moments(index, crop, flip)
+        shape = (2, self.base.unet.config.in_channels, *moments.shape[1:])
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        return {"moments": moments, "noise": noise, "t": t, "text": self.text(caption),
+                "condition": self.condition(index, crop, flip)}  # fmt: skip
+
+    def _collate(self, samples: list[dict[str, Any]]) -> Batch:
+        noise = torch.from_numpy(np.stack([s["noise"] for s in samples]))
+        moments = torch.from_numpy(np.stack([s["moments"] for s in samples])).float()
+        return Batch(
+            z0=self.latents(moments, noise[:, 0]),
+            eps=noise[:, 1].contiguous(),
+            t=torch.tensor([s["t"] for s in samples]),
+            text=torch.from_numpy(np.stack([s["text"] for s in samples])).float(),
+            condition=torch.stack([condition_tensor(s["condition"]) for s in samples]),
+        )
+
+    def validation(self) -> list[tuple[Batch, Tensor]]:
+        """Fixed batches of these pairs, each with the conditions of other pairs: empty prompts, VALIDATION_TIMES evenly
+        placed timesteps a pair, centre crops."""
+        count = self.base.scheduler.config.num_train_timesteps
+        samples = []
+        for place in range(VALIDATION_TIMES):
+            for index in range(len(self.pairs)):
+                rng = np.random.default_rng([self.config.seed, 2**31, place, index])
+                t = int((place + rng.random()) / VALIDATION_TIMES * count)
+                samples.append(self._draw(index, 0, False, "", t, rng))
+        # A pair's neighbour in the list is another pair, also from one timestep to the next.
+        others = [s["condition"] for s in samples[1:] + samples[:1]]
+        batches = []
+        for i in range(0, len(samples), self.config.batch_size):
+            part = slice(i, i + self.config.batch_size)
+            batches.append((self._collate(samples[part]), torch.stack([condition_tensor(c) for c in others[part]])))
+        return batches
+
+
+def _read(path: str) -> np.ndarray:
+    return read_image(read_bytes(path), path)[0]
+
+
+def place_of(path: Path) -> int:
+    """The number that the random crops of a picture are drawn from: its name's, whatever else is in the folder."""
+    return zlib.crc32(path.name.encode())
+
+
+def cut(image: np.ndarray, crop: int, place: int) -> np.ndarray:
+    """The square crop number `crop` of a picture (H, W, 3): 0 is the centre one, the others are fixed by (crop, place).
+    In parts of the picture, so that picture and condition of different sizes are cut alike."""
+    height, width = image.shape[:2]
+    rng = np.random.default_rng([crop, place])
+    zoom, x, y = (1.0, 0.5, 0.5) if crop == 0 else (rng.uniform(1, ZOOM), rng.random(), rng.random())
+    side = min(height, width) / zoom
+    left, top = round((width - side) * x), round((height - side) * y)
+    return np.ascontiguousarray(image[top : top + round(side), left : left + round(side)])

@@ -1,0 +1,127 @@
+"""Photos become training data: pictures and conditions of one size, captions, a manifest, a held-out split.
+
+    DATA/images/NAME.png  DATA/conditions/NAME.png  DATA/metadata.jsonl  DATA/manifest.json
+
+metadata.jsonl follows datasets' imagefolder convention, so that other trainers read the folder too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import cv2
+from controlnet.preprocessors.detect import detect, record
+from controlnet.preprocessors.errors import ControlNetError, InputError
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+from controlnet.preprocessors.metadata import dump, sha256
+from controlnet.preprocessors.pairs import Pair, Pairs
+from controlnet.preprocessors.registry import find_detector
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
+
+
+def build(
+    found: Pairs, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str = "crop",
+    jobs: int | None = None, on_pair: Callable[[int], None] = lambda done: None,
+) -> tuple[dict, list[str]]:  # fmt: skip
+    """Make the data set of photos in `out`, in parallel; pairs that are there already, made of the same photo with the
+    same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used."""
+    names = _names(found)
+    rows: dict[str, dict] = {}
+    failed: list[str] = []
+    work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
+    with ProcessPoolExecutor(
+        jobs or os.cpu_count(), get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
+    ) as pool:
+        for done, future in enumerate(as_completed([pool.submit(_build_pair, *one) for one in work]), 1):
+            try:
+                row = future.result()
+                rows[row["file_name"]] = row
+            except ControlNetError as error:
+                failed.append(str(error))
+            on_pair(done)
+    if not rows:
+        raise InputError(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
+    _split(rows)
+    ordered = [rows[name] for name in sorted(rows)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+    write_file(out / "metadata.jsonl", lines.encode())
+    manifest = {
+        "kind": kind, "detector": find_detector(kind).name, "options": options, "size": list(size), "resize": resize,
+        "pairs": len(rows), "held_out": sum(row["split"] != "train" for row in ordered), "failed": failed,
+        "metadata_sha256": sha256(lines.encode()),
+    }  # fmt: skip
+    write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest, failed
+
+
+def _names(found: Pairs) -> list[str]:
+    """A name for each photo: its own, with folders and, where two photos would share one, with its suffix."""
+    stems = [str(p.image.relative_to(found.folder).with_suffix("")).replace(os.sep, "-") for p in found.pairs]
+    return [
+        stem if stems.count(stem) == 1 else f"{stem}-{p.image.suffix[1:]}"
+        for stem, p in zip(stems, found.pairs, strict=True)
+    ]
+
+
+def _build_pair(pair: Pair, name: str, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int],
+                resize: str) -> dict:  # fmt: skip
+    data = read_bytes(str(pair.image))
+    image_path, condition_path = out / "images" / f"{name}.png", out / "conditions" / f"{name}.png"
+    detector = find_detector(kind)
+    chosen = detector.load_options()(**options)
+    made = record(detector, chosen, size, resize, pair.image.name, data)
+    row = {
+        "file_name": f"images/{name}.png", "conditioning_image": f"conditions/{name}.png", "text": pair.caption,
+        "source_sha256": made["source_sha256"],
+    }  # fmt: skip
+    if not (image_path.is_file() and condition_path.is_file() and _record_of(condition_path) == made):
+        image, _ = read_image(data, str(pair.image))
+        write_file(image_path, png_bytes(fit(image, size, resize)))
+        write_file(condition_path, png_bytes(detect(image, detector, chosen, size, resize), dump(made)))
+    return row
+
+
+def _record_of(path: Path) -> dict:
+    from controlnet.preprocessors.metadata import load
+
+    try:
+        return load(read_image(path.read_bytes(), path.name)[1])
+    except ControlNetError:
+        return {}
+
+
+def _split(rows: dict[str, dict]) -> None:
+    """A twentieth is held out, at least two of eight; chosen by the photos' hashes, which names do not change."""
+    count = min(HELD_OUT_MOST, max(2, round(HELD_OUT_SHARE * len(rows)))) if len(rows) >= 8 else 0
+    chosen = sorted(rows, key=lambda name: rows[name]["source_sha256"])[:count]
+    for name, row in rows.items():
+        row["split"] = "held_out" if name in chosen else "train"
+
+
+def options_of(kind: str, texts: list[str]) -> dict[str, Any]:
+    """All options of a kind's default detector, changed by `key=value` texts."""
+    from dataclasses import fields
+
+    from controlnet.preprocessors.errors import UsageError
+
+    options_type = find_detector(kind).load_options()
+    types: dict[str, Any] = {f.name: type(f.default) for f in fields(options_type)}
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in types:
+            raise UsageError(f"unknown option {name!r} of {kind}: expected one of {', '.join(types)}", "--set low=80")
+        try:
+            values[name] = value.lower() == "true" if types[name] is bool else types[name](value)
+        except ValueError as error:
+            raise UsageError(f"--set {text}: expected {types[name].__name__}") from error
+    return asdict(options_type(**values))

@@ -1,0 +1,92 @@
+"""What is wrong with training data, before a day is spent on it: opens every picture once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.pairs import Pair, Pairs
+
+LINES = ("canny", "softedge", "scribble", "lineart", "mlsd")
+ASPECT_TOLERANCE = 0.02
+"""Relative difference of the aspects of picture and condition."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`level` is error (training would fail or learn nothing) or warning."""
+
+    level: str
+    what: str
+    where: str
+
+
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two (width, height) show the same cut."""
+    return abs(a[0] / a[1] / (b[0] / b[1]) - 1) <= ASPECT_TOLERANCE
+
+
+def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, int] | None, np.ndarray | None]:
+    """Problems of one pair, the sha256 of its picture's pixels, its size, and a preview (128, 256, 3) of both."""
+    problems: list[Problem] = []
+    name = str(pair.image)
+    try:
+        image, _ = read_image(read_bytes(name), name)
+    except InputError as error:
+        return [Problem("error", "corrupt picture", str(error))], "", None, None
+    digest = hashlib.sha256(image.tobytes()).hexdigest()
+    preview = np.zeros((128, 256, 3), np.uint8)
+    preview[:, :128] = fit(image, (128, 128), "pad")
+    if not pair.caption:
+        problems.append(Problem("warning", "no caption", name))
+    if pair.condition is not None:
+        where = str(pair.condition)
+        try:
+            condition, _ = read_image(read_bytes(where), where)
+        except InputError as error:
+            return [*problems, Problem("error", "corrupt condition", str(error))], digest, image.shape[1::-1], preview
+        preview[:, 128:] = fit(condition, (128, 128), "pad")
+        problems += check_condition(condition, image.shape[1::-1], kind, where)
+    return problems, digest, image.shape[1::-1], preview
+
+
+def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, where: str) -> Iterator[Problem]:
+    """Emptiness, polarity and geometry of a condition (H, W, 3) uint8 for a picture of `size` (width, height)."""
+    height, width = condition.shape[:2]
+    if condition.max() - int(condition.min()) < 8:
+        yield Problem("error", "empty condition", f"{where}: one flat colour")
+    elif kind in LINES and condition.mean() > 127:
+        yield Problem("error", "inverted lines", f"{where}: mostly white; lines must be white on black")
+    if not same_aspect((width, height), size):
+        yield Problem("error", "another aspect", f"{where}: {width}x{height} for a picture of {size[0]}x{size[1]}")
+
+
+def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dict, list[Problem], list[np.ndarray]]:
+    """(counts, problems, up to 24 previews) of a whole data set."""
+    problems = [Problem("warning", "missing file", name) for name in found.missing]
+    problems += [Problem("warning", "extra file", name) for name in found.extra]
+    sizes: dict[tuple[int, int], int] = {}
+    seen: dict[str, str] = {}
+    previews: list[np.ndarray] = []
+    for done, pair in enumerate(found.pairs, 1):
+        own, digest, size, preview = check_pair(pair, kind)
+        problems += own
+        if size:
+            sizes[size] = sizes.get(size, 0) + 1
+        if digest and digest in seen:
+            problems.append(Problem("warning", "duplicate", f"{pair.image} is {seen[digest]}"))
+        seen.setdefault(digest, str(pair.image))
+        if preview is not None and len(previews) < 24:
+            previews.append(preview)
+        on_pair(done)
+    counts = {
+        "form": found.form, "kind": kind, "pairs": len(found.pairs),
+        "sizes": {f"{w}x{h}": n for (w, h), n in sorted(sizes.items(), key=lambda s: -s[1])[:5]},
+        "errors": sum(p.level == "error" for p in problems), "warnings": sum(p.level == "warning" for p in problems),
+    }  # fmt: skip
+    return counts, problems, previews

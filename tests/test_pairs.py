@@ -1,0 +1,238 @@
+"""Training data as people have it: every form is recognised, every fault is told."""
+
+import json
+
+import numpy as np
+import pytest
+from controlnet.cli.main import main
+from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.errors import Exit, InputError, UsageError
+from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.mirror import flip_condition, flip_words
+from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
+from hypothesis import given
+from hypothesis import strategies as st
+
+CAPTIONS = [f"picture {i}" for i in range(6)]
+
+
+def picture(seed, size=(48, 64)):
+    image = np.full((*size, 3), 40 + 30 * seed, np.uint8)
+    image[8 + seed : 30, 10 + 2 * seed : 40] = (250, 60, 20 * seed)
+    return image
+
+
+def photos(folder):
+    for i, caption in enumerate(CAPTIONS):
+        write_file(folder / f"{i}.png", png_bytes(picture(i)))
+        (folder / f"{i}.txt").write_text(caption + "\n")
+
+
+def photos_with_metadata(folder):
+    for i in range(6):
+        write_file(folder / f"{i}.png", png_bytes(picture(i)))
+    rows = [{"file_name": f"{i}.png", "text": caption} for i, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def photos_with_csv(folder):
+    for i in range(6):
+        write_file(folder / f"{i}.png", png_bytes(picture(i)))
+    (folder / "metadata.csv").write_text(
+        "file_name,caption\n" + "".join(f'{i}.png,"{c}"\n' for i, c in enumerate(CAPTIONS))
+    )
+
+
+def pairs_in(folder, images, conditions):
+    for i in range(6):
+        write_file(folder / images / f"{i}.png", png_bytes(picture(i)))
+        write_file(folder / conditions / f"{i}.png", png_bytes(canny(picture(i))))
+
+
+def prompt_json(folder):
+    pairs_in(folder, "target", "source")
+    rows = [
+        {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": caption}
+        for i, caption in enumerate(CAPTIONS)
+    ]
+    (folder / "prompt.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def imagefolder(folder):
+    pairs_in(folder, "a", "b")
+    rows = [
+        {"file_name": f"a/{i}.png", "conditioning_image": f"b/{i}.png", "text": caption}
+        for i, caption in enumerate(CAPTIONS)
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def two_folders(folder):
+    pairs_in(folder, "images", "conditions")
+    for i, caption in enumerate(CAPTIONS):
+        (folder / "images" / f"{i}.txt").write_text(caption)
+
+
+FORMS = {
+    "photos": (photos, False), "photos_with_metadata": (photos_with_metadata, False),
+    "photos_with_csv": (photos_with_csv, False), "prompt_json": (prompt_json, True),
+    "imagefolder": (imagefolder, True), "two_folders": (two_folders, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_recognised(tmp_path, form):
+    make, with_conditions = FORMS[form]
+    make(tmp_path)
+    found = find_pairs(tmp_path)
+    assert [p.caption for p in found.pairs] == CAPTIONS and not found.missing and not found.extra
+    for i, pair in enumerate(found.pairs):
+        assert np.array_equal(read_image(pair.image.read_bytes(), "")[0], picture(i))
+        assert (pair.condition is not None) == with_conditions
+        if pair.condition:
+            assert np.array_equal(read_image(pair.condition.read_bytes(), "")[0][..., 0], canny(picture(i)))
+
+
+def test_missing_and_extra_files_are_told(tmp_path):
+    two_folders(tmp_path)
+    (tmp_path / "images/2.png").unlink()
+    (tmp_path / "conditions/4.png").unlink()
+    found = find_pairs(tmp_path)
+    assert len(found.pairs) == 4 and found.missing == ("conditions/4",) and found.extra == ("conditions/2",)
+
+
+def test_the_kind_is_told_by_names_text_or_flag(tmp_path):
+    photos(tmp_path / "photos")
+    assert kind_of_pairs(find_pairs(tmp_path / "photos"))[0] == "canny"
+    two_folders(tmp_path / "pairs")
+    found = find_pairs(tmp_path / "pairs")
+    with pytest.raises(UsageError, match="do not tell their kind"):
+        kind_of_pairs(found)
+    assert kind_of_pairs(found, "blueprint")[0] == "blueprint"
+    write_file(
+        tmp_path / "pairs/conditions/0.png", png_bytes(canny(picture(0)), {"controlnet": json.dumps({"kind": "depth"})})
+    )
+    with pytest.raises(UsageError, match="several kinds"):
+        kind_of_pairs(find_pairs(tmp_path / "pairs"))
+
+
+def test_bad_data_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        find_pairs(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no pictures found"):
+        find_pairs(tmp_path / "empty")
+    photos(tmp_path / "latin")
+    (tmp_path / "latin/3.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(InputError, match=r"3\.txt: not UTF-8"):
+        find_pairs(tmp_path / "latin")
+    prompt_json(tmp_path / "broken")
+    with open(tmp_path / "broken/prompt.json", "a") as file:
+        file.write("{nonsense\n")
+    with pytest.raises(InputError, match="line 7 is not JSON"):
+        find_pairs(tmp_path / "broken")
+
+
+@given(st.text("leftrigh ,.LEFTRIGH", max_size=40))
+def test_words_flipped_twice_are_the_same(text):
+    assert flip_words(flip_words(text)) == text
+
+
+def test_flips():
+    told = "a cone on the left of a cube, Right: a ball. The leftover bright stays"
+    assert flip_words(told) == "a cone on the right of a cube, Left: a ball. The leftover bright stays"
+    normal = np.zeros((2, 3, 3), np.uint8)
+    normal[:, 0] = (255, 10, 20)
+    flipped = flip_condition(normal, "normal")
+    assert flipped[0, 2].tolist() == [0, 10, 20] and flipped[0, 0].tolist() == [255, 0, 0]
+    assert np.array_equal(flip_condition(normal, "canny"), normal[:, ::-1])
+    with pytest.raises(UsageError, match="pose map cannot be mirrored"):
+        flip_condition(normal, "pose")
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in args])
+    return stopped.value.code
+
+
+def test_check_of_good_data(tmp_path, capsys):
+    imagefolder(tmp_path / "data")
+    assert run("dataset", "check", tmp_path / "data", "--kind", "canny", "-o", tmp_path / "sheet.png", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["pairs"] == 6 and told["errors"] == 0 and told["sizes"] == {"64x48": 6}
+    sheet, _ = read_image((tmp_path / "sheet.png").read_bytes(), "")
+    assert sheet.shape[1] > 1000
+
+
+FAULTS = {
+    "corrupt picture": lambda d: (d / "images/1.png").write_bytes((d / "images/1.png").read_bytes()[:60]),
+    "corrupt condition": lambda d: (d / "conditions/1.png").write_bytes(b"no picture"),
+    "empty condition": lambda d: write_file(d / "conditions/1.png", png_bytes(np.zeros((48, 64), np.uint8))),
+    "inverted lines": lambda d: write_file(d / "conditions/1.png", png_bytes(255 - canny(picture(1)))),
+    "another aspect": lambda d: write_file(d / "conditions/1.png", png_bytes(canny(picture(1, (64, 64))))),
+}
+DOUBTS = {
+    "no caption": lambda d: (d / "images/1.txt").unlink(),
+    "duplicate": lambda d: (d / "images/1.png").write_bytes((d / "images/2.png").read_bytes()),
+    "missing file": lambda d: (d / "conditions/1.png").unlink(),
+    "extra file": lambda d: (d / "images/1.png").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS | DOUBTS)
+def test_check_finds_each_fault(tmp_path, capsys, fault):
+    two_folders(tmp_path / "data")
+    (FAULTS | DOUBTS)[fault](tmp_path / "data")
+    code = run("dataset", "check", tmp_path / "data", "--kind", "canny", "-o", tmp_path / "sheet.png", "--json")
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert [p["what"] for p in problems] == [fault]
+    assert code == (Exit.INPUT if fault in FAULTS else Exit.OK)
+
+
+def test_build_makes_pairs_and_goes_on_where_it_stopped(tmp_path, capsys):
+    photos(tmp_path / "photos")
+    (tmp_path / "photos/broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    command = ("dataset", "build", tmp_path / "photos", "--kind", "canny", "--size", "64", "-j", "2")
+    assert run(*command, "-o", tmp_path / "data") == Exit.PARTIAL
+    assert "broken.jpg" in capsys.readouterr().err
+    found = find_pairs(tmp_path / "data")
+    assert len(found.pairs) == 6 and kind_of_pairs(found) == ("canny", "told by the manifest")
+    assert sorted(p.caption for p in found.pairs) == CAPTIONS
+    for pair in found.pairs:
+        image, condition = (read_image(p.read_bytes(), "")[0] for p in (pair.image, pair.condition))
+        assert image.shape == (64, 64, 3) and np.array_equal(condition[..., 0], canny(image))
+
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "data").rglob("*.png")}
+    (tmp_path / "data/conditions/2.png").write_bytes(b"cut")
+    write_file(tmp_path / "photos/3.png", png_bytes(picture(5, (60, 60))))
+    assert run(*command, "-o", tmp_path / "data") == Exit.PARTIAL
+    changed = {p.stem for p, at in before.items() if p.stat().st_mtime_ns != at}
+    assert changed == {"2", "3"}
+    assert run(*command, "--set", "low=20", "-o", tmp_path / "data") == Exit.PARTIAL
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    assert manifest["options"]["low"] == 20 and manifest["pairs"] == 6
+
+
+def test_build_holds_out_some_and_is_read_as_an_imagefolder(tmp_path):
+    for i in range(10):
+        write_file(tmp_path / "photos" / f"{i}.png", png_bytes(picture(i % 6, (48 + i, 64))))
+    assert run("dataset", "build", tmp_path / "photos", "--size", "64", "-o", tmp_path / "data", "-j", "1") == 0
+    rows = [json.loads(line) for line in (tmp_path / "data/metadata.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in rows].count("held_out") == 2
+    assert all((tmp_path / "data" / row[key]).is_file() for row in rows for key in ("file_name", "conditioning_image"))
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (("--kind", "cany"), "unknown kind"), (("--set", "lo=3"), "unknown option"),
+        (("--size", "500"), "multiple of 8"), (("--set", "low=x"), "expected int"),
+        (("--resize", "keep"), "expected crop"),
+    ],
+)  # fmt: skip
+def test_build_refuses_bad_flags(tmp_path, capsys, flags, told):
+    photos(tmp_path / "photos")
+    assert run("dataset", "build", tmp_path / "photos", "-o", tmp_path / "data", *flags) == Exit.USAGE
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
