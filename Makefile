@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format types layers tiny card bench wheel clean
+.PHONY: help env demo test check lint format types layers tiny card bench bench-train torture wheel clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(VENV)/.ready ## Make the environment in .venv (once)
 
@@ -60,6 +60,12 @@ card: env ## Measure the embedded model again and write its card
 
 bench: env ## Time the command line against what one would use instead
 	$(BIN)/python benchmarks/detect.py
+
+bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
+	$(BIN)/python benchmarks/train.py
+
+torture: env ## Kill a training run 20 times at random moments and resume it
+	TORTURE=20 $(BIN)/python -m pytest -q tests/test_training.py -k killed
 
 clean: ## Remove everything that make made, except .venv and runs
 	rm -rf build dist out .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

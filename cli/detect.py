@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.options import Json, Out, Overwrite, Quiet, SkipExisting, keeps, output_path, say, tell, warn
+from controlnet.cli.options import (
+    Json,
+    Out,
+    Overwrite,
+    Quiet,
+    SkipExisting,
+    field_doc,
+    keeps,
+    output_path,
+    say,
+    tell,
+    warn,
+)
 from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError
 from controlnet.preprocessors.registry import DETECTORS, Detector, find_detector
 from typer.core import TyperGroup
@@ -67,7 +79,9 @@ def _command(default: Detector):
     own = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
-            annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=_doc(options_type, field.name))],
+            annotation=Annotated[
+                _type_of(field), typer.Option(_flag(field.name), help=field_doc(options_type, field.name))
+            ],
         )
         for field in fields(options_type)
     ]  # fmt: skip
@@ -112,13 +126,6 @@ def _type_of(field) -> type:
     return {"int": int, "float": float, "bool": bool, "str": str}[
         field.type if isinstance(field.type, str) else field.type.__name__
     ]
-
-
-def _doc(options: type, name: str) -> str:
-    """The docstring under a field of a dataclass."""
-    lines = inspect.getsource(options).splitlines()
-    at = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{name}:"))
-    return lines[at + 1].strip().strip('"') if at + 1 < len(lines) and lines[at + 1].strip().startswith('"""') else ""
 
 
 def run(detector: Detector, options: Any, inputs: list[str], out: str | None, as_json: bool, size: str, resize: str,

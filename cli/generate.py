@@ -52,11 +52,9 @@ Negative = Annotated[str, typer.Option(help="What it should not show.")]
 Num = Annotated[int, typer.Option("--num", "-n", help="How many images; image k uses seed + k.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the base's]")
+    float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. (default: the base's)")
 ]
-SchedulerName = Annotated[
-    str | None, typer.Option("--scheduler", help="ddim, euler, unipc, ...  [default: the base's]")
-]
+SchedulerName = Annotated[str | None, typer.Option("--scheduler", help="ddim, euler, unipc, ... (default: the base's)")]
 BaseName = Annotated[
     str,
     typer.Option(
@@ -68,10 +66,10 @@ BaseName = Annotated[
 Size = Annotated[
     str | None,
     typer.Option(
-        help="Canvas, WIDTHxHEIGHT or one number.  [default: the condition's aspect at the base's native size]"
+        help="Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed of the first image.  [default: random, and told]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first image. (default: random, and told)")]
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -23,8 +24,8 @@ SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave exist
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps.  [default: the best there is]")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.  [default: by the device]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: by the device)")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
 
 
@@ -69,3 +70,13 @@ def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     if skip_existing:
         return True
     raise OutputError(f"{path}: exists already", "add --overwrite to replace it, or --skip-existing to leave it")
+
+
+def field_doc(options: type, name: str) -> str:
+    """The docstring under a field of a dataclass, or of the one that it extends."""
+    for owner in options.__mro__[:-1]:
+        lines = inspect.getsource(owner).splitlines()
+        for line, after in zip(lines, lines[1:], strict=False):
+            if line.strip().startswith(f"{name}:") and after.strip().startswith('"""'):
+                return after.strip().strip('"')
+    return ""

@@ -28,7 +28,7 @@ Data = Annotated[
 ]
 Kind = Annotated[
     str | None,
-    typer.Option(help="The kind of condition; any word for your own.  [default: told by the data, canny for photos]"),
+    typer.Option(help="The kind of condition; any word for your own. (default: told by the data, canny for photos)"),
 ]
 BaseName = Annotated[
     str | None,
@@ -40,25 +40,23 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeat. See --settings for all of them."),
 ]
 RunFolder = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Folder of the run.  [default: runs/DATA-N, the next free N]")
+    Path | None, typer.Option("-o", "--out", help="Folder of the run. (default: runs/DATA-N, the next free N)")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or with the last run of DATA.")]
 Processes = Annotated[int, typer.Option(help="Processes that share each batch.")]
 Force = Annotated[bool, typer.Option("--force", help="Resume although data or settings changed.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of weights, order, noise and crops.  [default: 0]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, order, noise and crops. (default: 0)")]
 
 
 def _settings(wanted: bool) -> None:
     if wanted:
         from dataclasses import fields
 
-        from controlnet.cli.detect import _doc
+        from controlnet.cli.options import field_doc
         from controlnet.model.training.config import TrainConfig
-        from controlnet.model.training.loop import LoopConfig
 
         for field in fields(TrainConfig):
-            owner = TrainConfig if field.name in TrainConfig.__annotations__ else LoopConfig
-            print(f"{field.name:24} {field.default!s:10} {_doc(owner, field.name)}".rstrip())
+            print(f"{field.name:24} {field.default!s:10} {field_doc(TrainConfig, field.name)}".rstrip())
         raise typer.Exit
 
 

@@ -1,6 +1,8 @@
 """Training: what a batch is made of, what moves, what resumes, what the files are, and what is refused."""
 
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -407,14 +409,18 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_killed_three_times_it_ends_as_if_it_had_not_been(data, config, tmp_path):
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data, config, tmp_path):
+    """Three times; TORTURE=20 (`make torture`) for more. Every step writes a checkpoint, so kills fall into writing."""
+    kills = int(os.environ.get("TORTURE", 3))
+    chance = random.Random(0)
     whole = start(data, config, tmp_path / "whole")
     assert whole.wait(200) == 0, whole.stderr.read()
     folder = tmp_path / "cut"
     resume = ()
-    for step in (3, 11, 19):
+    for step in (1 + 24 * i // kills for i in range(kills)):
         process = start(data, config, folder, *resume)
         wait_for(lambda step=step: (Checkpoints(folder / "checkpoints").steps() or [0])[-1] >= step, process)
+        time.sleep(chance.uniform(0, 0.3))
         process.kill()
         process.communicate()
         resume = ("--resume",)

@@ -26,9 +26,11 @@ class TrainConfig(LoopConfig):
     """What is trained, on what, and how. The first defaults suit Stable Diffusion; `tiny` has its own (registry)."""
 
     base: str = "tiny"
+    """A name (tiny, sd15), a folder in diffusers' layout or a hub id."""
     kind: str = ""
     """Which sort of condition; any word for one's own. Empty: told by the data."""
     seed: int = 0
+    """Of weights, order, noise, crops."""
     size: int = 0
     """Pixels of the square that is trained on; 0 is the base's native size."""
     max_steps: int = 10_000

@@ -41,12 +41,17 @@ class LoopConfig:
     accumulation: int = 1
     """Batches whose gradients are averaged in one optimiser step."""
     learning_rate: float = 1e-4
+    """Of AdamW, after the warm-up."""
     warmup_steps: int = 100
+    """Steps over which the learning rate rises from zero."""
     decay_fraction: float = 0.25
     """The last part of the run, over which the learning rate falls linearly to zero."""
     weight_decay: float = 1e-2
+    """Of AdamW."""
     clip_norm: float = 1.0
+    """Largest norm of the whole gradient."""
     ema_decay: float = 0.999
+    """Of the averaged weights, which are what a run gives; rises to this from 0.1 over the first thousands of steps."""
     precision: str = "bfloat16"
     """float32, bfloat16 or float16; master weights and optimiser are float32 in any case."""
     save_every: float = 120.0
@@ -54,9 +59,9 @@ class LoopConfig:
     keep: int = 1
     """How many of the last checkpoints stay; the best one stays besides."""
     log_every: int = 50
-    """Optimiser steps."""
+    """Steps between lines of the log."""
     validate_every: int = 100
-    """Optimiser steps."""
+    """Steps between looks at the held-out data."""
 
     def __post_init__(self):
         for name in ("max_steps", "accumulation", "learning_rate", "save_every", "keep", "log_every", "validate_every"):
