@@ -40,7 +40,7 @@ def check(
         counts, problems, previews = check_pairs(found, name, on_pair)
     sheet = out or Path(f"{data.resolve().name}-check.png")
     if previews:
-        write_file(sheet, png_bytes(contact_sheet([(p, "") for p in previews], 4, 256)))
+        write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
     if as_json:
         print(json.dumps({"output": str(sheet), **counts, "problems": [vars(p) for p in problems]}, ensure_ascii=False))
     else:

@@ -13,6 +13,8 @@ from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.pairs import Pair, Pairs
 
 LINES = ("canny", "softedge", "scribble", "lineart", "mlsd")
+SHOWN = 24
+"""Pairs on the contact sheet."""
 ASPECT_TOLERANCE = 0.02
 """Relative difference of the aspects of picture and condition."""
 
@@ -32,7 +34,7 @@ def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
 
 
 def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, int] | None, np.ndarray | None]:
-    """Problems of one pair, the sha256 of its picture's pixels, its size, and a preview (128, 256, 3) of both."""
+    """Problems of one pair, the sha256 of its picture's pixels, its size, and a preview, 256 pixels wide."""
     problems: list[Problem] = []
     name = str(pair.image)
     try:
@@ -40,8 +42,7 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
     except InputError as error:
         return [Problem("error", "corrupt picture", str(error))], "", None, None
     digest = hashlib.sha256(image.tobytes()).hexdigest()
-    preview = np.zeros((128, 256, 3), np.uint8)
-    preview[:, :128] = fit(image, (128, 128), "pad")
+    preview = fit(image, (256, 256), "pad")
     if not pair.caption:
         problems.append(Problem("warning", "no caption", name))
     if pair.condition is not None:
@@ -50,7 +51,7 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
             condition, _ = read_image(read_bytes(where), where)
         except InputError as error:
             return [*problems, Problem("error", "corrupt condition", str(error))], digest, image.shape[1::-1], preview
-        preview[:, 128:] = fit(condition, (128, 128), "pad")
+        preview = np.concatenate([fit(one, (128, 128), "pad") for one in (image, condition)], 1)
         problems += check_condition(condition, image.shape[1::-1], kind, where)
     return problems, digest, image.shape[1::-1], preview
 
@@ -66,13 +67,17 @@ def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, whe
         yield Problem("error", "another aspect", f"{where}: {width}x{height} for a picture of {size[0]}x{size[1]}")
 
 
-def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dict, list[Problem], list[np.ndarray]]:
-    """(counts, problems, up to 24 previews) of a whole data set."""
+def check_pairs(
+    found: Pairs, kind: str, on_pair=lambda done: None
+) -> tuple[dict, list[Problem], list[tuple[np.ndarray, str]]]:
+    """(counts, problems, up to 24 previews with what is said of them) of a whole data set. Pairs with an error are
+    shown first."""
     problems = [Problem("warning", "missing file", name) for name in found.missing]
     problems += [Problem("warning", "extra file", name) for name in found.extra]
     sizes: dict[tuple[int, int], int] = {}
     seen: dict[str, str] = {}
-    previews: list[np.ndarray] = []
+    good: list[tuple[np.ndarray, str]] = []
+    bad: list[tuple[np.ndarray, str]] = []
     for done, pair in enumerate(found.pairs, 1):
         own, digest, size, preview = check_pair(pair, kind)
         problems += own
@@ -81,12 +86,15 @@ def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dic
         if digest and digest in seen:
             problems.append(Problem("warning", "duplicate", f"{pair.image} is {seen[digest]}"))
         seen.setdefault(digest, str(pair.image))
-        if preview is not None and len(previews) < 24:
-            previews.append(preview)
+        if preview is not None:
+            wrong = next((p.what for p in own if p.level == "error"), None)
+            shown = bad if wrong else good
+            if len(shown) < SHOWN:
+                shown.append((preview, f"{wrong}: {pair.image.name}" if wrong else pair.caption or "(no caption)"))
         on_pair(done)
     counts = {
         "form": found.form, "kind": kind, "pairs": len(found.pairs),
         "sizes": {f"{w}x{h}": n for (w, h), n in sorted(sizes.items(), key=lambda s: -s[1])[:5]},
         "errors": sum(p.level == "error" for p in problems), "warnings": sum(p.level == "warning" for p in problems),
     }  # fmt: skip
-    return counts, problems, previews
+    return counts, problems, (bad + good)[:SHOWN]

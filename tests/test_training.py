@@ -24,7 +24,7 @@ from controlnet.model.training.config import TrainConfig, read_config, to_toml
 from controlnet.model.training.run import train
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.canny import canny
-from controlnet.preprocessors.errors import Exit, InputError, TrainingError, UsageError
+from controlnet.preprocessors.errors import Exit, InputError, OutputError, TrainingError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_image, write_file
 from controlnet.preprocessors.pairs import find_pairs
 from diffusers import ControlNetModel
@@ -440,3 +440,56 @@ def test_two_processes_train_as_one(data, config, tmp_path):
         assert process.returncode == 0, err
     one, two = (np.array([loss for _, loss in losses(tmp_path / n)]) for n in ("one", "two"))
     assert len(one) == 6 and np.allclose(one, two, rtol=1e-5)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(data, config, tmp_path):
+    folder = tmp_path / "run"
+    process = start(data, config, folder, "--set", "max_steps=100000", "--set", "save_every=1e9")
+    wait_for(lambda: (folder / "log.jsonl").is_file() and len(losses(folder)) >= 5, process)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == Exit.INTERRUPTED
+    (step,) = Checkpoints(folder / "checkpoints").steps()
+    assert step >= 5 and f"stopped at step {step}, saved" in err and f"--resume -o {folder}" in err
+
+
+def test_a_full_disk_leaves_the_last_good_state(data, config, tmp_path, monkeypatch):
+    found = find_pairs(data)
+    train(found, replace(config, max_steps=3), tmp_path / "run", CPU)
+    before = {p: p.read_bytes() for p in (tmp_path / "run/checkpoints").iterdir()}
+
+    def full(obj, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(OutputError, match="No space left on device") as error:
+        train(found, config, tmp_path / "run", CPU, resume=True)
+    assert "--resume" in error.value.hint
+    assert {p: p.read_bytes() for p in (tmp_path / "run/checkpoints").iterdir()} == before
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(data, config, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert run("train", data, "--base", config.base, "-o", tmp_path / "file/run") == Exit.OUTPUT
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_tensorboard_is_asked_for_by_name(data, config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="not installed"):
+        train(find_pairs(data), replace(config, tensorboard=True), tmp_path / "run", CPU)
+
+
+def test_the_world_as_photos(tmp_path, monkeypatch):
+    from controlnet.model.tiny import dataset
+    from controlnet.model.tiny.render import render
+    from controlnet.model.tiny.scenes import make_scene
+
+    scenes = [make_scene(i) for i in range(3)]
+    drawn = render(scenes, 32)
+    made = dataset.World(drawn.images.numpy(), *[np.zeros(3)] * 3, [s.caption for s in scenes])
+    monkeypatch.setattr(dataset, "world", lambda *a, **k: made)
+    found = find_pairs(dataset.world_photos(tmp_path / "world", 3, 32))
+    assert [p.caption for p in found.pairs] == made.captions
+    assert np.array_equal(read_image(found.pairs[1].image.read_bytes(), "")[0], made.images[1])

@@ -188,6 +188,7 @@ class _Training:
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
         self.held_out: list[tuple[Batch, Tensor]] = []
+        self.board = _tensorboard(folder) if config.tensorboard and processes.is_main_process else None
 
     def _batch(self, k: int) -> Batch:
         """Batch k; the next one is read while it is computed."""
@@ -261,6 +262,10 @@ class _Training:
             write_file(self.folder / "README.md", model_card(run, progress.step).encode())
         draw_curve(run, self.folder / "curve.png")
         self.strip([row for row in run.validations if "pictures" in row])
+        if self.board:
+            for name in ("control_gap", "band", "validation_loss"):
+                self.board.add_scalar(name, run.validations[-1][name], progress.step)
+            self.board.flush()
         self.watcher.say(", ".join(describe(run)[:3]))
 
     def strip(self, rows: list[dict]) -> None:
@@ -278,3 +283,11 @@ class _Training:
             cells.append((self.validation.condition(i, 0, False), f"its {self.config.kind}"))
             cells += [(shot[:, i * side : (i + 1) * side], f"step {step}") for step, shot in sorted(shots.items())]
         write_file(self.folder / "samples.png", png_bytes(contact_sheet(cells, len(shots) + 2, 128)))
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("tensorboard=true: the package is not installed", "pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"))
