@@ -112,7 +112,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 (byte {error.start})", f"iconv -f latin1 -t utf-8 {path} -o {path}.utf8"

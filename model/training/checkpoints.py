@@ -37,6 +37,8 @@ class Checkpoints:
     def save(self, state: dict[str, Any], step: int, best: int | None = None) -> None:
         """Write the state of `step`, then remove the ones that are neither among the last nor `best`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for half in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
+            half.unlink()
         save_atomic(state, self.path(step))
         for old in self.steps()[: -self.keep]:
             if old != best:

@@ -138,6 +138,7 @@ def fit(
         progress = Progress(**state["progress"])
         report(f"{folder.name}: goes on at step {progress.step}")
     log.trim(progress.step if state else -1)
+    state = None  # its tensors have been copied
 
     def save() -> None:
         if processes.is_main_process:
@@ -180,8 +181,8 @@ def fit(
                 part = loss_of(k) / config.accumulation
                 scaler.scale(part).backward()
                 loss += part.detach()
+            average_gradients(parameters, processes)  # before the scaler looks for infinities: all must see the same
             scaler.unscale_(optimizer)
-            average_gradients(parameters, processes)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             value = float(reduce(loss, "mean")) if processes.num_processes > 1 else float(loss)
             if not math.isfinite(value) or not (scaler.is_enabled() or math.isfinite(float(norm))):

@@ -143,8 +143,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def begin(folder: Path, record: dict[str, Any], config: TrainConfig) -> None:
-    write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
     write_file(folder / "config.toml", to_toml(config).encode())
+    write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
 def prepare(samples: Samples, validation: Samples, processes: PartialState, watcher: Watcher) -> None:
