@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 from controlnet.cli.options import Device, Json, Offline, Quiet, keeps, say, tell, warn
-from controlnet.preprocessors.errors import Exit, InputError, UsageError
+from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 
 HELP = "Train a ControlNet on photos or pairs, and be told whether it works."
 STATUS_HELP = "Say how a training run stands: verdict, control gap, time left; draw its curve."
@@ -217,7 +217,7 @@ def status(
         print(line)
     try:
         draw_curve(read_run(run), run / "curve.png")
-    except Exception as error:  # a run of someone else's, on a disk that cannot be written: the words are what counts
+    except OutputError as error:  # a run of someone else's: the words are what counts
         warn(f"curve.png not drawn: {error}")
     pictures = [str(p) for p in (run / "curve.png", run / "samples.png") if p.is_file()]
     if pictures:

@@ -132,7 +132,7 @@ def train_text(
 ) -> tuple[nn.Module, Progress]:  # fmt: skip
     """The text encoder alone, before the base, as Stable Diffusion's: it learns to tell what the picture looks like.
 
-    Taught by the denoising loss alone it needs a hundred times as many samples (benchmarks/LOG.md).
+    Taught by the denoising loss alone it had hardly begun after 190,000 samples (benchmarks/LOG.md).
     """
     torch.manual_seed(0)
     model = nn.ModuleDict({"text": make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
