@@ -97,7 +97,7 @@ def step_of(variant: str, args, device):
 
         def loss():
             batch = Batch(latents, torch.randn_like(latents), t, embeddings, inputs)
-            with autocast(device, args.precision, small=False):
+            with autocast(device, args.precision):
                 return control_losses(unet, net, diffusion, batch).mean()
     else:
         vae.requires_grad_(False).to(device, dtype), text.requires_grad_(False).to(device, dtype)

@@ -27,10 +27,11 @@ def check(
 ) -> None:
     from controlnet.preprocessors.check import check_pairs
     from controlnet.preprocessors.images import png_bytes, write_file
-    from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
+    from controlnet.preprocessors.pairs import SHEET_SUFFIX, find_pairs, kind_of_pairs
     from controlnet.preprocessors.sheet import contact_sheet
 
     found = find_pairs(data)
+    sheet = out or Path(f"{data.resolve().name}{SHEET_SUFFIX}")
     try:
         name, _ = kind_of_pairs(found, kind or "")
     except UsageError as error:
@@ -38,7 +39,6 @@ def check(
         name = "unknown"
     with _bar("checking", len(found.pairs), quiet) as on_pair:
         counts, problems, previews = check_pairs(found, name, on_pair)
-    sheet = out or Path(f"{data.resolve().name}-check.png")
     if previews:
         write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
     if as_json:
@@ -78,6 +78,8 @@ def build(
         raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")
     options = options_of(kind, set_ or [])
     found = find_pairs(photos)
+    if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
+        raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", f"-o {photos}-data")
     if found.form != "photos":
         raise UsageError(f"{photos}: holds pairs already ({found.form})", f"controlnet train {photos}")
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)

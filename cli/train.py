@@ -6,9 +6,9 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from controlnet.cli.options import Device, Json, Offline, Quiet, keeps, say, tell, warn
@@ -32,7 +32,7 @@ Kind = Annotated[
 ]
 BaseName = Annotated[
     str | None,
-    typer.Option("--base", envvar="CONTROLNET_BASE", help="The base to train on: tiny, sd15, a folder or a hub id."),
+    typer.Option("--base", help="tiny, sd15, a folder or a hub id. (default: the settings', $CONTROLNET_BASE, tiny)"),
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings from a TOML file.")]
 Set = Annotated[
@@ -73,6 +73,8 @@ def train(
 ) -> None:  # fmt: skip
     from controlnet.preprocessors.pairs import find_pairs
 
+    if processes < 1:
+        raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
     found = None if world else find_pairs(Path(data))
     folder = out or run_folder(Path(data), resume)
@@ -81,11 +83,13 @@ def train(
     if not resume and (folder / "run.json").is_file():
         raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
     keeps(folder / "run.json", overwrite=True, skip_existing=False)
-    if processes < 1:
-        raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
-    if processes > 1 and "RANK" not in os.environ:
-        raise typer.Exit(launch(processes, folder))
-    _train(found, folder, kind, base, config, set_ or [], resume, force, seed, device, offline, as_json, quiet)
+    settings_of = _config(folder if resume else None, config, set_ or [], base, seed, kind)
+    with claimed(folder, numbered=not (out or resume)) as folder:
+        if processes > 1 and "RANK" not in os.environ:
+            from controlnet.cli.launch import launch
+
+            raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])]))
+        _train(found, folder, settings_of, resume, force, device, offline, as_json, quiet)
 
 
 def run_folder(data: Path, resume: bool) -> Path:
@@ -97,29 +101,46 @@ def run_folder(data: Path, resume: bool) -> Path:
     return Path("runs") / f"{name}-{max(numbers, default=0) + (not resume) or 1}"
 
 
-def launch(processes: int, folder: Path) -> int:
-    """The same command once more in each of several processes, which find each other through torch's launcher."""
-    import subprocess
+@contextmanager
+def claimed(folder: Path, numbered: bool):
+    """The folder of a run, for this command alone while it lasts; a new one that stays empty goes away again. When
+    another command was quicker to take a `numbered` one, the next number."""
+    from controlnet.preprocessors.lock import locked
 
-    own = sys.argv[1:]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               "-m", "controlnet.cli.main", *own]  # fmt: skip
-    if not any(a in ("-o", "--out") or a.startswith("--out=") for a in own):
-        command += ["-o", str(folder)]
-    return subprocess.call(command, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    if "RANK" in os.environ:  # one of several processes of a command that holds it
+        yield folder
+        return
+    while (new := not folder.is_dir()) or numbered:
+        try:
+            folder.mkdir(parents=True, exist_ok=not numbered)
+            break
+        except FileExistsError:
+            stem, _, number = folder.name.rpartition("-")
+            folder = folder.with_name(f"{stem}-{int(number) + 1}")
+    try:
+        with locked(folder):
+            yield folder
+    finally:
+        for empty in (folder, folder.parent)[: 2 * new]:
+            with suppress(OSError):
+                empty.rmdir()
 
 
-def _train(found, folder, kind, base, config_path, assignments, resume, force, seed, device, offline, as_json, quiet):
+def _config(run: Path | None, config_path: Path | None, assignments: list[str], base, seed, kind):
+    from controlnet.model.training.config import read_config
+
+    paths = [path for path in (run and run / "config.toml", config_path) if path]
+    environment = os.environ.get("CONTROLNET_BASE", "")
+    return read_config(paths, assignments, default_base=environment, base=base, seed=seed, kind=kind)
+
+
+def _train(found: Any, folder, config, resume, force, device, offline, as_json, quiet):
     from dataclasses import replace
 
     from controlnet.cli.generate import _device, _silence_libraries
     from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
 
     _silence_libraries()
-    from controlnet.model.training.config import read_config
-
-    paths = [folder / "config.toml"] * resume + [config_path] * (config_path is not None)
-    config = read_config(paths, assignments, base=base, seed=seed, kind=kind)
     if found is None:
         from controlnet.model.hashes import cache_folder
         from controlnet.model.tiny.dataset import world_photos
@@ -196,7 +217,8 @@ def _state(folder: Path) -> dict:
     run = read_run(folder)
     last = run.validations[-1] if run.validations else {}
     return {
-        "verdict": run.verdict.word, "converged_at": run.verdict.step, "step": run.step,
+        "state": run.state, "verdict": run.verdict.word, "converged_at": run.verdict.step, "lost_at": run.verdict.lost,
+        "step": run.step,
         "max_steps": run.record["settings"]["max_steps"], "control_gap": last.get("control_gap"),
         "band": last.get("band"), "validation_loss": last.get("validation_loss"), "causes": run.verdict.causes,
         "lines": describe(run),

@@ -146,7 +146,7 @@ def load_base(
             raise ModelError(f"{folder}: the base has no folder {part}/", f"ls {folder}")
     tokenizer = _load("tokenizer", transformers.AutoTokenizer, folder)
     words = folder / "tokenizer" / "words.txt"
-    return Base(
+    base = Base(
         name=name,
         folder=folder,
         unet=_load_network("unet", folder, device, dtype),
@@ -157,6 +157,23 @@ def load_base(
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=known.guidance if known else 7.5,
     )
+    _check_fit(base)
+    return base
+
+
+def _check_fit(base: Base) -> None:
+    """Raises ModelError when the parts of a base do not belong together."""
+    unet, vae, text = base.unet.config, base.vae.config, base.text_encoder.config
+    pairs = (
+        ("in_channels", unet.in_channels, "the VAE's latents have", vae.latent_channels),
+        ("cross_attention_dim", unet.cross_attention_dim, "the text encoder's width is", text.hidden_size),
+    )
+    for key, own, what, other in pairs:
+        if own != other:
+            raise ModelError(
+                f"{base.folder}: the UNet's {key} is {own}, but {what} {other}",
+                "a text-to-image base (not an inpainting or image-to-image one) in diffusers' layout",
+            )
 
 
 def _load_network(part: str, folder: Path, device, dtype: torch.dtype) -> nn.Module:

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import torch
 from controlnet.model.ablations import ControlNetLite
 from controlnet.model.controlnet import ControlNet
-from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.errors import ModelError, OutputError
+from controlnet.preprocessors.images import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,10 +33,9 @@ _FILE_KEYS = set(inspect.signature(ControlNetModel.__init__).parameters) - {"sel
 
 
 def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and the weights (in `dtype`, else as they are); diffusers' ControlNetModel loads the folder
-    when the hint encoder is the released one."""
+    """Write config.json and the weights (in `dtype`, else as they are), each whole or not at all; diffusers'
+    ControlNetModel loads the folder when the hint encoder is the released one. Raises OutputError."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in controlnet.config.items() if k in _FILE_KEYS}
     config |= {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": list(controlnet.hint_widths)}
     if controlnet.hint != "released":
@@ -43,10 +43,15 @@ def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | N
     if "copy" in controlnet.config:
         config["copy"] = controlnet.config["copy"]
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in controlnet.state_dict().items()}
+    write_file(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     temporary = folder / f"{WEIGHTS}.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    temporary.rename(folder / f"{WEIGHTS}.safetensors")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(folder / f"{WEIGHTS}.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{temporary}: cannot be written ({error})", "free some disk") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_controlnet(

@@ -7,8 +7,10 @@ metadata.jsonl follows datasets' imagefolder convention, so that other trainers 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -64,11 +66,14 @@ def build(
 
 
 def _names(found: Pairs) -> list[str]:
-    """A name for each photo: its own, with folders and, where two photos would share one, with its suffix."""
-    stems = [str(p.image.relative_to(found.folder).with_suffix("")).replace(os.sep, "-") for p in found.pairs]
+    """A name for each photo: its own, with folders; where two would share one, with eight digits of a hash of its
+    path. It does not depend on the order of the photos."""
+    paths = [p.image.relative_to(found.folder).as_posix() for p in found.pairs]
+    stems = [str(Path(path).with_suffix("")).replace(os.sep, "-") for path in paths]
+    count = Counter(stem.lower() for stem in stems)  # some file systems know no case
     return [
-        stem if stems.count(stem) == 1 else f"{stem}-{p.image.suffix[1:]}"
-        for stem, p in zip(stems, found.pairs, strict=True)
+        stem if count[stem.lower()] == 1 else f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        for stem, path in zip(stems, paths, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ EXIF orientation is applied; grey, palette, 16-bit and CMYK are converted, trans
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -107,9 +108,9 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror})", "choose another place with -o DIR/"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+        hint = "free some disk, then the same command again" if full else "choose another place with -o DIR/"
+        raise OutputError(f"{path}: cannot be written ({error.strerror})", hint) from error
     finally:
         if temporary.exists():
             temporary.unlink()

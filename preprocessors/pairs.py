@@ -6,22 +6,29 @@
     images          `images/` and `conditions/` with equal names
 
 Looks at names and metadata only; no picture is opened here but the first conditions, for the kind that their text
-tells.
+tells. What this toolkit writes itself is no photo: folders of runs and of built data sets, maps beside their photos
+(`photo.canny.png`), sheets of `dataset check`.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.images import SUFFIXES
 from controlnet.preprocessors.metadata import kind_of
+from controlnet.preprocessors.registry import DETECTORS
 
 CONDITION_COLUMNS = ("conditioning_image", "conditioning_image_file_name", "conditioning_image_path")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
+OWN_FILES = ("run.json", "manifest.json")
+"""They mark a folder that this toolkit has written: a training run, a built data set."""
+SHEET_SUFFIX = "-check.png"
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,23 @@ def _png_text(path: Path) -> dict[str, str]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    """All pictures below a folder, without those that this toolkit wrote."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [
+            f for f in folders
+            if not f.startswith(".") and not any((Path(place) / f / own).is_file() for own in OWN_FILES)
+        ]  # fmt: skip
+        found += [Path(place) / name for name in names if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+    return sorted(p for p in found if not _is_own(p))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a picture is a map that lies beside its photo, or a sheet of `dataset check`."""
+    stem, _, kind = path.stem.rpartition(".")
+    if kind in DETECTORS and any((path.parent / f"{stem}{suffix}").is_file() for suffix in SUFFIXES):
+        return True
+    return path.name.endswith(SHEET_SUFFIX)
 
 
 def _read_text(path: Path) -> str:
@@ -121,7 +144,7 @@ def _read_text(path: Path) -> str:
 
 def _json_lines(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):  # splitlines would cut at U+2028 inside a caption
         if line.strip():
             try:
                 row = json.loads(line)
@@ -134,9 +157,12 @@ def _json_lines(path: Path) -> list[dict]:
 
 
 def _rows(path: Path) -> list[dict]:
-    rows = _json_lines(path) if path.suffix == ".jsonl" else list(csv.DictReader(_read_text(path).splitlines()))
+    if path.suffix == ".jsonl":
+        rows = _json_lines(path)
+    else:
+        rows = list(csv.DictReader(io.StringIO(_read_text(path), newline="")))
     for number, row in enumerate(rows, 1):
-        if not row.get("file_name"):
+        if not isinstance(row.get("file_name"), str) or not row["file_name"]:
             raise InputError(f"{path}: row {number} has no file_name")
     return rows
 
@@ -150,7 +176,7 @@ def _from_rows(folder: Path, form: str, rows: list[dict], image: str, conditions
     for row in rows:
         condition = next((row[c] for c in conditions if row.get(c)), None)
         names = [row.get(image), condition]
-        absent = [str(n) for n in names if not n or not (folder / n).is_file()]
+        absent = [str(n) for n in names if not isinstance(n, str) or not n or not (folder / n).is_file()]
         if absent:
             missing += absent
             continue
@@ -164,7 +190,17 @@ def _from_rows(folder: Path, form: str, rows: list[dict], image: str, conditions
 
 def _manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}: not valid JSON ({error})", "controlnet dataset build makes it again, from the photos"
+        ) from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return manifest
 
 
 def _from_names(folder: Path) -> Pairs:

@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 import pytest
+from controlnet.preprocessors.images import png_bytes, write_file
 from helpers import randomise, small_unet
 
 _connect = socket.socket.connect
@@ -74,3 +75,28 @@ def small_base_folder(tmp_path_factory):
     net = ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))
     save_controlnet(randomise(net), folder / "net")
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Twelve photos (72, 96) of boxes on colours, with captions that name a side. Not to be changed."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        image = np.full((72, 96, 3), rng.integers(0, 120, 3), np.uint8)
+        x, y = rng.integers(4, 60), rng.integers(4, 40)
+        image[y : y + 24, x : x + 24] = rng.integers(150, 255, 3)
+        write_file(folder / f"{i}.png", png_bytes(image))
+        (folder / f"{i}.txt").write_text(f"a cube on the {'left' if x < 32 else 'right'}, floor {i}")
+    return folder
+
+
+@pytest.fixture
+def config(small_base_folder):
+    """Settings of a run of a second on the small base."""
+    from controlnet.model.training.config import TrainConfig
+
+    return TrainConfig(
+        base=str(small_base_folder / "base"), kind="canny", max_steps=6, batch_size=4, learning_rate=1e-3,
+        warmup_steps=0, log_every=1, validate_every=3, held_out=3, pictures=1, save_every=1e9,
+    )  # fmt: skip

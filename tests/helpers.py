@@ -1,6 +1,10 @@
 """Small random networks. Fakes are tiny real networks."""
 
+import json
+
+import pytest
 import torch
+from controlnet.cli.main import main
 from diffusers import UNet2DConditionModel
 
 torch.set_num_threads(1)  # small networks: threads cost more than they give
@@ -23,3 +27,20 @@ def small_unet(**changes):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     return UNet2DConditionModel(**(config | changes)).eval()
+
+
+def log_of(folder):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    """(step, loss) of the training lines of a run's log."""
+    return [(row["step"], row["loss"]) for row in log_of(folder) if "loss" in row]
+
+
+def run(*args):
+    """The exit code of `controlnet ARGS`, in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in args])
+    return stopped.value.code

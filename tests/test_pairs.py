@@ -1,15 +1,17 @@
 """Training data as people have it: every form is recognised, every fault is told."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
-from controlnet.cli.main import main
+from controlnet.preprocessors.build import _names
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_image, write_file
 from controlnet.preprocessors.mirror import flip_condition, flip_words
 from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
+from helpers import run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,6 +135,64 @@ def test_bad_data_is_refused(tmp_path):
         find_pairs(tmp_path / "broken")
 
 
+def test_what_the_toolkit_wrote_is_no_photo(tmp_path):
+    """`train .` in a folder that holds runs, maps beside photos, sheets and a built data set finds the photos alone."""
+    photos(tmp_path)
+    write_file(tmp_path / "0.canny.png", png_bytes(canny(picture(0))))
+    write_file(tmp_path / "photos-check.png", png_bytes(picture(0)))
+    for own, marker in (("runs/photos-1", "run.json"), ("data", "manifest.json")):
+        write_file(tmp_path / own / "pictures/samples.png", png_bytes(picture(0)))
+        (tmp_path / own / marker).write_text("{}")
+    write_file(tmp_path / "more/portrait.canny.png", png_bytes(picture(3)))  # a photo's own name: no photo beside it
+    found = [str(p.image.relative_to(tmp_path)) for p in find_pairs(tmp_path).pairs]
+    assert found == [*(f"{i}.png" for i in range(6)), "more/portrait.canny.png"]
+
+
+def test_captions_may_hold_any_character(tmp_path):
+    odd = 'a "quoted" cube,\u2028on two lines\x85 of a floor'
+    for name in ("0.png", "1.png"):
+        write_file(tmp_path / name, png_bytes(picture(0)))
+    rows = [{"file_name": "0.png", "text": odd}, {"file_name": "1.png", "text": "b"}]
+    (tmp_path / "metadata.jsonl").write_text(
+        "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert [p.caption for p in find_pairs(tmp_path).pairs] == [odd, "b"]
+    (tmp_path / "metadata.jsonl").unlink()
+    odd = 'two "lines",\nand a comma'
+    with open(tmp_path / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "text"], ["0.png", odd], ["1.png", "b"]])
+    assert [p.caption for p in find_pairs(tmp_path).pairs] == [odd, "b"]
+
+
+@pytest.mark.parametrize("manifest, told", [("{broken", "not valid JSON"), ("[]", "not a JSON object")])
+def test_a_broken_manifest_is_refused(tmp_path, manifest, told):
+    imagefolder(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match=told):
+        find_pairs(tmp_path)
+
+
+def test_names_that_are_no_text_are_missing_files(tmp_path):
+    prompt_json(tmp_path)
+    with open(tmp_path / "prompt.json", "a") as file:
+        file.write('{"source": 7, "target": ["x"], "prompt": "p"}\n')
+    found = find_pairs(tmp_path)
+    assert len(found.pairs) == 6 and found.missing == ("['x']", "7")
+
+
+def test_photos_of_one_name_get_names_of_their_own(tmp_path):
+    for name in ("a/b.png", "a-b.png", "A/b.png", "a/b.jpg", "c.png"):
+        write_file(tmp_path / "photos" / name, png_bytes(picture(1)))
+    names = _names(find_pairs(tmp_path / "photos"))
+    assert len({name.lower() for name in names}) == 5 and "c" in names
+
+
+def test_build_into_the_photos_folder_is_refused(tmp_path, capsys):
+    photos(tmp_path / "photos")
+    assert run("dataset", "build", tmp_path / "photos", "-o", tmp_path / "photos/data") == Exit.USAGE
+    assert "would be taken for photos" in capsys.readouterr().err
+
+
 @given(st.text("leftrigh ,.LEFTRIGH", max_size=40))
 def test_words_flipped_twice_are_the_same(text):
     assert flip_words(flip_words(text)) == text
@@ -148,12 +208,6 @@ def test_flips():
     assert np.array_equal(flip_condition(normal, "canny"), normal[:, ::-1])
     with pytest.raises(UsageError, match="pose map cannot be mirrored"):
         flip_condition(normal, "pose")
-
-
-def run(*args):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(a) for a in args])
-    return stopped.value.code
 
 
 def test_check_of_good_data(tmp_path, capsys):

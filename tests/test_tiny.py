@@ -18,6 +18,7 @@ from controlnet.model.tiny.train import parse_minutes
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 MIB = 2**20
 
@@ -113,3 +114,22 @@ def test_contact_sheet():
     assert sheet.shape[1] == 2 * 48 + 8
     assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * 40 * 20 and (sheet == 99).all(-1).sum() >= 40 * 40
     Image.fromarray(sheet)
+
+
+def test_training_goes_on_from_given_weights(tmp_path, monkeypatch):
+    """With no minutes, what comes out is what went in, and the minutes spent on it are still told."""
+    from controlnet.model.tiny import dataset, train
+    from controlnet.model.tiny.render import render
+    from controlnet.model.tiny.scenes import make_scene
+
+    scenes = [make_scene(i) for i in range(4)]
+    drawn = render(scenes, 128)
+    made = dataset.World(drawn.images.numpy(), *[np.zeros(4)] * 3, [s.caption for s in scenes])
+    monkeypatch.setattr(train, "world", lambda *a, **k: made)
+    out = tmp_path / "weights"
+    train.main(["--minutes", "0", "--runs", str(tmp_path / "runs"), "--start", str(TINY), "--out", str(out)])
+    for before in sorted(TINY.rglob("*.safetensors")):
+        after = load_file(out / before.relative_to(TINY))
+        assert all(torch.equal(value, after[key]) for key, value in load_file(before).items()), before
+    for name in ("training.json", "tokenizer/vocab.json", "tokenizer/words.txt", "scheduler/scheduler_config.json"):
+        assert (out / name).read_text() == (TINY / name).read_text()

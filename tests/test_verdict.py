@@ -9,6 +9,7 @@ from controlnet.model.training.report import describe, draw_curve, duration, rea
 from controlnet.model.training.verdict import EXPECTED_STEPS, verdict
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.images import read_image
+from controlnet.preprocessors.lock import locked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,20 @@ def test_before_anything():
 def test_a_jump_converges_where_it_began():
     found = verdict(rows([0, 0, 0.0005, 0, 0.004, 0.009, 0.02, 0.03]), SETTINGS, {})
     assert (found.word, found.step) == ("converged", 200)
+
+
+def test_control_that_is_lost_again_is_told():
+    gaps = [0, 0.01, 0.01, 0.01, 0.01, 0, 0, 0]
+    assert verdict(rows(gaps[:-1]), SETTINGS, {}).word == "converged"
+    found = verdict(rows(gaps), SETTINGS, {})
+    assert (found.word, found.step, found.lost) == ("waiting", None, 250) and "lost at step 250" in found.text
+    assert "too high" in verdict(rows(gaps), SETTINGS, {}, finished=True).causes[0]
+    found = verdict(rows([*gaps, 0.01, 0.02, 0.02]), SETTINGS, {})
+    assert (found.word, found.step, found.lost) == ("converged", 400, None)
+
+
+def test_a_run_that_has_finished_early_does_not_wait():
+    assert verdict(rows([0.0] * 5), SETTINGS, {}, finished=True).word == "overdue"
 
 
 def test_one_lucky_look_is_no_convergence():
@@ -55,7 +70,7 @@ def test_an_ended_or_very_long_run_is_overdue():
     "settings, facts, told",
     [
         ({}, {"line_map_brightness": 0.9}, "polarity"), ({"learning_rate": 1e-8}, {}, "learning_rate 1e-08 is low"),
-        ({"learning_rate": 0.1}, {}, "is high"), ({}, {}, "too few optimiser steps: 1000"),
+        ({"learning_rate": 0.1}, {}, "is high"), ({}, {}, "too few optimiser steps: 1,000"),
         ({"accumulation": 8}, {}, "accumulation=8"), ({}, {"condition_spread": 0.001}, "hardly differ"),
         ({}, {}, "wrong kind"),
     ],
@@ -67,7 +82,7 @@ def test_causes_are_named(settings, facts, told):
 def test_accumulated_batches_are_not_steps():
     """1,000 steps of 8 batches are 1,000 steps."""
     causes = verdict(rows([0.0] * 21), SETTINGS | {"accumulation": 8}, {}).causes
-    assert any("1000," in cause for cause in causes) and not any("8000" in cause for cause in causes)
+    assert any("1,000," in cause for cause in causes) and not any("8000" in cause for cause in causes)
 
 
 @pytest.fixture
@@ -85,7 +100,12 @@ def run(tmp_path):
 def test_status_of_a_running_run(run, capsys):
     state = read_run(run)
     assert state.step == 200 and state.seconds_left == pytest.approx(1600)
-    assert describe(state)[:2] == ["converged at step 100: the condition matters", "step 200 of 1,000, 27 min left"]
+    assert describe(state)[:2] == ["converged at step 100: the condition matters", "step 200 of 1,000, stopped"]
+    with locked(run):
+        assert describe(read_run(run))[1] == "step 200 of 1,000, 27 min left"
+    with open(run / "log.jsonl", "a") as file:
+        file.write('0}\n{"step": 210, "ended": "exploded"}\n')
+    assert describe(read_run(run))[1] == "step 210 of 1,000, exploded"
     with pytest.raises(SystemExit) as stopped:
         main(["status", str(run)])
     assert stopped.value.code == 0

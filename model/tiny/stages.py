@@ -1,5 +1,5 @@
 """The stages in which `tiny` is trained: VAE, text encoder, base, ControlNet. Each resumes and is skipped when
-finished."""
+finished; each begins with the network it is given, or with a new one."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ LATENT_NOISE = 0.05
 
 
 def train_vae(world: World, folder: Path, minutes: float, device: torch.device, crop: int = 64, batch: int = 16,
-              width: int = 32, report=print) -> tuple[nn.Module, Progress]:  # fmt: skip
+              vae: Any = None, width: int = 32, report=print) -> tuple[nn.Module, Progress]:  # fmt: skip
     """Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit statistics."""
     torch.manual_seed(0)
-    vae = make_vae(width).to(device, memory_format=torch.channels_last)
+    vae = (vae or make_vae(width)).to(device, memory_format=torch.channels_last)
     images = world.images
 
     def loss_of(step: int) -> Tensor:
@@ -82,7 +82,7 @@ def encode_images(vae: Any, images: np.ndarray, device: torch.device, batch: int
 
 def cached_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device) -> Tensor:
     """All latents, from `path` if they are there; sets the VAE's scaling_factor so that they have unit deviation."""
-    deviation = float(encode_images(vae, images[:1000], device).float().std()) * vae.config.scaling_factor
+    deviation = float(encode_images(vae, images[:1000], device).float().std()) / vae.config.scaling_factor
     vae.register_to_config(scaling_factor=round(1 / deviation, 3))
     if not path.exists():
         save_atomic(encode_images(vae, images, device), path)
@@ -128,14 +128,14 @@ class Sketch(nn.Module):
 
 def train_text(
     latents: Tensor, captions: list[str], tokenizer, folder: Path, minutes: float, device: torch.device,
-    batch: int = 64, report=print,
+    text_encoder: nn.Module | None = None, batch: int = 64, report=print,
 ) -> tuple[nn.Module, Progress]:  # fmt: skip
     """The text encoder alone, before the base, as Stable Diffusion's: it learns to tell what the picture looks like.
 
     Taught by the denoising loss alone it had hardly begun after 190,000 samples (benchmarks/LOG.md).
     """
     torch.manual_seed(0)
-    model = nn.ModuleDict({"text": make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
+    model = nn.ModuleDict({"text": text_encoder or make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
     wordings = reworded(tokenizer, captions)
     sketches = F.adaptive_avg_pool2d(latents.float(), SKETCH)
 
@@ -152,11 +152,11 @@ def train_text(
 
 def train_base(
     latents: Tensor, captions: list[str], tokenizer, text_encoder: nn.Module, size: int, folder: Path, minutes: float,
-    device: torch.device, batch: int = 64, report=print,
+    device: torch.device, unet: nn.Module | None = None, batch: int = 64, report=print,
 ) -> tuple[nn.Module, nn.Module, Progress]:  # fmt: skip
     """UNet and text encoder together, on cached latents; one prompt in ten empty, captions in varying words."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"unet": make_unet(size), "text": text_encoder})
+    model = nn.ModuleDict({"unet": unet or make_unet(size), "text": text_encoder})
     model.to(device).to(memory_format=torch.channels_last)
     diffusion = Diffusion(make_scheduler(), device)
     wordings = reworded(tokenizer, captions)
@@ -193,13 +193,12 @@ def training_canny(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def train_canny(
     unet: nn.Module, text_encoder: nn.Module, world: World, latents: Tensor, tokenizer, folder: Path, minutes: float,
-    device: torch.device, batch: int = 32, report=print,
+    device: torch.device, controlnet: ControlNet | None = None, batch: int = 32, report=print,
 ) -> tuple[ControlNet, Progress]:  # fmt: skip
     """The ControlNet on the locked base: prompts emptied half the time, conditions by the functions users call."""
     torch.manual_seed(0)
-    controlnet = (
-        ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS).to(device).to(memory_format=torch.channels_last)
-    )
+    controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)
+    controlnet.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
     unet.requires_grad_(False), text_encoder.requires_grad_(False)
     diffusion = Diffusion(make_scheduler(), device)
     ids = encode_captions(tokenizer, world.captions)

@@ -3,6 +3,7 @@
     python -m controlnet.model.tiny.train --minutes vae=20,text=5,base=90,canny=15
 
 Every stage goes on where it was interrupted, and is skipped once its minutes are used up. CUDA is used if present.
+`--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from controlnet.model.checkpoint import save_controlnet
+from controlnet.model.base import load_base
+from controlnet.model.checkpoint import load_controlnet, save_controlnet
 from controlnet.model.tiny.dataset import world
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.scenes import vary
 from controlnet.model.tiny.stages import cached_latents, train_base, train_canny, train_text, train_vae
+from controlnet.model.training.precision import attention
 
 STAGES = ("vae", "text", "base", "canny")
 MAX_SHARD = "14MB"
@@ -55,34 +59,52 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", default="vae=20,text=5,base=90,canny=15", help="training minutes of each stage")
     parser.add_argument("--size", type=int, default=128, help="native pixels of the model")
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
+    parser.add_argument("--start", type=Path, help="weights to begin with: the folder that --out was")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     minutes = parse_minutes(args.minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = args.runs / str(args.size)
     data = world(args.runs / "world", args.scenes, args.size, device=device.type)
-    rng = np.random.default_rng(0)
-    corpus = [c for caption in data.captions[:10_000] for c in (caption, vary(caption, rng, 0.5))]
-    tokenizer = make_tokenizer(corpus, run / "tokenizer")
+    begun: dict[str, Any] = dict.fromkeys(STAGES)
+    if args.start:
+        base = load_base(str(args.start), device, torch.float32)
+        begun = {"vae": base.vae, "text": base.text_encoder, "base": base.unet,
+                 "canny": load_controlnet(args.start / "controlnet-canny", torch.float32)}  # fmt: skip
+        shutil.copytree(args.start / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+        tokenizer = base.tokenizer
+        for network in begun.values():
+            network.requires_grad_(True)
+    else:
+        rng = np.random.default_rng(0)
+        corpus = [c for caption in data.captions[:10_000] for c in (caption, vary(caption, rng, 0.5))]
+        tokenizer = make_tokenizer(corpus, run / "tokenizer")
     progress = {}
 
-    vae, progress["vae"] = train_vae(data, run / "vae", minutes["vae"], device)
-    latents = cached_latents(vae, data.images, run / "latents.pt", device)
-    text_encoder, progress["text"] = train_text(
-        latents, data.captions, tokenizer, run / "text", minutes["text"], device
-    )
-    unet, text_encoder, progress["base"] = train_base(
-        latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device
-    )
-    controlnet, progress["canny"] = train_canny(
-        unet, text_encoder, data, latents, tokenizer, run / "canny", minutes["canny"], device
-    )
+    with attention(device, small=args.size <= 256):
+        vae, progress["vae"] = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
+        latents = cached_latents(vae, data.images, run / "latents.pt", device)
+        text_encoder, progress["text"] = train_text(
+            latents, data.captions, tokenizer, run / "text", minutes["text"], device, text_encoder=begun["text"]
+        )
+        unet, text_encoder, progress["base"] = train_base(
+            latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device,
+            unet=begun["base"],
+        )  # fmt: skip
+        controlnet, progress["canny"] = train_canny(
+            unet, text_encoder, data, latents, tokenizer, run / "canny", minutes["canny"], device,
+            controlnet=begun["canny"],
+        )  # fmt: skip
+    stages = {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()}
+    if args.start:
+        for name, before in json.loads((args.start / "training.json").read_text())["stages"].items():
+            stages[name] = {key: round(stages[name][key] + value, 1) for key, value in before.items()}
 
     args.out.mkdir(parents=True, exist_ok=True)
     save_base(args.out, vae, unet, text_encoder, run / "tokenizer")
@@ -90,8 +112,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     machine += f", torch {torch.__version__}"
     training = {
-        "size": args.size, "scenes": args.scenes, "machine": machine,
-        "stages": {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()},
+        "size": args.size, "scenes": args.scenes, "machine": machine, "stages": stages,
     }  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     print(f"written: {args.out}; now measure it with python -m controlnet.model.tiny.card")

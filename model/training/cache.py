@@ -1,7 +1,7 @@
 """What need not be computed twice: latents, text embeddings and conditions on disk, keyed by what they are made of.
 
 A key holds the content's hash and every setting that matters, so an entry of another base, size or detector is never
-found. Entries are numpy files, whole or not there; a damaged one is made again.
+found. Entries are compressed numpy files, whole or not there; a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.images import write_file
 
 
@@ -28,18 +31,28 @@ class Cache:
         self._hashes: dict[str, list] | None = None
 
     def array(self, section: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The entry, made and kept if it is not there."""
+        """The entry, made and kept if it is not there. Raises OutputError when it cannot be kept."""
         if self.folder is None:
             return make()
-        path = self.folder / section / key[:2] / f"{key}.npy"
+        path = self.folder / section / key[:2] / f"{key}.npz"
         try:
-            return np.load(path, allow_pickle=False)
-        except (FileNotFoundError, ValueError, EOFError):
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as entry:
+                return entry["array"]
+        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             array = make()
             buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
-            write_file(path, buffer.getvalue())
+            np.savez_compressed(buffer, array=array)
+            self._write(path, buffer.getvalue())
             return array
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            write_file(path, data)
+        except OutputError as error:
+            raise OutputError(
+                str(error), f"free some disk, or CONTROLNET_CACHE=DIR for another place than {self.folder}, or"
+                " --set cache=false"
+            ) from error  # fmt: skip
 
     def file_hash(self, path: Path) -> str:
         """sha256 of a file, remembered by its size and time of change."""
@@ -53,14 +66,16 @@ class Cache:
 
     def _known(self) -> dict[str, list]:
         if self._hashes is None:
-            path = self.folder / "files.json" if self.folder else None
-            try:
-                self._hashes = json.loads(path.read_text()) if path else {}
-            except (FileNotFoundError, ValueError):
-                self._hashes = {}
+            self._hashes = self._kept()
         return self._hashes
 
+    def _kept(self) -> dict[str, list]:
+        try:
+            return json.loads((self.folder / "files.json").read_text()) if self.folder else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+
     def remember(self) -> None:
-        """Keep the files' hashes for the next run."""
+        """Keep the files' hashes for the next run, beside the ones that other processes have kept."""
         if self.folder is not None and self._hashes:
-            write_file(self.folder / "files.json", json.dumps(self._hashes).encode())
+            self._write(self.folder / "files.json", json.dumps(self._kept() | self._hashes).encode())

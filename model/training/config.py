@@ -87,12 +87,13 @@ class TrainConfig(LoopConfig):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-def read_config(paths: list[Path], assignments: list[str], **given: Any) -> TrainConfig:
+def read_config(paths: list[Path], assignments: list[str], default_base: str = "", **given: Any) -> TrainConfig:
     """The base's own defaults, then the TOML files, then `key=value` texts, then what flags gave (None is not given).
+    The base is `default_base` where none of them names one.
 
     Raises UsageError for unknown names (with the nearest one), wrong types and values out of range.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"base": default_base} if default_base else {}
     for path in paths:
         try:
             values |= tomllib.loads(Path(path).read_text())

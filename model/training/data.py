@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from controlnet.model.canvas import LINE_KINDS
+from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
@@ -19,7 +18,7 @@ LEAST_PAIRS = 4
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
 }  # fmt: skip
-"""Settings that a resumed run may change: they do not touch the optimisation."""
+"""Settings that a resumed run may change: they do not touch the optimisation. With a decay, the length does."""
 
 
 def split(found: Pairs, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
@@ -53,28 +52,34 @@ def look_at(*sets: Samples) -> dict[str, float]:
     return facts
 
 
-def fingerprint(found: Pairs) -> str:
-    """sha256 over names, sizes and captions of the pairs."""
-
-    def row(pair: Pair) -> list:
+def fingerprint(found: Pairs, hashes: Cache) -> dict[str, str]:
+    """A sha256 for each thing that makes the data: names, captions, the held-out split, contents of the files."""
+    parts: dict[str, list] = {"file names": [], "captions": [], "held-out split": [], "contents": []}
+    for pair in found.pairs:
         files = [p for p in (pair.image, pair.condition) if p]
-        return [[str(p.relative_to(found.folder)), p.stat().st_size] for p in files] + [pair.caption]
-
-    return hashlib.sha256(json.dumps([row(pair) for pair in found.pairs]).encode()).hexdigest()
+        parts["file names"].append([str(p.relative_to(found.folder)) for p in files])
+        parts["captions"].append(pair.caption)
+        parts["held-out split"].append(pair.held_out)
+        parts["contents"].append([hashes.file_hash(p) for p in files])
+    hashes.remember()
+    return {name: key_of(values) for name, values in parts.items()}
 
 
 def check_resumed(folder: Path, record: dict[str, Any], force: bool) -> None:
     """Raises UsageError that says what differs from the run that is to go on."""
     before = read_run(folder).record
+    free = FREE_TO_CHANGE - ({"max_steps", "minutes"} if record["settings"]["decay_fraction"] else set())
     changes = [
         f"{name} was {before['settings'].get(name)!r}, is {value!r}"
         for name, value in record["settings"].items()
-        if name not in FREE_TO_CHANGE and before["settings"].get(name) != value
+        if name not in free and before["settings"].get(name) != value
     ]
     if before["base_sha256"] != record["base_sha256"]:
         changes.append(f"the weights of base {record['settings']['base']} are others")
-    if before["data"]["sha256"] != record["data"]["sha256"]:
-        changes.append(f"the data changed: {before['data']['pairs']} pairs then, {record['data']['pairs']} now")
+    then, now = before["data"], record["data"]
+    if others := [name for name, digest in now["sha256"].items() if then["sha256"].get(name) != digest]:
+        count = f" ({then['pairs']} pairs then, {now['pairs']} now)" * (then["pairs"] != now["pairs"])
+        changes.append(f"the data's {', '.join(others)} changed{count}")
     if changes and not force:
         raise UsageError(
             f"{folder}: cannot go on as it was: " + "; ".join(changes),

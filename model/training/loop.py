@@ -27,7 +27,11 @@ from controlnet.model.training.precision import PRECISIONS
 from torch import Tensor, nn
 
 EXPLODED = 4.0
-"""A loss this many times the first one logged has exploded."""
+"""A mean loss this many times the first one has exploded; a single one may be so for its noise and timestep alone."""
+EXPLODED_AT_ONCE = 25.0
+"""No noise does this to a single one."""
+RECENT = 50
+"""Steps over which the loss is averaged for that; a fifth of them must be there."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,18 @@ class Progress:
     loss: float = math.nan
     """Mean over the steps of the last log line."""
     first_loss: float = math.nan
+    """Of the validation before step 1, else of step 1; an explosion is measured by it."""
     best_loss: float = math.inf
     """Of the validations; the network of `best_step` had it."""
     best_step: int | None = None
     window: list[float] = field(default_factory=list)
     """Losses since the last log line."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last RECENT steps."""
 
 
 class ExplodedError(ArithmeticError):
-    """The loss is not finite, or far above where it began. The checkpoints are from before."""
+    """The loss is not finite, or far above where it began. Every checkpoint is of a step whose loss was still good."""
 
 
 def fit(
@@ -112,9 +119,10 @@ def fit(
     loss_of(k) gives the scalar loss of batch k; one optimiser step takes `accumulation` of them. Goes on from the last
     checkpoint in `folder/checkpoints`. `validate` runs on the averaged weights before the first step, every
     `validate_every` steps and at the end, and returns fields for the log; the lowest `validation_loss` among them makes
-    the step the best one; `on_validated` follows when they are written. SIGTERM and SIGINT end the loop after a
-    checkpoint. With several processes (Accelerate's environment), each computes its own part of batch k, gradients are
-    averaged, and the first one writes.
+    the step the best one; `on_validated` follows when they are written. A checkpoint is written when the loss at its
+    weights has been seen, not before. The log's last line says how the loop ended: finished, stopped (SIGTERM, SIGINT;
+    after a checkpoint) or exploded. With several processes (Accelerate's environment), each computes its own part of
+    batch k, gradients are averaged, and the first one writes.
 
     Raises ExplodedError when the loss stops being finite or explodes, OSError when a checkpoint cannot be written; the
     earlier ones stay in both cases.
@@ -134,11 +142,14 @@ def fit(
         torch._foreach_copy_([p.data for p in parameters], state["parameters"])
         torch._foreach_copy_(ema, state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["weight_decay"] = config.weight_decay
         scaler.load_state_dict(state["scaler"])
         progress = Progress(**state["progress"])
         report(f"{folder.name}: goes on at step {progress.step}")
     log.trim(progress.step if state else -1)
     state = None  # its tensors have been copied
+    looked_at: int | None = None
 
     def save() -> None:
         if processes.is_main_process:
@@ -148,12 +159,17 @@ def fit(
 
     def check() -> bool:
         """Look at the averaged weights; whether they are the best so far."""
+        nonlocal looked_at
         if validate is None or not processes.is_main_process:
             return False
+        looked_at = progress.step
         with averaged(parameters, ema):
             module.eval()
             fields = validate(progress)
             log.write({"step": progress.step, **fields})
+            if progress.step == 0:
+                progress.first_loss = fields.get("validation_loss", math.nan)
+            _judge(progress, fields.get("validation_loss"), "validation loss")
             better = fields.get("validation_loss", math.inf) < progress.best_loss
             if better:
                 progress.best_loss, progress.best_step = fields["validation_loss"], progress.step
@@ -165,11 +181,10 @@ def fit(
         spent = progress.seconds / 60 / config.minutes if config.minutes else 1.0
         return max(progress.step / config.max_steps, spent)
 
-    module.train()
-    if progress.step == 0:
-        check()
-    last_save = last_tick = time.perf_counter()
-    with Stop() as stop:
+    def train(stop: Stop) -> str:
+        """The steps; how they ended."""
+        last_save, save_due = time.perf_counter(), False
+        last_tick = last_save
         while done() < 1 and not stop.asked(processes):
             rate = min(1.0, (progress.step + 1) / max(1, config.warmup_steps))
             if config.decay_fraction:
@@ -183,10 +198,17 @@ def fit(
                 loss += part.detach()
             average_gradients(parameters, processes)  # before the scaler looks for infinities: all must see the same
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            norm = float(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
             value = float(reduce(loss, "mean")) if processes.num_processes > 1 else float(loss)
-            if not math.isfinite(value) or not (scaler.is_enabled() or math.isfinite(float(norm))):
-                raise ExplodedError(f"the loss is {value} and its gradient {float(norm)} at step {progress.step}")
+            if math.isnan(progress.first_loss):
+                progress.first_loss = value
+            _judge(progress, value)
+            if not (scaler.is_enabled() or math.isfinite(norm)):
+                raise ExplodedError(f"the gradient is {norm} at step {progress.step}")
+            if save_due:
+                save()
+                last_save, save_due = time.perf_counter(), False
+            progress.recent = [*progress.recent, value][-RECENT:]
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -199,15 +221,30 @@ def fit(
             if progress.step % config.log_every == 0:
                 _log(log, progress, rate * config.learning_rate)
             better = progress.step % config.validate_every == 0 and check()
-            if better or now - last_save > config.save_every:
-                save()
-                last_save = now
+            save_due = save_due or better or now - last_save > config.save_every
             on_step(progress)
+        if done() >= 1 and looked_at != progress.step and not checkpoints.path(progress.step).exists():
+            check()
+        if not all(bool(p.isfinite().all()) for p in parameters):
+            raise ExplodedError(f"weights are not finite at step {progress.step}")
         if not checkpoints.path(progress.step).exists():
-            if done() >= 1 and progress.step % config.validate_every:
-                check()
             save()
-        processes.wait_for_everyone()
+        return "stopped" if done() < 1 else "finished"
+
+    module.train()
+    if progress.step == 0:
+        check()
+    ended = ""
+    try:
+        with Stop() as stop:
+            ended = train(stop)
+            processes.wait_for_everyone()
+    except ExplodedError:
+        ended = "exploded"
+        raise
+    finally:
+        if ended:
+            log.write({"step": progress.step, "ended": ended})
     if stop.signal is not None:
         report(f"stopped at step {progress.step}, saved")
     for parameter, average in zip(parameters, ema, strict=True):
@@ -218,13 +255,17 @@ def fit(
 def _log(log: Log, progress: Progress, rate: float) -> None:
     progress.loss = sum(progress.window) / len(progress.window)
     progress.window.clear()
-    if math.isnan(progress.first_loss):
-        progress.first_loss = progress.loss
-    if progress.loss > EXPLODED * progress.first_loss:
-        raise ExplodedError(
-            f"the loss is {progress.loss:.3g} at step {progress.step}, it began at {progress.first_loss:.3g}"
-        )
     log.write({"step": progress.step, "seconds": round(progress.seconds, 1), "loss": progress.loss, "lr": rate})
+
+
+def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
+    """Raises ExplodedError when a loss, or the mean of the recent ones, cannot be one of a network that learns."""
+    if loss is None:
+        return
+    recent = sum(progress.recent) / len(progress.recent) if len(progress.recent) >= RECENT // 5 else 0.0
+    first = progress.first_loss
+    if not math.isfinite(loss) or loss > EXPLODED_AT_ONCE * first or recent > EXPLODED * first:
+        raise ExplodedError(f"the {what} is {max(loss, recent):.3g} at step {progress.step}, it began at {first:.3g}")
 
 
 @contextmanager

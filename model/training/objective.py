@@ -78,18 +78,21 @@ def control_losses(
 
 
 @torch.no_grad()
-def control_gap(losses_of: Callable[[Batch], Tensor], batches: Iterable[tuple[Batch, Tensor]]) -> dict[str, float]:
+def control_gap(
+    losses_of: Callable[[Batch], Tensor], batches: Iterable[tuple[Batch, Tensor]], looks: int = 1
+) -> dict[str, float]:
     """How much worse the network does with another pair's condition than with the true one.
 
     losses_of gives one loss a sample. Each batch, fixed noise and timesteps included, comes with conditions of other
-    pairs (B, 3, H, W). A fresh ControlNet has a gap of exactly 0. `band` is twice the standard error of the gap's mean
-    over the samples, `validation_loss` the loss with the true conditions.
+    pairs (B, 3, H, W). The samples are all pairs at a first timestep, then all at a second, `looks` times. A fresh
+    ControlNet has a gap of exactly 0. `band` is twice the standard error of the gap's mean over the pairs, as a pair's
+    gaps at several timesteps are not independent; `validation_loss` is the loss with the true conditions.
     """
     true, other = [], []
     for batch, others in batches:
         true.append(losses_of(batch).double())
         other.append(losses_of(replace(batch, condition=others)).double())
-    gaps = torch.cat(other) - torch.cat(true)
+    gaps = (torch.cat(other) - torch.cat(true)).view(looks, -1).mean(0)
     return {
         "validation_loss": float(torch.cat(true).mean()),
         "control_gap": float(gaps.mean()),

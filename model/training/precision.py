@@ -11,15 +11,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@contextmanager
-def autocast(device: torch.device, precision: str = "bfloat16", small: bool = True) -> Iterator[None]:
-    """Autocast to `precision`. On a CPU, and for `small` pictures (256 pixels and less), attention in bfloat16 is done
-    as plain matrix products: the fused kernel's backward is ten times slower there (benchmarks/LOG.md)."""
+def autocast(device: torch.device, precision: str = "bfloat16") -> torch.autocast:
+    """Autocast of a forward pass to `precision`."""
     dtype = PRECISIONS[precision]
-    plain = device.type == "cpu" and small and dtype is torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+
+
+@contextmanager
+def attention(device: torch.device, precision: str = "bfloat16", small: bool = True) -> Iterator[None]:
+    """The kernels of attention, around forward and backward: gradient checkpointing computes the forward in the
+    backward again. On a CPU, and for `small` pictures (256 pixels and less), bfloat16 is done as plain matrix products:
+    the fused kernel's backward is ten times slower there (benchmarks/LOG.md)."""
+    plain = device.type == "cpu" and small and PRECISIONS[precision] is torch.bfloat16
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with (
-        torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
-        sdpa_kernel(backends[-1:] if plain else backends),
-    ):
+    with sdpa_kernel(backends[-1:] if plain else backends):
         yield

@@ -11,21 +11,21 @@ from typing import Any
 from controlnet.model.training.verdict import Verdict, verdict
 from controlnet.preprocessors.errors import InputError
 from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.lock import is_locked
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What the files of a run tell. `steps` are the log's training lines, `validations` the others."""
+    """What the files of a run tell. `steps` are the log's training lines, `validations` the looks at held-out pairs.
+    `state` is running, finished, exploded or stopped; a stopped one may be gone on with."""
 
     folder: Path
     record: dict[str, Any]
     steps: list[dict]
     validations: list[dict]
     verdict: Verdict
-
-    @property
-    def step(self) -> int:
-        return max((row["step"] for row in self.steps + self.validations), default=0)
+    state: str
+    step: int
 
     @property
     def seconds_left(self) -> float | None:
@@ -52,7 +52,11 @@ def read_run(folder: Path) -> RunState:
                 continue
     validations = [row for row in rows if "control_gap" in row]
     steps = [row for row in rows if "lr" in row]
-    return RunState(folder, record, steps, validations, verdict(validations, record["settings"], record["facts"]))
+    ended = rows[-1].get("ended") if rows else None
+    state = "running" if is_locked(folder) else ended or "stopped"
+    judged = verdict(validations, record["settings"], record["facts"], ended == "finished" and state != "running")
+    step = max((row["step"] for row in rows), default=0)
+    return RunState(folder, record, steps, validations, judged, state, step)
 
 
 def duration(seconds: float) -> str:
@@ -64,10 +68,13 @@ def duration(seconds: float) -> str:
 
 
 def describe(run: RunState) -> list[str]:
-    """A line each: the verdict; the step and the time left; gap and loss; causes that are worth a look."""
+    """A line each: the verdict; the step and the time left, or how it ended; gap and loss; causes that are worth a
+    look."""
     settings = run.record["settings"]
     lines = [run.verdict.text, f"step {run.step:,} of {settings['max_steps']:,}"]
-    if run.step < settings["max_steps"] and run.seconds_left is not None:
+    if run.state != "running":
+        lines[-1] += f", {run.state}"
+    elif run.step < settings["max_steps"] and run.seconds_left is not None:
         lines[-1] += f", {duration(run.seconds_left)} left"
     if run.validations:
         last = run.validations[-1]

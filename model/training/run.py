@@ -8,11 +8,13 @@ RUN/checkpoints/, pictures/                            to go on from; each look 
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,13 @@ from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import make_scheduler
 from controlnet.model.training.cache import Cache
-from controlnet.model.training.config import TrainConfig, to_toml
+from controlnet.model.training.config import CHOICES, TrainConfig, to_toml
 from controlnet.model.training.data import check_resumed, fingerprint, look_at, split
 from controlnet.model.training.loop import ExplodedError, Progress, fit
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
-from controlnet.model.training.precision import PRECISIONS, autocast
+from controlnet.model.training.precision import PRECISIONS, attention, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
-from controlnet.model.training.samples import Samples
+from controlnet.model.training.samples import VALIDATION_TIMES, Samples
 from controlnet.preprocessors.errors import ModelError, OutputError, TrainingError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
 from controlnet.preprocessors.mirror import FLIP_KINDS
@@ -84,35 +86,43 @@ def train(
             f"flip=true with kind {config.kind!r}: a mirrored map would say something else", "--set flip=false"
         )
     torch.manual_seed(config.seed)
-    base = load_base(config.base, device, torch.float32, offline)
-    base_hash = folder_hash(base.folder)
-    training, held_out = split(found, config)
-    store = Cache(cache_folder() / "training" if config.cache else None)
-    samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
-    facts = look_at(samples, validation)
-    record = {
-        "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts,
-        "data": {"name": str(found.folder), "form": found.form, "pairs": len(found.pairs), "held_out": len(held_out),
-                 "sha256": fingerprint(found)},
-    }  # fmt: skip
-    if resume:
-        check_resumed(folder, record, force)
-    if facts.get("line_map_brightness", 0) > 0.5:
-        watcher.say("warning: the line maps are mostly white; networks are fed white lines on black")
-    prepare(samples, validation, processes, watcher)
-    if processes.is_main_process:
-        begin(folder, record, config)
-    if config.cache:
-        base.unload()
-        gc.collect()
-    net = make_controlnet(base, config)
-    base.unet.to(dtype=PRECISIONS[config.precision])
-    if config.gradient_checkpointing:
-        net.gradient_checkpointing = True
-        base.unet.enable_gradient_checkpointing()
-    work = _Training(net, base, samples, validation, config, folder, device, processes, watcher)
+    with explained(config, folder):
+        base = load_base(config.base, device, torch.float32, offline)
+        net, config = make_controlnet(base, config)
+        base_hash = folder_hash(base.folder)
+        training, held_out = split(found, config)
+        store = Cache(cache_folder() / "training" if config.cache else None)
+        samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
+        facts = look_at(samples, validation)
+        record = {
+            "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts,
+            "data": {"name": str(found.folder), "form": found.form, "pairs": len(found.pairs),
+                     "held_out": len(held_out), "sha256": fingerprint(found, Cache(cache_folder() / "training"))},
+        }  # fmt: skip
+        if resume:
+            check_resumed(folder, record, force)
+        if facts.get("line_map_brightness", 0) > 0.5:
+            watcher.say("warning: the line maps are mostly white; networks are fed white lines on black")
+        prepare(samples, validation, processes, watcher)
+        if processes.is_main_process:
+            begin(folder, record, config)
+        if config.cache:
+            base.unload()
+            gc.collect()
+        base.unet.to(dtype=PRECISIONS[config.precision])
+        if config.gradient_checkpointing:
+            net.gradient_checkpointing = True
+            base.unet.enable_gradient_checkpointing()
+        work = _Training(net, base, samples, validation, config, folder, device, processes, watcher)
+        with work.pool, attention(device, config.precision, samples.size <= 256):
+            return fit(net, work.loss_of, config, folder, watcher.say, work.validate, work.show, watcher.on_step)
+
+
+@contextmanager
+def explained(config: TrainConfig, folder: Path) -> Iterator[None]:
+    """What can go wrong on the way, as errors that say what to do."""
     try:
-        return fit(net, work.loss_of, config, folder, watcher.say, work.validate, work.show, watcher.on_step)
+        yield
     except ExplodedError as error:
         raise TrainingError(
             f"{error}; the checkpoints before are kept in {folder}",
@@ -121,17 +131,18 @@ def train(
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        halved = max(1, config.batch_size // 2)
+        ways = ["--set gradient_checkpointing=true", "--set precision=bfloat16", "--set size=... (smaller pictures)"]
+        if config.batch_size > 1:
+            halved = f"--set batch_size={config.batch_size // 2} --set accumulation={2 * config.accumulation}"
+            ways.insert(0, f"{halved} halves what grows with the batch and leaves the step as it is")
         raise TrainingError(
-            f"out of memory with batch_size={config.batch_size} at {samples.size} pixels in {config.precision}",
-            f"--set batch_size={halved} --set accumulation={2 * config.accumulation} halves it for the same step; so do"
-            " --set gradient_checkpointing=true and --set precision=bfloat16",
+            f"out of memory with batch_size={config.batch_size} in {config.precision}", "; or ".join(ways)
         ) from error
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); the last checkpoint is whole",
-                          "free some disk, then the same command with --resume") from error  # fmt: skip
-    finally:
-        work.pool.shutdown(cancel_futures=True)
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        raise OutputError(f"{error.filename or folder}: cannot be written ({error.strerror}); the last checkpoint is "
+                          "whole", "free some disk, then the same command with --resume") from error  # fmt: skip
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -156,10 +167,18 @@ def prepare(samples: Samples, validation: Samples, processes: PartialState, watc
     processes.wait_for_everyone()
 
 
-def make_controlnet(base: Base, config: TrainConfig) -> ControlNet:
-    """A fresh network of the form that the settings name, or the one to go on from."""
+def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
+    """A fresh network of the form that the settings name, or the one to go on from; and the settings, with that one's
+    form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained on."""
     if config.start_from != "base":
         net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name).to(base.device)
+        form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}
+        for name, value in form.items():
+            if getattr(config, name) not in (value, CHOICES[name][0]):
+                raise UsageError(
+                    f"{name}={getattr(config, name)}, but {config.start_from} is {value}", f"--set {name}={value}"
+                )
+        config = replace(config, **form)
     else:
         widths = SD_WIDTHS if base.unet.config.block_out_channels[0] >= 128 else TINY_HINT_WIDTHS
         if config.hint == "paper":
@@ -173,7 +192,8 @@ def make_controlnet(base: Base, config: TrainConfig) -> ControlNet:
             ) from error
         if config.convolutions == "gaussian":
             gaussian_convolutions_(net)
-    return net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
+    net = net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
+    return net, config
 
 
 class _Training:
@@ -201,7 +221,7 @@ class _Training:
     def losses_of(self, batch: Batch) -> Tensor:
         batch = batch.map(lambda x: x.to(self.device))
         batch.condition = batch.condition.contiguous(memory_format=torch.channels_last)
-        with autocast(self.device, self.config.precision, small=self.samples.size <= 256):
+        with autocast(self.device, self.config.precision):
             return control_losses(self.base.unet, self.net, self.diffusion, batch, self.config.min_snr or None)
 
     def loss_of(self, k: int) -> Tensor:
@@ -210,7 +230,7 @@ class _Training:
     def validate(self, progress: Progress) -> dict[str, Any]:
         """The control gap; pictures at the chosen steps."""
         self.held_out = self.held_out or self.validation.validation()
-        fields: dict[str, Any] = control_gap(self.losses_of, self.held_out)
+        fields: dict[str, Any] = control_gap(self.losses_of, self.held_out, VALIDATION_TIMES)
         every = (
             max(1, self.config.max_steps // max(1, self.config.pictures) // self.config.validate_every)
             * self.config.validate_every
@@ -234,7 +254,7 @@ class _Training:
         null_text = torch.from_numpy(self.validation.text(""))[None]
         if base.vae is None:
             base.reload("vae")
-        with autocast(self.device, self.config.precision, small=side <= 256):
+        with autocast(self.device, self.config.precision):
             noise, _ = draw_noise(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
             applied = [Applied(self.net, self.net.encode_hint(conditions))]
             latents = sample(

@@ -77,7 +77,8 @@ class Samples:
         pair = self.pairs[index]
         path = pair.condition or pair.image
         options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
-        key = key_of(self._hash(path), self.config.kind, options, self.size, crop, crop and place_of(pair.image), flip)
+        files = sorted({self._hash(path), self._hash(pair.image)})  # both: they must be of one aspect
+        key = key_of(files, self.config.kind, options, self.size, crop, crop and place_of(pair.image), flip)
         return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
 
     def picture(self, index: int, crop: int, flip: bool = False) -> np.ndarray:
@@ -111,6 +112,8 @@ class Samples:
 
     @torch.no_grad()
     def _encode_image(self, image: np.ndarray) -> np.ndarray:
+        if self.base.vae is None:  # a damaged entry of the cache, met while training
+            self.base.reload("vae")
         vae = self.base.vae
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
         encoded = vae.encode(x)
@@ -119,6 +122,8 @@ class Samples:
 
     @torch.no_grad()
     def _encode_text(self, caption: str) -> np.ndarray:
+        if self.base.text_encoder is None:
+            self.base.reload("text_encoder")
         return self.base.encode_text([caption])[0].half().cpu().numpy()
 
     def _hash(self, path) -> str:

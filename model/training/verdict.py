@@ -12,35 +12,48 @@ from dataclasses import dataclass, field
 EXPECTED_STEPS = 10_000
 """By then the paper's networks had converged (section 3.4)."""
 IN_A_ROW = 3
-"""Validations above the noise band that make a convergence."""
+"""Validations above the noise band that make a convergence; as many below it undo one."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is waiting, converged or overdue; `step` is where it converged."""
+    """`word` is waiting, converged or overdue; `step` is where it converged. `lost` is where an earlier control was
+    gone again."""
 
     word: str
     text: str
     step: int | None = None
     causes: list[str] = field(default_factory=list)
+    lost: int | None = None
 
 
-def verdict(rows: list[dict], settings: dict, facts: dict) -> Verdict:
+def verdict(rows: list[dict], settings: dict, facts: dict, finished: bool = False) -> Verdict:
     """rows: the log's validations (`step`, `control_gap`, `band`). settings: the run's, of TrainConfig. facts: what is
-    known of the data (`line_map_brightness`, `condition_spread`)."""
-    above: list[int] = []
+    known of the data (`line_map_brightness`, `condition_spread`). finished: no step will follow."""
+    same: list[int] = []  # the last validations that say the same, above the band or not
+    was_clear = False
+    converged, lost = None, None
     for row in rows:
         # The band alone is no threshold at the start, where gap and band are both next to nothing.
         clear = row["control_gap"] > max(row["band"], 1e-3 * row["validation_loss"])
-        above = [*above, row["step"]] if clear else []
-        if len(above) == IN_A_ROW:
-            return Verdict("converged", f"converged at step {above[0]}: the condition matters", above[0])
+        same = [*same, row["step"]] if clear == was_clear else [row["step"]]
+        was_clear = clear
+        if len(same) == IN_A_ROW:
+            if clear and converged is None:
+                converged, lost = same[0], None
+            elif not clear and converged is not None:
+                converged, lost = None, same[0]
+    if converged is not None:
+        return Verdict("converged", f"converged at step {converged:,}: the condition matters", converged)
     step = rows[-1]["step"] if rows else 0
-    ended = step >= settings["max_steps"]
-    if not ended and step < EXPECTED_STEPS:
+    again = f"; the control it had was lost at step {lost:,}" if lost is not None else ""
+    if not (finished or step >= settings["max_steps"]) and step < EXPECTED_STEPS:
         text = f"waiting: no control yet, and it comes suddenly, in the paper before step {EXPECTED_STEPS:,}"
-        return Verdict("waiting", text)
-    return Verdict("overdue", f"overdue: {step} optimiser steps and no control", causes=causes(step, settings, facts))
+        return Verdict("waiting", text + again, lost=lost)
+    found = causes(step, settings, facts)
+    if lost is not None:
+        found.insert(0, f"learning_rate {settings['learning_rate']:g} too high: control came and went")
+    return Verdict("overdue", f"overdue: {step:,} optimiser steps and no control{again}", causes=found, lost=lost)
 
 
 def causes(step: int, settings: dict, facts: dict) -> list[str]:
@@ -57,6 +70,6 @@ def causes(step: int, settings: dict, facts: dict) -> list[str]:
         )
     if step < EXPECTED_STEPS:
         fewer = f"; accumulation={settings['accumulation']} makes them dear" if settings["accumulation"] > 1 else ""
-        found.append(f"too few optimiser steps: {step}, the paper's networks needed up to {EXPECTED_STEPS:,}{fewer}")
+        found.append(f"too few optimiser steps: {step:,}, the paper's networks needed up to {EXPECTED_STEPS:,}{fewer}")
     found.append("wrong kind or pairs: look at the held-out conditions in samples.png beside their pictures")
     return found

@@ -1,0 +1,91 @@
+"""One command in several processes that share their work, as `--processes N` asks for.
+
+Not torch's own launcher: a signal must reach every process once and let it save, an error of the user's must be told
+once, and the exit code must be the command's own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+
+from controlnet.preprocessors.errors import Exit
+
+PATIENCE = 30.0
+"""Seconds that processes get to end after a signal, or after another one of them has failed."""
+
+
+def launch(processes: int, args: list[str]) -> int:
+    """Run `controlnet ARGS` in `processes` processes, which find each other through Accelerate's environment; the exit
+    code of the first one, or of the one that failed.
+
+    The first process prints; what another one says on standard error is shown when it alone has failed. SIGTERM and
+    SIGINT are handed on; a second one kills.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    with ExitStack() as files:
+        errors = [None] + [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
+        children = [
+            subprocess.Popen(
+                command_of(args), stdin=subprocess.DEVNULL, stdout=error and subprocess.DEVNULL, stderr=error,
+                start_new_session=True,  # Ctrl-C in a terminal reaches us, and them through us alone
+                env={**os.environ, **shared, "OMP_NUM_THREADS": threads, "RANK": str(i), "LOCAL_RANK": str(i)},
+            )
+            for i, error in enumerate(errors)
+        ]  # fmt: skip
+        _hand_on_signals(children)
+        failed = _wait(children)
+        if failed and (error := errors[failed]):
+            error.seek(0)
+            sys.stderr.write(error.read().decode(errors="replace"))
+    code = children[failed].returncode
+    return code if code >= 0 else 128 - code
+
+
+def command_of(args: list[str]) -> list[str]:
+    return [sys.executable, "-m", "controlnet.cli.main", *args]
+
+
+def _hand_on_signals(children: list[subprocess.Popen]) -> None:
+    asked = False
+
+    def hand_on(number: int, frame: object) -> None:
+        nonlocal asked
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
+        asked = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hand_on)
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
+    """Wait for all; the index of the process to speak for them: the first, unless another one failed without it."""
+    well = (None, Exit.OK, Exit.INTERRUPTED)  # still at work, done, or stopped as asked
+    while (failed := next((i for i, c in enumerate(children) if c.poll() not in well), None)) is None:
+        if all(child.poll() is not None for child in children):
+            return 0
+        time.sleep(0.05)
+    for seconds, stop in ((3.0, signal.SIGTERM), (PATIENCE, signal.SIGKILL)):  # often all fail alike, a moment apart
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and any(child.poll() is None for child in children):
+            time.sleep(0.05)
+        if children[0].poll() not in well and stop is signal.SIGTERM:
+            failed = 0
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(stop)
+    for child in children:
+        child.wait()
+    return failed

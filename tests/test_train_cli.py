@@ -1,0 +1,189 @@
+"""`controlnet train` and `status` as users meet them: settings, refusals, what is said."""
+
+import json
+import shutil
+import sys
+import tomllib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from controlnet.cli.train import claimed, run_folder
+from controlnet.model.training.config import TrainConfig, read_config, to_toml
+from controlnet.model.training.run import train
+from controlnet.preprocessors.errors import Exit, InputError, TrainingError, UsageError
+from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.lock import is_locked, locked
+from controlnet.preprocessors.pairs import find_pairs
+from diffusers import DiffusionPipeline
+from helpers import run
+
+CPU = torch.device("cpu")
+
+
+def test_two_words_are_enough_and_status_tells(data, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTROLNET_BASE", config.base)
+    sets = [f"--set={key}={value}" for key, value in
+            {"max_steps": 4, "batch_size": 2, "validate_every": 2, "held_out": 2}.items()]  # fmt: skip
+    assert run("train", data, *sets) == 0
+    out, err = capsys.readouterr()
+    assert out == "runs/photos-1\n"
+    assert "kind canny (made from the photos by our detector)" in err and "4 steps" in err
+    assert run("status", "runs/photos-1") == 0
+    assert "step 4 of 4, finished" in capsys.readouterr().out
+    assert run("status", "runs/photos-1", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["state"]) == (4, "finished")
+    assert told["verdict"] in ("overdue", "converged") and told["band"] >= 0
+
+    assert run("train", data, "--resume", "--set", "max_steps=6") == 0
+    assert "goes on at step 4" in capsys.readouterr().err
+    assert run("train", data, "--resume", "--set", "learning_rate=0.5") == Exit.USAGE
+    assert "learning_rate was 1e-05, is 0.5" in capsys.readouterr().err
+    assert run("train", data, *sets) == 0
+    assert capsys.readouterr().out == "runs/photos-2\n"
+
+    shutil.copytree(data, tmp_path / "more")
+    (tmp_path / "more/0.png").unlink()
+    assert run("train", tmp_path / "more", "--resume", "-o", "runs/photos-1") == Exit.USAGE
+    changed = "the data's file names, captions, held-out split, contents changed (12 pairs then, 11 now)"
+    assert changed in capsys.readouterr().err
+    shutil.copytree(data, tmp_path / "other")
+    write_file(tmp_path / "other/0.png", (data / "1.png").read_bytes())
+    assert run("train", tmp_path / "other", "--resume", "-o", "runs/photos-1") == Exit.USAGE
+    assert "the data's contents changed" in capsys.readouterr().err
+
+    map_ = tmp_path / "m.canny.png"
+    write_file(map_, png_bytes(np.eye(64, dtype=np.uint8) * 255))
+    assert run("generate", "--cond", f"{map_},net=runs/photos-1", "--prompt", "x", "--steps", "2", "-o", "x.png") == 0
+
+
+def test_settings_from_file_and_flags(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('learning_rate = 2e-4\nkind = "blueprint"\nflip = true\nmax_steps = 7\n')
+    config = read_config([path], ["max_steps=9", "flip=false"], seed=3)
+    assert (config.learning_rate, config.kind, config.max_steps, config.flip, config.seed) == (
+        2e-4, "blueprint", 9, False, 3
+    )  # fmt: skip
+    assert read_config([], []).learning_rate == 5e-4  # tiny's own
+    assert read_config([], [], base="sd15").learning_rate == 1e-5
+    assert TrainConfig(**tomllib.loads(to_toml(config))) == config
+    path.write_text('base = "sd15"\n')
+    assert read_config([path], [], default_base="tiny").base == "sd15"
+    assert read_config([], ["base=sd15"], default_base="tiny").base == "sd15"
+    assert read_config([], [], default_base="sd15").base == "sd15"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("max_step=3", "--set max_steps="), ("learning_rte=1", "--set learning_rate="),
+        ("batch_size=2.5", "whole number"), ("flip=maybe", "true or false"), ("max_steps", "expected key=value"),
+        ("learning_rate=-1", "above 0"),
+        ("precision=int8", "one of float32"), ("prompt_dropout=2", "from 0 to 1"), ("size=500", "multiple of 8"),
+        ("copy=half", "one of full, lite"), ("learning_rate=nan", "learning_rate"), ("ema_decay=7", "from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused(text, told):
+    with pytest.raises(UsageError) as error:
+        read_config([], [text])
+    assert told in f"{error.value} {error.value.hint}"
+
+
+def test_bad_data_is_refused_before_training(data, config, tmp_path):
+    for name in ("0.png", "0.txt"):
+        write_file(tmp_path / "one" / name, (data / name).read_bytes())
+    with pytest.raises(InputError, match="1 of at least 4 pairs"):
+        train(find_pairs(tmp_path / "one"), config, tmp_path / "run", CPU)
+    shutil.copytree(data, tmp_path / "black/images")
+    for i in range(12):
+        write_file(tmp_path / f"black/conditions/{i}.png", png_bytes(np.zeros((72, 96), np.uint8)))
+    with pytest.raises(InputError, match="nothing to learn"):
+        train(find_pairs(tmp_path / "black"), config, tmp_path / "run", CPU)
+    shutil.copytree(data, tmp_path / "sizes/images")
+    for i in range(12):
+        write_file(tmp_path / f"sizes/conditions/{i}.png", png_bytes(np.eye(96, dtype=np.uint8) * 255))
+    with pytest.raises(InputError, match="96x96 for a picture of 96x72"):
+        train(find_pairs(tmp_path / "sizes"), config, tmp_path / "run", CPU)
+    with pytest.raises(UsageError, match="flip=true with kind 'pose'"):
+        train(find_pairs(data), replace(config, kind="pose", flip=True), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_does_not_fit_is_refused(data, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train", data, "--base", "nowhere") == Exit.USAGE
+    assert "unknown base 'nowhere'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    for part, key, value in (("unet", "cross_attention_dim", 24), ("vae", "latent_channels", 8)):
+        shutil.copytree(config.base, tmp_path / part)
+        network = DiffusionPipeline.from_pretrained(config.base).components[part]
+        type(network).from_config({**network.config, key: value}).save_pretrained(tmp_path / part / part)
+        assert run("train", data, "--base", tmp_path / part) == Exit.MODEL
+        assert "the UNet's " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_is_one_commands_alone(data, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+        assert run("train", data, "--base", config.base, "-o", ".") == Exit.USAGE
+    assert "another command is at work in it" in capsys.readouterr().err and not is_locked(tmp_path)
+    folder = run_folder(data, resume=False)
+    with claimed(folder, numbered=True) as first, claimed(folder, numbered=True) as second:  # chosen at the same time
+        assert (str(first), str(second)) == ("runs/photos-1", "runs/photos-2")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_with_another_length_is_refused_when_the_rate_depends_on_it(data, config, tmp_path):
+    found = find_pairs(data)
+    config = replace(config, decay_fraction=0.5, max_steps=2)
+    train(found, config, tmp_path / "run", CPU)
+    with pytest.raises(UsageError, match="max_steps was 2, is 4"):
+        train(found, replace(config, max_steps=4), tmp_path / "run", CPU, resume=True)
+
+
+def test_memory_that_runs_out_says_what_halves_it(data, config, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("controlnet.model.training.run.control_losses", full)
+    with pytest.raises(TrainingError, match="out of memory with batch_size=4") as error:
+        train(find_pairs(data), config, tmp_path / "run", CPU)
+    assert "--set batch_size=2 --set accumulation=2" in error.value.hint
+    with pytest.raises(TrainingError) as error:
+        train(find_pairs(data), replace(config, batch_size=1), tmp_path / "one", CPU)
+    assert "batch_size=" not in error.value.hint and "gradient_checkpointing=true" in error.value.hint
+    monkeypatch.undo()
+    monkeypatch.setattr("controlnet.model.training.run.load_base", full)
+    with pytest.raises(TrainingError, match="out of memory"):
+        train(find_pairs(data), config, tmp_path / "early", CPU)
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(data, config, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert run("train", data, "--base", config.base, "-o", tmp_path / "file/run") == Exit.OUTPUT
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_tensorboard_is_asked_for_by_name(data, config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="not installed"):
+        train(find_pairs(data), replace(config, tensorboard=True), tmp_path / "run", CPU)
+
+
+def test_the_world_as_photos(tmp_path, monkeypatch):
+    from controlnet.model.tiny import dataset
+    from controlnet.model.tiny.render import render
+    from controlnet.model.tiny.scenes import make_scene
+
+    scenes = [make_scene(i) for i in range(3)]
+    drawn = render(scenes, 32)
+    made = dataset.World(drawn.images.numpy(), *[np.zeros(3)] * 3, [s.caption for s in scenes])
+    monkeypatch.setattr(dataset, "world", lambda *a, **k: made)
+    found = find_pairs(dataset.world_photos(tmp_path / "world", 3, 32))
+    assert [p.caption for p in found.pairs] == made.captions
+    assert np.array_equal(read_image(found.pairs[1].image.read_bytes(), "")[0], made.images[1])
