@@ -138,14 +138,17 @@ def _read(flag: ConditionFlag) -> tuple[ConditionFlag, str, np.ndarray, dict]:
     from controlnet.preprocessors.detect import detect, record
     from controlnet.preprocessors.geometry import STEP
     from controlnet.preprocessors.images import read_bytes, read_image
-    from controlnet.preprocessors.metadata import sha256
+    from controlnet.preprocessors.metadata import load, sha256
     from controlnet.preprocessors.registry import find_detector
 
     data = read_bytes(flag.path)
     image, text = read_image(data, flag.path, warn)
     fields: dict[str, Any] = {"path": flag.path, "sha256": sha256(data)}
     if flag.detect is None:
-        return flag, _kind(flag, text), image, fields
+        kind = _kind(flag, text)
+        if kind == "pose" and (keypoints := load(text).get("keypoints")) is not None:
+            fields["keypoints"] = keypoints
+        return flag, kind, image, fields
     detector = find_detector(flag.detect)
     options = detector.load_options()()
     # The map keeps the photo's aspect, with the shorter side at 512 as `detect` has it.
@@ -224,6 +227,7 @@ def _place(maps, base: Base, size: tuple[int, int], offline: bool) -> tuple[list
     from controlnet.model.generate import Placed
     from controlnet.model.hashes import folder_hash
     from controlnet.model.registry import BASES
+    from controlnet.preprocessors.skeleton import from_text
 
     nets: dict[str, Any] = {}
     placed, records = [], []
@@ -243,7 +247,8 @@ def _place(maps, base: Base, size: tuple[int, int], offline: bool) -> tuple[list
         height, width = map_.shape[:2]
         if abs(math.log(width / height * size[1] / size[0])) > 0.05:
             warn(f"{flag.path}: {width}x{height} is stretched to the canvas {size[0]}x{size[1]}")
-        placed.append(Placed(to_canvas(map_, kind, size), nets[source], flag.scale, flag.start, flag.end))
+        map_ = to_canvas(map_, kind, size, from_text(fields, flag.path))
+        placed.append(Placed(map_, nets[source], flag.scale, flag.start, flag.end))
         records.append(fields | {"kind": kind, "net": source, "net_sha256": folder_hash(folder), "scale": flag.scale,
                                  "start": flag.start, "end": flag.end})  # fmt: skip
     return placed, records

@@ -6,21 +6,29 @@ other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from controlnet.preprocessors.skeleton import draw
 from torch import Tensor
 
 LINE_KINDS = ("canny", "softedge", "scribble", "lineart", "mlsd")
 
 
-def to_canvas(condition: np.ndarray, kind: str, size: tuple[int, int]) -> np.ndarray:
+def to_canvas(
+    condition: np.ndarray, kind: str, size: tuple[int, int], people: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
     """A condition (H, W, 3) uint8 at another size (width, height), (H', W', 3) uint8.
 
     Line maps shrink by the maximum of each cell, so that no line is lost or turns grey, and grow by nearest neighbour.
-    Other maps shrink by area and grow linearly. A different aspect ratio is stretched.
+    A pose whose `people` are known (preprocessors.skeleton) is drawn anew. Other maps shrink by area and grow linearly.
+    A different aspect ratio is stretched.
     """
+    if people is not None:
+        return draw(people, size)
     width, height = size
     if condition.shape[:2] == (height, width):
         return condition

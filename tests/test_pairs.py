@@ -206,7 +206,7 @@ def test_flips():
     flipped = flip_condition(normal, "normal")
     assert flipped[0, 2].tolist() == [0, 10, 20] and flipped[0, 0].tolist() == [255, 0, 0]
     assert np.array_equal(flip_condition(normal, "canny"), normal[:, ::-1])
-    with pytest.raises(UsageError, match="pose map cannot be mirrored"):
+    with pytest.raises(UsageError, match="pose map without key points"):
         flip_condition(normal, "pose")
 
 

@@ -11,9 +11,11 @@ from controlnet.model.hashes import folder_hash
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.canny import canny
-from controlnet.preprocessors.errors import InputError, OutputError
+from controlnet.preprocessors.errors import InputError, OutputError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.metadata import dump
 from controlnet.preprocessors.pairs import find_pairs
+from controlnet.preprocessors.skeleton import cut_people, draw, mirror, to_text
 
 
 def samples_of(data, config, cache=None, pairs=None):
@@ -136,6 +138,26 @@ def test_picture_and_condition_are_cut_and_flipped_alike(data, config, tmp_path)
     assert len(pictures) == 8
     told = {samples.caption(2, False), samples.caption(2, True)}
     assert told == {"a cube on the left, floor 10", "a cube on the right, floor 10"}  # 10.png sorts before 2.png
+
+
+def test_poses_are_drawn_anew_for_crops_and_flips(data, config, tmp_path):
+    """Joints follow the picture; under a flip the right hand is the left one's mirror, in its own colour."""
+    rng = np.random.default_rng(0)
+    person = np.column_stack([rng.uniform(0.4, 0.6, (18, 2)).round(3), np.ones(18)])
+    for i in range(4):
+        write_file(tmp_path / f"d/images/{i}.png", (data / f"{i}.png").read_bytes())
+        text = dump({"kind": "pose", "keypoints": to_text([person])})
+        write_file(tmp_path / f"d/conditions/{i}.png", png_bytes(draw([person], (96, 72)), text))
+    samples = samples_of(tmp_path / "d", replace(config, kind="pose", flip=True, crops=2))
+    square = cut_people([person], 1 / 8, 0, 3 / 4, 1)  # the centre square of 96x72
+    assert np.array_equal(samples.condition(0, 0, False), draw(square, (64, 64)))
+    assert np.array_equal(samples.condition(0, 0, True), draw(mirror(square), (64, 64)))
+    assert not np.array_equal(samples.condition(0, 0, True), samples.condition(0, 0, False)[:, ::-1])
+    closer = samples.condition(0, 1, False)
+    assert not np.array_equal(closer, samples.condition(0, 0, False)) and closer.any()
+    write_file(tmp_path / "d/conditions/2.png", png_bytes(draw([person], (96, 72))))
+    with pytest.raises(UsageError, match=r"2\.png: a pose map without key points"):
+        samples.condition(2, 0, True)
 
 
 def test_conditions_of_photos_are_what_detect_and_generate_make(data, config, tmp_path):

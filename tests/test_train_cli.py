@@ -107,8 +107,8 @@ def test_bad_data_is_refused_before_training(data, config, tmp_path):
         write_file(tmp_path / f"sizes/conditions/{i}.png", png_bytes(np.eye(96, dtype=np.uint8) * 255))
     with pytest.raises(InputError, match="96x96 for a picture of 96x72"):
         train(find_pairs(tmp_path / "sizes"), config, tmp_path / "run", CPU)
-    with pytest.raises(UsageError, match="flip=true with kind 'pose'"):
-        train(find_pairs(data), replace(config, kind="pose", flip=True), tmp_path / "run", CPU)
+    with pytest.raises(UsageError, match="flip=true with kind 'blueprint'"):
+        train(find_pairs(data), replace(config, kind="blueprint", flip=True), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
 
 

@@ -22,9 +22,11 @@ from controlnet.preprocessors.detect import detect
 from controlnet.preprocessors.errors import InputError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.metadata import load
 from controlnet.preprocessors.mirror import flip_condition, flip_words
 from controlnet.preprocessors.pairs import Pair
 from controlnet.preprocessors.registry import DETECTORS, find_detector
+from controlnet.preprocessors.skeleton import cut_people, from_text, mirror
 from torch import Tensor
 
 VALIDATION_TIMES = 4
@@ -97,18 +99,23 @@ class Samples:
             side = max(512, self.size)
             photo = fit(cut(_read(str(pair.image)), crop, place_of(pair.image)), (side, side), "stretch")
             map_ = detect(photo, self.detector, self.detector.load_options()(), (side, side), "stretch")
-            map_ = map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
+            map_, people = map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2), None
         else:
-            map_ = _read(str(pair.condition))
+            map_, text = read_image(read_bytes(str(pair.condition)), str(pair.condition))
+            people = from_text(load(text), str(pair.condition)) if self.config.kind == "pose" else None
             height, width = _read(str(pair.image)).shape[:2]
             if not same_aspect((map_.shape[1], map_.shape[0]), (width, height)):
                 raise InputError(
                     f"{pair.condition}: {map_.shape[1]}x{map_.shape[0]} for a picture of {width}x{height}",
                     "controlnet dataset check DATA lists all such pairs",
                 )
+            if people is not None:
+                people = cut_people(people, *_window(map_, crop, place_of(pair.image)))
             map_ = cut(map_, crop, place_of(pair.image))
-        map_ = to_canvas(map_, self.config.kind, (self.size, self.size))
-        return flip_condition(map_, self.config.kind) if flip else map_
+        if flip and people is not None:
+            return to_canvas(map_, self.config.kind, (self.size, self.size), mirror(people))
+        map_ = to_canvas(map_, self.config.kind, (self.size, self.size), people)
+        return flip_condition(map_, self.config.kind, str(pair.condition)) if flip else map_
 
     @torch.no_grad()
     def _encode_image(self, image: np.ndarray) -> np.ndarray:
@@ -206,8 +213,15 @@ def cut(image: np.ndarray, crop: int, place: int) -> np.ndarray:
     """The square crop number `crop` of a picture (H, W, 3): 0 is the centre one, the others are fixed by (crop, place).
     In parts of the picture, so that picture and condition of different sizes are cut alike."""
     height, width = image.shape[:2]
+    x, y, part, _ = _window(image, crop, place)
+    left, top, side = round(x * width), round(y * height), round(part * width)
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
+
+
+def _window(image: np.ndarray, crop: int, place: int) -> tuple[float, float, float, float]:
+    """Left, top, width and height of that crop, as fractions of the picture."""
+    height, width = image.shape[:2]
     rng = np.random.default_rng([crop, place])
     zoom, x, y = (1.0, 0.5, 0.5) if crop == 0 else (rng.uniform(1, ZOOM), rng.random(), rng.random())
     side = min(height, width) / zoom
-    left, top = round((width - side) * x), round((height - side) * y)
-    return np.ascontiguousarray(image[top : top + round(side), left : left + round(side)])
+    return (width - side) * x / width, (height - side) * y / height, side / width, side / height

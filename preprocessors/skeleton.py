@@ -1,0 +1,90 @@
+"""A pose as key points and as a picture: OpenPose's 18 joints and 17 limbs, in its order and colours.
+
+A person is an array (18, 3): x and y as fractions of the picture's width and height, and a confidence, 0 for a joint
+that is not known. Positions may lie outside the picture. Because a pose map carries its key points in its PNG text, it
+is drawn again for another size, cut or mirrored, never resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from controlnet.preprocessors.errors import InputError
+
+JOINTS = (
+    "nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow", "left wrist",
+    "right hip", "right knee", "right ankle", "left hip", "left knee", "left ankle", "right eye", "left eye",
+    "right ear", "left ear",
+)  # fmt: skip
+LIMBS = (
+    (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
+    (0, 14), (14, 16), (0, 15), (15, 17),
+)  # fmt: skip
+COLOURS = (
+    (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85),
+    (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255),
+    (255, 0, 170), (255, 0, 85),
+)  # fmt: skip
+"""RGB of joint i and, times 0.6, of limb i."""
+MIRRORED = [JOINTS.index(j.replace("left", "R").replace("right", "left").replace("R", "right")) for j in JOINTS]
+"""Joint i of a person is joint MIRRORED[i] of its mirror image."""
+WIDTH, PER = 4, 512
+"""Half the width of a limb and the radius of a joint, in pixels for a shorter side of PER."""
+
+
+def draw(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """The pose map (H, W, 3) uint8 of people (18, 3), `size` being (width, height).
+
+    With a shorter side of 512 pixels it is what controlnet-aux's draw_bodypose draws. Lines grow with the picture;
+    below 512 it is drawn larger and brought down by area, as lines of one pixel would be lost.
+    """
+    width, height = size
+    times = max(1, -(-PER // min(size)))
+    canvas = np.zeros((height * times, width * times, 3), np.uint8)
+    thick = max(1, round(WIDTH * min(canvas.shape[:2]) / PER))
+    for person in people:
+        known = person[:, 2] > 0
+        at = person[:, :2] * (canvas.shape[1], canvas.shape[0])
+        for (a, b), colour in zip(LIMBS, COLOURS, strict=False):
+            if known[a] and known[b]:
+                (x, y), (dx, dy) = at[[a, b]].mean(0), at[a] - at[b]
+                axes, angle = (int(np.hypot(dx, dy) / 2), thick), int(np.degrees(np.arctan2(dy, dx)))
+                polygon = cv2.ellipse2Poly((int(x), int(y)), axes, angle, 0, 360, 1)
+                cv2.fillConvexPoly(canvas, polygon, [int(c * 0.6) for c in colour])
+        for joint in np.flatnonzero(known):
+            cv2.circle(canvas, (int(at[joint, 0]), int(at[joint, 1])), thick, COLOURS[joint], -1)
+    return canvas if times == 1 else cv2.resize(canvas, size, interpolation=cv2.INTER_AREA)
+
+
+def mirror(people: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The people of the mirrored picture: a left hand is a right one there."""
+    return [np.column_stack([1 - p[:, 0], p[:, 1:]])[MIRRORED] for p in people]
+
+
+def cut_people(people: Sequence[np.ndarray], left: float, top: float, width: float, height: float) -> list[np.ndarray]:
+    """The people in a part of the picture; all four are fractions of the whole."""
+    return [np.column_stack([(p[:, 0] - left) / width, (p[:, 1] - top) / height, p[:, 2]]) for p in people]
+
+
+def to_text(people: Sequence[np.ndarray]) -> list[list[list[float]]]:
+    """For the `keypoints` field of a map's PNG text."""
+    return [[[round(float(v), 5) for v in joint] for joint in person] for person in people]
+
+
+def from_text(fields: dict, name: str) -> list[np.ndarray] | None:
+    """The people of a map's PNG text, None when it tells of none. Raises InputError for counts or numbers that are
+    wrong."""
+    if "keypoints" not in fields:
+        return None
+    try:
+        people = [np.asarray(person, np.float64) for person in fields["keypoints"]]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: its key points are no numbers ({error})") from error
+    for person in people:
+        if person.shape != (len(JOINTS), 3) or not np.isfinite(person).all():
+            raise InputError(
+                f"{name}: key points of shape {person.shape}, expected ({len(JOINTS)}, 3) finite numbers a person"
+            )
+    return people
