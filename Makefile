@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format types layers tiny card bench bench-train torture wheel clean
+.PHONY: help env demo test check lint format types layers tiny card bench bench-train convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,8 +64,11 @@ bench: env ## Time the command line against what one would use instead
 bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
 	$(BIN)/python benchmarks/train.py
 
+convergence: env ## Train three ControlNets on tiny: when does control begin? (half an hour on 2 cores)
+	$(BIN)/python benchmarks/convergence.py
+
 torture: env ## Kill a training run 20 times at random moments and resume it
-	TORTURE=20 $(BIN)/python -m pytest -q tests/test_training.py -k killed
+	TORTURE=20 $(BIN)/python -m pytest -q tests/test_survival.py -k killed
 
 clean: ## Remove everything that make made, except .venv and runs
 	rm -rf build dist out .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -52,7 +52,7 @@ class TrainConfig(LoopConfig):
     crops: int = 1
     """Crops of each picture: 1 is the centre one, more are drawn at random, up to 1.25 times closer."""
     flip: bool = False
-    """Half of the pairs mirrored, left and right in captions exchanged; for kinds that a mirror leaves true."""
+    """Half of the pairs mirrored, left and right in captions and in poses with key points exchanged."""
     start_from: str = "base"
     """`base`, or the folder of a ControlNet to go on from."""
     copy: str = "full"
