@@ -19,6 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/controlnet models pull || echo "warning: weights of detectors were not fetched; later: controlnet models pull"
 	@touch $@
 
 demo: env ## Photo -> edges -> three pictures, and where they are

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from controlnet.cli.options import (
     Json,
+    Offline,
     Out,
     Overwrite,
     Quiet,
@@ -26,12 +27,15 @@ from controlnet.cli.options import (
     tell,
     warn,
 )
-from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError
-from controlnet.preprocessors.registry import DETECTORS, Detector, find_detector
+from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, NothingFoundError, UsageError
+from controlnet.preprocessors.registry import DETECTORS, Detector, Maker, find_detector
 from typer.core import TyperGroup
 
 Inputs = Annotated[
-    list[str], typer.Argument(metavar="PHOTO", help="Pictures, folders of pictures, or - for standard input.")
+    list[str],
+    typer.Argument(
+        metavar="PHOTO", help="Pictures, folders of pictures, or - for standard input; pose also draws OpenPose JSON."
+    ),
 ]
 Size = Annotated[str, typer.Option(help="Size of the map: WIDTHxHEIGHT, or one number for a square. Multiples of 8.")]
 Resize = Annotated[
@@ -39,6 +43,13 @@ Resize = Annotated[
 ]
 DetectorName = Annotated[
     str | None, typer.Option("--detector", help="Another detector of this kind; see detect --list.")
+]
+WeightsFolder = Annotated[
+    Path | None, typer.Option("--weights", metavar="DIR", help="Folder with the weights of the detector.")
+]
+KeyPoints = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Also write the key points in OpenPose's JSON; a folder for several photos."),
 ]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
 
@@ -62,11 +73,32 @@ def _detect(
     if list_:
         for detectors in DETECTORS.values():
             for i, row in enumerate(detectors.values()):
-                line = {"kind": row.kind, "detector": row.name, "default": i == 0, "help": row.help}
-                print(json.dumps(line) if as_json else f"{row.kind:10} {row.name:12} {row.help}")
+                line = {"kind": row.kind, "detector": row.name, "default": i == 0, "help": row.help,
+                        "weights": _weights_of(row)}  # fmt: skip
+                print(json.dumps(line) if as_json else _row(line))
         raise typer.Exit
     if ctx.invoked_subcommand is None and not ctx.args:
         raise UsageError("which kind of map?", f"controlnet detect {next(iter(DETECTORS))} PHOTO")
+
+
+def _weights_of(row: Detector) -> dict | None:
+    from controlnet.preprocessors.weights import WEIGHTS, kept
+
+    if not row.weights:
+        return None
+    weights = WEIGHTS[row.weights]
+    return {"name": weights.name, "source": f"{weights.package} ({weights.file})", "bytes": weights.size,
+            "licence": weights.licence, "sha256": weights.sha256, "here": kept(weights.name) is not None}  # fmt: skip
+
+
+def _row(line: dict) -> str:
+    weights = line["weights"]
+    told = "no weights"
+    if weights:
+        told = f"weights {weights['name']}, {weights['bytes'] / 1e6:.0f} MB, {weights['licence']}, " + (
+            "here" if weights["here"] else f"not here: controlnet models pull {weights['name']}"
+        )
+    return f"{line['kind']:10} {line['detector']:12} {line['help']} ({told})"
 
 
 for _kind in DETECTORS:
@@ -86,21 +118,10 @@ def _command(default: Detector):
         for field in fields(options_type)
     ]  # fmt: skip
 
-    def command(inputs, out, as_json, size, resize, detector, recursive, overwrite, skip_existing, quiet, **options):
+    def command(detector, weights=None, offline=False, keypoints=None, **given):
         chosen = find_detector(default.kind, detector)
-        run(
-            chosen,
-            chosen.load_options()(**options),
-            inputs,
-            out,
-            as_json,
-            size,
-            resize,
-            recursive,
-            overwrite,
-            skip_existing,
-            quiet,
-        )
+        options = chosen.load_options()(**{field.name: given.pop(field.name) for field in fields(options_type)})
+        run(chosen, options, chosen.ready(options, weights, offline), keypoints, **given)
 
     def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -110,6 +131,8 @@ def _command(default: Detector):
         parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("detector", DetectorName, None),
         parameter("recursive", Recursive, False), parameter("overwrite", Overwrite, False),
         parameter("skip_existing", SkipExisting, False), parameter("quiet", Quiet, False), *own,
+        *[parameter("weights", WeightsFolder, None), parameter("offline", Offline, False)] * bool(default.weights),
+        *[parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
     ])  # fmt: skip
     command.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
     command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
@@ -128,8 +151,9 @@ def _type_of(field) -> type:
     ]
 
 
-def run(detector: Detector, options: Any, inputs: list[str], out: str | None, as_json: bool, size: str, resize: str,
-        recursive: bool, overwrite: bool, skip_existing: bool, quiet: bool) -> None:  # fmt: skip
+def run(detector: Detector, options: Any, make: Maker, keypoints: Path | None, inputs: list[str], out: str | None,
+        as_json: bool, size: str, resize: str, recursive: bool, overwrite: bool, skip_existing: bool, quiet: bool,
+        ) -> None:  # fmt: skip
     """Make a map of every input. One bad input of several is reported and the rest goes on (exit code PARTIAL)."""
     from controlnet.preprocessors.geometry import RESIZES, parse_size
 
@@ -145,10 +169,12 @@ def run(detector: Detector, options: Any, inputs: list[str], out: str | None, as
     if len(set(targets.values())) < len(targets):
         twice = next(p for p in targets.values() if list(targets.values()).count(p) > 1)
         raise UsageError(f"two inputs would both be written to {twice}", "rename one, or run them with different -o")
+    several = len(sources) > 1 or (keypoints is not None and keypoints.is_dir())
     failed = 0
     for source in _progress(sources, quiet):
         try:
-            _one(detector, options, source, targets[source], wanted, resize, as_json, overwrite, skip_existing)
+            _one(detector, options, make, source, targets[source], wanted, resize, as_json, overwrite, skip_existing,
+                 keypoints and (keypoints / f"{Path(source).stem}.json" if several else keypoints))  # fmt: skip
         except ControlNetError as error:
             if len(sources) == 1:
                 raise
@@ -159,20 +185,30 @@ def run(detector: Detector, options: Any, inputs: list[str], out: str | None, as
         raise typer.Exit(Exit.PARTIAL)
 
 
-def _one(detector: Detector, options: Any, source: str, target: Path | None, size: tuple[int, int], resize: str,
-         as_json: bool, overwrite: bool, skip_existing: bool) -> None:  # fmt: skip
+def _one(detector: Detector, options: Any, make: Maker, source: str, target: Path | None, size: tuple[int, int],
+         resize: str, as_json: bool, overwrite: bool, skip_existing: bool, keypoints: Path | None) -> None:  # fmt: skip
     if target and keeps(target, overwrite, skip_existing):
         tell({"output": str(target), "source": source, "kind": detector.kind, "skipped": True}, as_json)
         return
     from controlnet.preprocessors.detect import detect, record
     from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+    from controlnet.preprocessors.keypoints import draw_json, to_json
     from controlnet.preprocessors.metadata import dump
 
     data = read_bytes(source)
-    image, _ = read_image(data, source, warn)
-    map_ = detect(image, detector, options, size, resize)
-    made = record(detector, options, (map_.shape[1], map_.shape[0]), resize, Path(source).name, data)
+    if detector.kind == "pose" and source.endswith(".json"):
+        map_, fields = draw_json(data, source, size, resize)
+    else:
+        image, _ = read_image(data, source, warn)
+        try:
+            map_, fields = detect(image, make, size, resize)
+        except NothingFoundError as error:
+            raise NothingFoundError(f"{source}: {error}", error.hint) from error
+    made = record(detector, options, (map_.shape[1], map_.shape[0]), resize, Path(source).name, data) | fields
     png = png_bytes(map_, dump(made))
+    if keypoints is not None:
+        keeps(keypoints, overwrite, skip_existing=False)
+        write_file(keypoints, to_json(fields["keypoints"], (map_.shape[1], map_.shape[0])))
     if target is None:
         sys.stdout.buffer.write(png)
         sys.stdout.flush()

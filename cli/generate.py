@@ -100,7 +100,7 @@ def generate(
     kept = {s for s, path in targets.items() if path and keeps(path, overwrite, skip_existing)}
     for s in sorted(kept):
         tell({"output": str(targets[s]), "seed": s, "skipped": True}, as_json)
-    maps = [_read(flag) for flag in flags]
+    maps = [_read(flag, offline) for flag in flags]
     if len(kept) < num:
         seeds = [s for s in targets if s not in kept]
         _generate(
@@ -132,10 +132,9 @@ def _stem(path: str) -> str:
     return stem or "image"
 
 
-def _read(flag: ConditionFlag) -> tuple[ConditionFlag, str, np.ndarray, dict]:
+def _read(flag: ConditionFlag, offline: bool) -> tuple[ConditionFlag, str, np.ndarray, dict]:
     """A condition's kind, map (H, W, 3) uint8, and the record of where it came from; stage one where `detect` asks."""
-    import numpy as np
-    from controlnet.preprocessors.detect import detect, record
+    from controlnet.preprocessors.detect import detect, record, rgb
     from controlnet.preprocessors.geometry import STEP
     from controlnet.preprocessors.images import read_bytes, read_image
     from controlnet.preprocessors.metadata import load, sha256
@@ -154,14 +153,9 @@ def _read(flag: ConditionFlag) -> tuple[ConditionFlag, str, np.ndarray, dict]:
     # The map keeps the photo's aspect, with the shorter side at 512 as `detect` has it.
     ratio = 512 / min(image.shape[:2])
     size = tuple(round(side * ratio / STEP) * STEP for side in (image.shape[1], image.shape[0]))
-    map_ = detect(image, detector, options, size, "crop")
-    map_ = map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
-    return (
-        flag,
-        flag.kind or flag.detect,
-        map_,
-        fields | {"detect": record(detector, options, size, "crop", flag.path, data)},
-    )
+    map_, found = detect(image, detector.ready(options, offline=offline), size, "crop")
+    fields |= {"detect": record(detector, options, size, "crop", flag.path, data)} | found
+    return flag, flag.kind or flag.detect, rgb(map_), fields
 
 
 def _kind(flag: ConditionFlag, text: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
-from controlnet.cli import dataset, detect, generate, train
+from controlnet.cli import dataset, detect, generate, models, train
 from controlnet.preprocessors.errors import ControlNetError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("generate", help=generate.HELP)(generate.generate)
 app.command("train", help=train.HELP)(train.train)
 app.command("status", help=train.STATUS_HELP)(train.status)
 app.add_typer(dataset.app, name="dataset")
+app.add_typer(models.app, name="models")
 
 
 def _version(wanted: bool) -> None:

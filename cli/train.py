@@ -142,8 +142,8 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
 
     _silence_libraries()
     if found is None:
-        from controlnet.model.hashes import cache_folder
         from controlnet.model.tiny.dataset import world_photos
+        from controlnet.preprocessors.weights import cache_folder
 
         found = find_pairs(
             world_photos(cache_folder() / "world" / f"{WORLD_SCENES}-128", WORLD_SCENES, 128, report=say)

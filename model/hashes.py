@@ -5,16 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.images import write_file
-
-
-def cache_folder() -> Path:
-    """Where this toolkit keeps what it can make again: $CONTROLNET_CACHE, else ~/.cache/controlnet."""
-    return Path(os.environ.get("CONTROLNET_CACHE") or Path.home() / ".cache" / "controlnet")
+from controlnet.preprocessors.weights import cache_folder
 
 
 def folder_hash(folder: Path) -> str:

@@ -88,10 +88,11 @@ def _build_pair(pair: Pair, name: str, out: Path, kind: str, options: dict[str, 
         "file_name": f"images/{name}.png", "conditioning_image": f"conditions/{name}.png", "text": pair.caption,
         "source_sha256": made["source_sha256"],
     }  # fmt: skip
-    if not (image_path.is_file() and condition_path.is_file() and _record_of(condition_path) == made):
+    if not (image_path.is_file() and condition_path.is_file() and made.items() <= _record_of(condition_path).items()):
         image, _ = read_image(data, str(pair.image))
         write_file(image_path, png_bytes(fit(image, size, resize)))
-        write_file(condition_path, png_bytes(detect(image, detector, chosen, size, resize), dump(made)))
+        map_, fields = detect(image, detector.ready(chosen), size, resize)
+        write_file(condition_path, png_bytes(map_, dump(made | fields)))
     return row
 
 

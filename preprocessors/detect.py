@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.metadata import sha256
-from controlnet.preprocessors.registry import Detector
+from controlnet.preprocessors.registry import Detector, Maker
 
 
 def version() -> str:
@@ -20,9 +20,15 @@ def version() -> str:
         return "unknown"
 
 
-def detect(image: np.ndarray, detector: Detector, options, size: tuple[int, int], resize: str) -> np.ndarray:
-    """The map of a photo (H, W, 3) uint8 RGB: brought to the map's size first, then detected at that size."""
-    return detector.load()(fit(image, size, resize), options)
+def detect(image: np.ndarray, make: Maker, size: tuple[int, int], resize: str) -> tuple[np.ndarray, dict]:
+    """The map of a photo (H, W, 3) uint8 RGB, and what else is known of it: the photo is brought to the map's size
+    first, then looked at in that size."""
+    return make(fit(image, size, resize))
+
+
+def rgb(map_: np.ndarray) -> np.ndarray:
+    """A map (H, W) or (H, W, 3) as (H, W, 3)."""
+    return map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
 
 
 def record(detector: Detector, options, size: tuple[int, int], resize: str, name: str, data: bytes) -> dict:

@@ -27,6 +27,8 @@ class Exit(IntEnum):
     """Some of several inputs failed; the others are done."""
     TRAINING = 7
     """Training stopped: the loss exploded, or memory ran out; the last checkpoint is kept."""
+    NOTHING = 8
+    """Nobody and nothing of the kind was found in a photo; no map was made."""
     INTERRUPTED = 130
 
 
@@ -46,6 +48,10 @@ class UsageError(ControlNetError):
 
 class InputError(ControlNetError):
     code = Exit.INPUT
+
+
+class NothingFoundError(InputError):
+    code = Exit.NOTHING
 
 
 class OutputError(ControlNetError):

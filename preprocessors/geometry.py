@@ -69,3 +69,18 @@ def _scale(image: np.ndarray, width: int, height: int) -> np.ndarray:
         return image
     shrinks = width * height < image.shape[0] * image.shape[1]
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)
+
+
+def window(photo: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[float, float, float, float, tuple]:
+    """What `fit` shows of a photo (width, height): left, top, width and height in fractions of the photo, which may lie
+    outside it, and the size (width, height) that comes out. Raises as `fit` does."""
+    if resize == "keep":
+        size = (photo[0] // STEP * STEP, photo[1] // STEP * STEP)
+    elif resize not in RESIZES:
+        raise UsageError(f"resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
+    if resize == "stretch":
+        return 0.0, 0.0, 1.0, 1.0, size
+    ratios = size[0] / photo[0], size[1] / photo[1]
+    ratio = {"crop": max(ratios), "pad": min(ratios), "keep": 1.0}[resize]
+    width, height = size[0] / ratio / photo[0], size[1] / ratio / photo[1]
+    return (1 - width) / 2, (1 - height) / 2, width, height, size

@@ -2,16 +2,26 @@
 
 To add one: a file here with a frozen options dataclass and a function `(image (H, W, 3) uint8 RGB, options) -> map`
 of the same height and width, (H, W) or (H, W, 3) uint8; then a row below. Its flags and help follow from the dataclass.
+A learned one has a row in weights.py too, and its function gets their folder as a third argument. A function that knows
+more than the map returns (map, fields for its PNG text).
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from controlnet.preprocessors.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Maker = Callable[["np.ndarray"], "tuple[np.ndarray, dict]"]
+"""A photo (H, W, 3) uint8 RGB -> its map and what else there is to say of it."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +35,25 @@ class Detector:
     options: str
     """`module:dataclass`."""
     help: str
-
-    def load(self) -> Any:
-        return _resolve(self.function)
+    weights: str = ""
+    """The name of its weights, in weights.py."""
 
     def load_options(self) -> type:
         return _resolve(self.options)
+
+    def ready(self, options: Any, weights: Path | None = None, offline: bool = False) -> Maker:
+        """The function that makes maps with these options. Weights come from the folder `weights`, else from the cache,
+        else they are fetched. Raises ModelError when they cannot be had."""
+        from controlnet.preprocessors.weights import find  # here: it imports what reaches the network
+
+        function = _resolve(self.function)
+        more = (find(self.weights, weights, offline),) if self.weights else ()
+
+        def make(image: np.ndarray) -> tuple[np.ndarray, dict]:
+            made = function(image, options, *more)
+            return made if isinstance(made, tuple) else (made, {})
+
+        return make
 
 
 def _resolve(reference: str) -> Any:
@@ -41,7 +64,11 @@ def _resolve(reference: str) -> Any:
 _ROWS = (
     Detector(
         "canny", "opencv", "controlnet.preprocessors.canny:canny", "controlnet.preprocessors.canny:CannyOptions",
-        "Edges by brightness steps: thin white lines on black. No weights.",
+        "Edges by brightness steps: thin white lines on black.",
+    ),
+    Detector(
+        "pose", "blazepose", "controlnet.preprocessors.pose:blazepose", "controlnet.preprocessors.pose:PoseOptions",
+        "People as coloured skeletons of 18 joints, as OpenPose draws them.", "blazepose",
     ),
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ from controlnet.model.canvas import condition_tensor
 from controlnet.model.checkpoint import load_controlnet, save_controlnet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.generate import to_pixels
-from controlnet.model.hashes import cache_folder, folder_hash
+from controlnet.model.hashes import folder_hash
 from controlnet.model.hint import SD_WIDTHS
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.sampling import Applied, draw_noise, sample
@@ -46,6 +46,7 @@ from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, w
 from controlnet.preprocessors.mirror import FLIP_KINDS
 from controlnet.preprocessors.pairs import Pairs
 from controlnet.preprocessors.sheet import contact_sheet
+from controlnet.preprocessors.weights import cache_folder
 from torch import Tensor
 
 SHOWN = 3

@@ -18,7 +18,7 @@ from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.objective import Batch
 from controlnet.preprocessors.check import same_aspect
-from controlnet.preprocessors.detect import detect
+from controlnet.preprocessors.detect import detect, rgb
 from controlnet.preprocessors.errors import InputError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
@@ -98,8 +98,8 @@ class Samples:
             # Detected as `detect` does it, at 512 pixels; then brought to the canvas as `generate` does it.
             side = max(512, self.size)
             photo = fit(cut(_read(str(pair.image)), crop, place_of(pair.image)), (side, side), "stretch")
-            map_ = detect(photo, self.detector, self.detector.load_options()(), (side, side), "stretch")
-            map_, people = map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2), None
+            map_, fields = detect(photo, self.detector.ready(self.detector.load_options()()), (side, side), "stretch")
+            map_, people = rgb(map_), from_text(fields, str(pair.image))
         else:
             map_, text = read_image(read_bytes(str(pair.condition)), str(pair.condition))
             people = from_text(load(text), str(pair.condition)) if self.config.kind == "pose" else None

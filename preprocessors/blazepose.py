@@ -1,0 +1,209 @@
+"""Poses by BlazePose (Bazarevsky et al. 2020, arXiv 2006.10204): two small networks, run by LiteRT.
+
+The detector, at 224 pixels, finds a person's hip centre, size and turn; the landmark network looks at that part of the
+photo, turned upright, at 256 pixels and tells 33 points, of which OpenPose's 18 joints follow. The detector is made for
+one person that fills the picture: it is also shown squares of the photo, so that smaller and several people are found.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.skeleton import JOINTS
+
+DETECTION, LANDMARKS = "pose_detection.tflite", "pose_landmark_full.tflite"
+DETECTOR_SIDE, LANDMARK_SIDE = 224, 256
+ANCHORS = ((8, 2), (16, 2), (32, 6))
+"""(stride, anchors a cell) of the detector's outputs."""
+REGION = 1.25
+"""The part that the landmark network sees, over the circle that the detector draws around a person."""
+PASSES = 2
+"""Looks of the landmark network; each takes its part of the photo from the points of the one before."""
+OVERLAP = 0.3
+"""Intersection over union from which two detections are one."""
+LANDMARK = {
+    "nose": 0, "left eye": 2, "right eye": 5, "left ear": 7, "right ear": 8, "left shoulder": 11, "right shoulder": 12,
+    "left elbow": 13, "right elbow": 14, "left wrist": 15, "right wrist": 16, "left hip": 23, "right hip": 24,
+    "left knee": 25, "right knee": 26, "left ankle": 27, "right ankle": 28,
+}  # fmt: skip
+"""BlazePose's number of each joint; the neck is the middle of the shoulders."""
+
+
+@dataclass(frozen=True)
+class BlazePoseOptions:
+    people: int = 5
+    """At most so many people, the surest first."""
+    confidence: float = 0.5
+    """How sure it must be of a person (0 to 1)."""
+    visibility: float = 0.3
+    """How visible a joint must be to be drawn (0 to 1)."""
+
+    def __post_init__(self):
+        if self.people < 1:
+            raise UsageError(f"people={self.people}: expected 1 or more", "controlnet detect pose PHOTO --people 5")
+        for name in ("confidence", "visibility"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(
+                    f"{name}={getattr(self, name)}: expected 0 to 1", f"controlnet detect pose PHOTO --{name} 0.5"
+                )
+
+
+def find_people(image: np.ndarray, options: BlazePoseOptions, weights: Path) -> list[np.ndarray]:
+    """The people (18, 3) of a photo (H, W, 3) uint8 RGB, as preprocessors.skeleton has them; the surest first."""
+    detect, landmarks = (_network(weights / name) for name in (DETECTION, LANDMARKS))
+    found: list[np.ndarray] = []
+    for circle in _circles(image, detect, options.confidence):
+        points, sure = np.empty(0), 0.0
+        for _ in range(PASSES):
+            points, sure = _landmarks(image, landmarks, circle)
+            if sure < options.confidence:
+                break
+            circle = points[33, :2], points[34, :2]
+        if sure < options.confidence:
+            continue
+        person = _joints(points, image.shape[1::-1], options.visibility)
+        if (person[:, 2] > 0).sum() >= 4 and not any(_same(person, other, image.shape) for other in found):
+            found.append(person)
+        if len(found) == options.people:
+            break
+    return found
+
+
+def _joints(points: np.ndarray, size: tuple[int, int], visibility: float) -> np.ndarray:
+    """(18, 3) fractions of the picture and confidences, of landmarks (39, 4): x, y in pixels, visibility, presence."""
+    person = np.zeros((len(JOINTS), 3))
+    for name, number in LANDMARK.items():
+        x, y, visible, present = points[number]
+        if min(visible, present) >= visibility:
+            person[JOINTS.index(name)] = x / size[0], y / size[1], min(visible, present)
+    shoulders = person[[JOINTS.index("left shoulder"), JOINTS.index("right shoulder")]]
+    if (shoulders[:, 2] > 0).all():
+        person[JOINTS.index("neck")] = *shoulders[:, :2].mean(0), shoulders[:, 2].min()
+    return person
+
+
+def _same(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether two are one person: their joints lie within a tenth of its size of each other."""
+    both = (a[:, 2] > 0) & (b[:, 2] > 0)
+    if both.sum() < 3:
+        return False
+    at, to = (p[both, :2] * (shape[1], shape[0]) for p in (a, b))
+    size = max(np.ptp(at, axis=0).max(), np.ptp(to, axis=0).max(), 1.0)
+    return bool(np.median(np.linalg.norm(at - to, axis=1)) < 0.1 * size)
+
+
+def _circles(image: np.ndarray, network, confidence: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(hip centre, point above the head's top) in pixels, of everyone that the detector finds in the photo and in
+    squares of it."""
+    boxes, points, scores = [], [], []
+    for left, top, side in _squares(image.shape[1], image.shape[0]):
+        canvas = _cut(image, left, top, side, DETECTOR_SIDE)
+        raw, logits = _run(network, canvas / 127.5 - 1)
+        score = 1 / (1 + np.exp(-np.clip(logits[:, 0], -80, 80)))
+        sure = score >= confidence
+        pairs = raw[sure].reshape(-1, 6, 2) / DETECTOR_SIDE
+        pairs[:, [0, 2, 3, 4, 5]] += _anchors()[sure][:, None]
+        pairs *= side
+        pairs[:, [0, 2, 3, 4, 5]] += (left, top)
+        boxes += list(np.concatenate([pairs[:, 0] - pairs[:, 1] / 2, pairs[:, 1]], 1))
+        points += list(pairs[:, 2:4])
+        scores += score[sure].tolist()
+    kept = cv2.dnn.NMSBoxes(np.array(boxes).tolist(), scores, confidence, OVERLAP) if boxes else []
+    return [(points[i][0], points[i][1]) for i in np.array(kept).reshape(-1)]
+
+
+def _squares(width: int, height: int) -> list[tuple[float, float, float]]:
+    """Left, top and side of the whole photo's square and of overlapping ones that go to it: first as large as the
+    shorter side, then of six tenths of that."""
+    longer, shorter = max(width, height), min(width, height)
+    squares = [((width - longer) / 2, (height - longer) / 2, float(longer))]
+    for side in (float(shorter), 0.6 * shorter):
+        if side == longer:
+            continue
+        lefts, tops = (np.linspace(0, n - side, 1 + int(np.ceil((n - side) / (side / 2)))) for n in (width, height))
+        squares += [(float(left), float(top), side) for top in tops for left in lefts]
+    return squares
+
+
+def _cut(image: np.ndarray, left: float, top: float, side: float, size: int) -> np.ndarray:
+    """That square at `size` pixels, black beyond the photo, (size, size, 3) float32 in 0 to 255."""
+    scale = size / side
+    matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
+    return _warp(image, matrix, size, scale)
+
+
+def _warp(image: np.ndarray, matrix: np.ndarray, size: int, scale: float) -> np.ndarray:
+    if scale < 0.5:  # linear sampling would skip pixels
+        times = int(1 / scale)
+        image = cv2.resize(image, (image.shape[1] // times, image.shape[0] // times), interpolation=cv2.INTER_AREA)
+        matrix = matrix * (times, times, 1)
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR).astype(np.float32)
+
+
+def _landmarks(image: np.ndarray, network, circle: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, float]:
+    """((39, 4) x, y in pixels, visibility, presence; how sure it is of a person)."""
+    centre, above = circle
+    up = above - centre
+    side = max(2.0, 2 * float(np.hypot(*up)) * REGION)
+    cos, sin = np.array([-up[1], up[0]]) / max(np.hypot(*up), 1e-6)  # turned so that `up` points up
+    scale = LANDMARK_SIDE / side
+    turn = scale * np.array([[cos, sin], [-sin, cos]])
+    matrix = np.column_stack([turn, LANDMARK_SIDE / 2 - turn @ centre])
+    out, sure = _run(network, _warp(image, matrix, LANDMARK_SIDE, scale) / 255)
+    points = out.reshape(39, 5).astype(np.float64)
+    at = (points[:, :2] - LANDMARK_SIDE / 2) @ np.linalg.inv(turn).T + centre
+    seen = 1 / (1 + np.exp(-np.clip(points[:, 3:5], -80, 80)))
+    return np.column_stack([at, seen]), float(sure.reshape(-1)[0])
+
+
+@cache
+def _network(path: Path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    with _silence():
+        network = Interpreter(str(path), num_threads=1)
+        network.allocate_tensors()
+    return network
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on standard error: LiteRT, in C++, greets there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _run(network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first two outputs, without the batch."""
+    network.set_tensor(network.get_input_details()[0]["index"], pixels[None].astype(np.float32))
+    network.invoke()
+    first, second = (network.get_tensor(o["index"]).copy() for o in network.get_output_details()[:2])
+    return first[0], second[0]
+
+
+@cache
+def _anchors() -> np.ndarray:
+    """(2254, 2) centres of the detector's anchors, as fractions."""
+    centres = []
+    for stride, count in ANCHORS:
+        cells = DETECTOR_SIDE // stride
+        y, x = np.mgrid[0:cells, 0:cells]
+        grid = (np.stack([x, y], -1).reshape(-1, 2) + 0.5) / cells
+        centres.append(np.repeat(grid, count, 0))
+    return np.concatenate(centres)

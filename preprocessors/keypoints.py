@@ -1,0 +1,54 @@
+"""Key points as OpenPose's JSON files have them: pixels, 18 joints a person."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.geometry import window
+from controlnet.preprocessors.skeleton import cut_people, draw, from_text, to_text
+
+
+def to_json(people: list, size: tuple[int, int]) -> bytes:
+    """A file for people in fractions (a map's `keypoints`) on a canvas of `size` (width, height)."""
+    rows = [
+        [round(v, 3) for x, y, c in person for v in (x * size[0] * (c > 0), y * size[1] * (c > 0), c)]
+        for person in people
+    ]
+    file = {"people": [{"pose_keypoints_2d": row} for row in rows], "canvas_width": size[0], "canvas_height": size[1]}
+    return (json.dumps(file) + "\n").encode()
+
+
+def from_json(data: bytes, name: str) -> tuple[list[np.ndarray], tuple[int, int]]:
+    """(people, their canvas' (width, height)). Raises InputError for what is no such file, and for counts and numbers
+    that are wrong."""
+    try:
+        file = json.loads(data)
+        width, height = int(file["canvas_width"]), int(file["canvas_height"])
+        rows = [np.asarray(person["pose_keypoints_2d"], np.float64) for person in file["people"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{name}: is not OpenPose's JSON ({type(error).__name__}: {error}); expected people with pose_keypoints_2d,"
+            " canvas_width, canvas_height", "controlnet detect pose PHOTO --keypoints points.json makes one"
+        ) from error  # fmt: skip
+    if width < 8 or height < 8:
+        raise InputError(f"{name}: canvas {width}x{height}, expected at least 8 on each side")
+    people = []
+    for row in rows:
+        if row.size != 54 or not np.isfinite(row).all():
+            raise InputError(f"{name}: a person of {row.size} numbers, expected 54 finite ones: 18 of x, y, confidence")
+        person = row.reshape(18, 3) / (width, height, 1)
+        outside = (person[:, :2] < -1) | (person[:, :2] > 2)
+        if (outside.any(1) & (person[:, 2] > 0)).any():
+            raise InputError(f"{name}: key points far outside the canvas of {width}x{height}; expected pixels of it")
+        people.append(person)
+    return people, (width, height)
+
+
+def draw_json(data: bytes, name: str, size: tuple[int, int], resize: str) -> tuple[np.ndarray, dict]:
+    """The pose map of such a file at another size, as `detect` would make it of the photo; and its key points."""
+    people, canvas = from_json(data, name)
+    left, top, width, height, size = window(canvas, size, resize)
+    people = from_text({"keypoints": to_text(cut_people(people, left, top, width, height))}, name) or []
+    return draw(people, size), {"keypoints": to_text(people)}

