@@ -151,16 +151,10 @@ def test_every_detector_of_the_table(run):
     assert {json.loads(line)["kind"] for line in out.splitlines()} == set(DETECTORS)
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--help"],
-        ["detect", "canny", "one.png"],
-        ["detect", "pose", "one.png", "--offline"],
-        ["detect", "--list"],
-        ["generate", "--help"],
-    ],
-)
+@pytest.mark.parametrize("args", [
+    ["--help"], ["detect", "canny", "one.png"], ["detect", "pose", "one.png", "--offline"], ["detect", "--list"],
+    ["generate", "--help"],
+])  # fmt: skip
 def test_no_heavy_import(folder, args):
     """Help, canny and pose import neither torch nor the libraries on top of it; help not even numpy."""
     heavy = ["torch", "diffusers", "transformers", "controlnet_aux"] + (
