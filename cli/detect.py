@@ -87,8 +87,9 @@ def _weights_of(row: Detector) -> dict | None:
     if not row.weights:
         return None
     weights = WEIGHTS[row.weights]
-    return {"name": weights.name, "source": f"{weights.package} ({weights.file})", "bytes": weights.size,
-            "licence": weights.licence, "sha256": weights.sha256, "here": kept(weights.name) is not None}  # fmt: skip
+    return {"name": weights.name, "source": f"{weights.source} {weights.file}".strip(), "bytes": weights.size,
+            "licence": weights.licence, "sha256": weights.sha256 or None,
+            "here": kept(weights.name) is not None}  # fmt: skip
 
 
 def _row(line: dict) -> str:
@@ -107,20 +108,28 @@ for _kind in DETECTORS:
 
 def _command(default: Detector):
     """The command of a kind: the common flags, then one flag a field of its options."""
-    options_type = default.load_options()
+    all_options = {
+        field.name: (field, row.load_options())
+        for row in reversed(DETECTORS[default.kind].values()) for field in fields(row.load_options())
+    }  # fmt: skip
     own = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
-            annotation=Annotated[
-                _type_of(field), typer.Option(_flag(field.name), help=field_doc(options_type, field.name))
-            ],
+            annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=field_doc(owner, field.name))],
         )
-        for field in fields(options_type)
+        for field, owner in all_options.values()
     ]  # fmt: skip
 
     def command(detector, weights=None, offline=False, keypoints=None, **given):
         chosen = find_detector(default.kind, detector)
-        options = chosen.load_options()(**{field.name: given.pop(field.name) for field in fields(options_type)})
+        values = {name: given.pop(name) for name in all_options}
+        known = {field.name for field in fields(chosen.load_options())}
+        for name, value in values.items():
+            if name not in known and value != all_options[name][0].default:
+                raise UsageError(
+                    f"{_flag(name)} is not an option of detector {chosen.name}", f"leave {_flag(name)} out"
+                )
+        options = chosen.load_options()(**{name: value for name, value in values.items() if name in known})
         run(chosen, options, chosen.ready(options, weights, offline), keypoints, **given)
 
     def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:

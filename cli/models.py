@@ -20,14 +20,19 @@ def _models() -> None:
 @app.command("pull", help="Fetch weights into the cache, checked; what is there already is left.")
 def pull(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Weights, as detect --list names them. (default: all)")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME", help="Weights, as detect --list names them. (default: what the default detectors need)"
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
+    from controlnet.preprocessors.registry import DETECTORS, find_detector
     from controlnet.preprocessors.weights import WEIGHTS, kept, pull
 
-    for name in names or WEIGHTS:
+    defaults = dict.fromkeys(weights for kind in DETECTORS if (weights := find_detector(kind).weights))
+    for name in names or defaults:
         with progress(name, quiet) as on_bytes:
             folder = (kept(name) if name in WEIGHTS else None) or pull(name, on_bytes)
         print(json.dumps({"output": str(folder), "name": name}) if as_json else folder)

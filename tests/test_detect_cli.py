@@ -132,6 +132,13 @@ def test_unwritable_folder(run, folder):
     assert run("detect", "canny", folder / "one.png", "-o", f"{folder}/locked/")[0] == Exit.OUTPUT
 
 
+def test_options_of_another_detector(run, folder):
+    code, _, err = run("detect", "pose", folder / "one.png", "--detector", "openpose", "--people", "2")
+    assert code == Exit.USAGE and "--people is not an option of detector openpose" in err
+    code, _, err = run("detect", "pose", folder / "one.png", "--detector", "openpose", "--allow-empty", "--offline")
+    assert code == Exit.MODEL and "the weights openpose are not on this machine (510 MB" in err
+
+
 def test_every_detector_of_the_table(run):
     """Its map has the photo's size, and every option has a flag with a help text."""
     image = np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8)

@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from controlnet.preprocessors import hed
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.errors import Exit, ModelError, UsageError
+from controlnet.preprocessors.images import png_bytes, read_image, write_file
 from controlnet.preprocessors.lineart import LineArtOptions, lineart
+from helpers import run
 
 with warnings.catch_warnings():  # torch.jit.script is deprecated, says its import
     warnings.simplefilter("ignore")
     from controlnet_aux import HEDdetector, LineartStandardDetector
     from controlnet_aux.util import nms
 
+PIDINET = Path(__file__).parents[2] / "shared/assets/weights/pidinet"
 KEPT = Path.home() / ".cache/controlnet/weights/hed"
 
 
@@ -130,3 +133,17 @@ def test_the_real_weights_find_the_edges_of_things(picture):
     assert rim.mean() > 150 and edges[70:80, 200:280].mean() < 60
     drawn = hed.scribble(picture, hed.ScribbleOptions(), KEPT)
     assert set(np.unique(drawn)) == {0, 255} and drawn[(edges > 200)].mean() > 200
+
+
+@pytest.mark.skipif(not PIDINET.is_dir(), reason="the weights are not in the repository")
+def test_pidinet_with_local_weights(picture, tmp_path, capsys):
+    write_file(tmp_path / "a.png", png_bytes(picture))
+    command = ("detect", "softedge", tmp_path / "a.png", "--detector", "pidinet", "--size", "256")
+    assert run(*command, "--offline") == Exit.MODEL
+    assert "the weights pidinet are not on this machine" in capsys.readouterr().err
+    assert run(*command, "--weights", PIDINET) == 0
+    edges, _ = read_image((tmp_path / "a.softedge.png").read_bytes(), "")
+    assert edges.max() > 150 and np.median(edges) < 30
+    (tmp_path / "table5_pidinet.pth").write_bytes(b"nonsense")
+    assert run(*command, "--weights", tmp_path, "--overwrite") == Exit.MODEL
+    assert "are not the weights of PidiNetDetector" in capsys.readouterr().err

@@ -110,6 +110,27 @@ def test_a_folder_of_ones_own(index, tmp_path):
     assert weights.find("eyes", tmp_path, offline=True) == tmp_path and not index.asked
 
 
+def test_files_of_the_hub_are_locked_at_first_sight(tmp_path, monkeypatch):
+    monkeypatch.setitem(weights.WEIGHTS, "hubbed", weights.Weights("hubbed", "MIT", "own/er", "", ("a.pth",), 5))
+    (tmp_path / "a.pth").write_bytes(b"first")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(tmp_path / file))
+    assert (weights.find("hubbed") / "a.pth").read_bytes() == b"first"
+    lock = json.loads((weights.cache_folder() / "weights/lock.json").read_text())
+    assert lock == {"hubbed": {"a.pth": hashlib.sha256(b"first").hexdigest()}}
+    (weights.cache_folder() / "weights/hubbed/a.pth").unlink()
+    (tmp_path / "a.pth").write_bytes(b"other")
+    with pytest.raises(ModelError, match="when it was fetched first"):
+        weights.find("hubbed")
+    assert "a.pth" not in kept_files()
+
+    def nothing(repo, file):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", nothing)
+    with pytest.raises(ModelError, match="cannot be fetched from own/er"):
+        weights.find("hubbed")
+
+
 def test_unknown_names(capsys):
     with pytest.raises(UsageError, match="no weights 'nose'"):
         weights.pull("nose")
@@ -123,7 +144,7 @@ def test_the_list_says_what_is_here(index, capsys):
             for name in weights.names_of(weights.WEIGHTS["blazepose"]):
                 (weights.cache_folder() / "weights/blazepose" / name).touch()
         assert run("detect", "--list", "--json") == 0
-        rows = {row["kind"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+        rows = {row["kind"]: row for row in map(json.loads, capsys.readouterr().out.splitlines()) if row["default"]}
         assert rows["canny"]["weights"] is None
         told = rows["pose"]["weights"]
         assert told["here"] == here and told["licence"] == "Apache-2.0" and len(told["sha256"]) == 64

@@ -1,0 +1,57 @@
+"""Detectors that controlnet-aux has, behind the rows of the registry: its networks, its weights, its results.
+
+Imported only when one of them is asked for: controlnet-aux takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from controlnet.preprocessors.errors import ModelError, NothingFoundError
+from controlnet.preprocessors.hed import SoftEdgeOptions
+from controlnet.preprocessors.skeleton import JOINTS, draw, to_text
+
+
+@dataclass(frozen=True)
+class OpenposeOptions:
+    allow_empty: bool = False
+    """Where nobody is found, make a black map instead of an error."""
+
+
+def openpose(image: np.ndarray, options: OpenposeOptions, weights: Path) -> tuple[np.ndarray, dict]:
+    """People by OpenPose's own network: the map (H, W, 3) uint8 and its key points. Raises NothingFoundError for a
+    photo without people, unless allow_empty."""
+    found = _detector("OpenposeDetector", weights).detect_poses(image, include_hand=False, include_face=False)
+    people = []
+    for pose in found:
+        joints = [(k.x, k.y, 1.0) if k is not None else (0.0, 0.0, 0.0) for k in pose.body.keypoints]
+        people.append(np.array(joints[: len(JOINTS)]))
+    if not people and not options.allow_empty:
+        raise NothingFoundError("nobody found", "--detector blazepose, or --allow-empty for a black map")
+    keypoints = to_text(people)
+    return draw([np.array(person) for person in keypoints], (image.shape[1], image.shape[0])), {"keypoints": keypoints}
+
+
+def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> (H, W) uint8: soft edges by PiDiNet."""
+    side = min(image.shape[:2])
+    made = _detector("PidiNetDetector", weights)(
+        image, detect_resolution=side, image_resolution=side, output_type="np", safe=options.safe
+    )
+    return np.ascontiguousarray(made[..., 0])
+
+
+@cache
+def _detector(name: str, weights: Path):
+    with warnings.catch_warnings():  # of the libraries that it imports, about each other
+        warnings.simplefilter("ignore")
+        import controlnet_aux
+    try:
+        return getattr(controlnet_aux, name).from_pretrained(str(weights))
+    except Exception as error:  # whatever torch and the networks raise for another file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{weights}: are not the weights of {name} ({reason})", "--weights DIR") from error
