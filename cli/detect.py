@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,14 +20,10 @@ from controlnet.cli.options import (
     Quiet,
     SkipExisting,
     field_doc,
-    keeps,
-    output_path,
     say,
-    tell,
-    warn,
 )
-from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, NothingFoundError, UsageError
-from controlnet.preprocessors.registry import DETECTORS, Detector, Maker, find_detector
+from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from controlnet.preprocessors.registry import DETECTORS, Detector, find_detector
 from typer.core import TyperGroup
 
 Inputs = Annotated[
@@ -51,6 +46,9 @@ KeyPoints = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Also write the key points in OpenPose's JSON; a folder for several photos."),
 ]
+Preview = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also make a contact sheet of the first photos and their maps.")
+]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
 
 
@@ -58,7 +56,7 @@ class KindGroup(TyperGroup):
     """Builds the command of a kind when it is called, so that help imports no detector."""
 
     def resolve_command(self, ctx, args):
-        return args[0], _command(find_detector(args[0])), args[1:]
+        return args[0], _all_command() if args[0] == "all" else _command(find_detector(args[0])), args[1:]
 
 
 app = typer.Typer(cls=KindGroup, invoke_without_command=True, help="Make condition maps from photos.")
@@ -102,8 +100,10 @@ def _row(line: dict) -> str:
     return f"{line['kind']:10} {line['detector']:12} {line['help']} ({told})"
 
 
+ALL_HELP = "A map of every kind, by the default detectors."
 for _kind in DETECTORS:
     app.command(_kind, help=find_detector(_kind).help)(lambda: None)
+app.command("all", help=ALL_HELP)(lambda: None)
 
 
 def _command(default: Detector):
@@ -130,24 +130,73 @@ def _command(default: Detector):
                     f"{_flag(name)} is not an option of detector {chosen.name}", f"leave {_flag(name)} out"
                 )
         options = chosen.load_options()(**{name: value for name, value in values.items() if name in known})
-        run(chosen, options, chosen.ready(options, weights, offline), keypoints, **given)
+        _make_maps([(chosen, options)], weights, offline, keypoints, **given)
 
-    def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-    signature = inspect.Signature([
-        parameter("inputs", Inputs), parameter("out", Out, None), parameter("as_json", Json, False),
-        parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("detector", DetectorName, None),
-        parameter("recursive", Recursive, False), parameter("overwrite", Overwrite, False),
-        parameter("skip_existing", SkipExisting, False), parameter("quiet", Quiet, False), *own,
-        *[parameter("weights", WeightsFolder, None), parameter("offline", Offline, False)] * bool(default.weights),
-        *[parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
+    learned = any(row.weights for row in DETECTORS[default.kind].values())
+    return _typer_command(command, default.kind, default.help, [
+        *COMMON, _parameter("detector", DetectorName, None), *own,
+        *[_parameter("weights", WeightsFolder, None), _parameter("offline", Offline, False)] * learned,
+        *[_parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
     ])  # fmt: skip
-    command.__signature__ = signature  # type: ignore[attr-defined]  # what Typer reads
-    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+
+
+def _all_command():
+    """The command that makes a map of every kind, with the default detectors and options."""
+
+    def command(offline, **given):
+        chosen = [find_detector(kind) for kind in DETECTORS]
+        _make_maps([(row, row.load_options()()) for row in chosen], None, offline, None, **given)
+
+    return _typer_command(command, "all", ALL_HELP, [*COMMON, _parameter("offline", Offline, False)])
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+COMMON = [
+    _parameter("inputs", Inputs), _parameter("out", Out, None), _parameter("as_json", Json, False),
+    _parameter("size", Size, "512"), _parameter("resize", Resize, "crop"), _parameter("recursive", Recursive, False),
+    _parameter("overwrite", Overwrite, False), _parameter("skip_existing", SkipExisting, False),
+    _parameter("preview", Preview, None), _parameter("quiet", Quiet, False),
+]  # fmt: skip
+
+
+def _typer_command(function, name: str, help_: str, parameters: list[inspect.Parameter]):
+    function.__signature__ = inspect.Signature(parameters)  # what Typer reads
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(default.kind, help=default.help, context_settings={"help_option_names": ["-h", "--help"]})(command)
+    single.command(name, help=help_, context_settings={"help_option_names": ["-h", "--help"]})(function)
     return typer.main.get_command(single)
+
+
+def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, *, inputs, out, as_json, size, resize,
+               recursive, overwrite, skip_existing, preview, quiet) -> None:  # fmt: skip
+    """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
+    from controlnet.cli.maps import Job, expand, run
+    from controlnet.preprocessors.geometry import RESIZES, parse_size
+
+    wanted = parse_size(size)
+    if resize not in RESIZES:
+        raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
+    sources = expand(inputs, recursive)
+    if out is not None and len(chosen) > 1 and not (out.endswith("/") or Path(out).is_dir()):
+        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {out}/")
+    failed = 0
+    for detector, options in chosen:
+        sheet = preview and (preview.with_stem(f"{preview.stem}.{detector.kind}") if len(chosen) > 1 else preview)
+        try:
+            make = detector.ready(options, weights, offline)
+            job = Job(detector, options, make, wanted, resize, overwrite, skip_existing)
+            failed += run(job, sources, out, as_json, keypoints, sheet, quiet)
+        except ControlNetError as error:
+            if len(chosen) == 1:
+                raise
+            failed += len(sources)
+            say(f"error: {detector.kind}: {error}")
+    if failed:
+        say(f"{failed} of {len(sources) * len(chosen)} maps failed")
+        raise typer.Exit(Exit.PARTIAL)
 
 
 def _flag(name: str) -> str:
@@ -158,110 +207,3 @@ def _type_of(field) -> type:
     return {"int": int, "float": float, "bool": bool, "str": str}[
         field.type if isinstance(field.type, str) else field.type.__name__
     ]
-
-
-def run(detector: Detector, options: Any, make: Maker, keypoints: Path | None, inputs: list[str], out: str | None,
-        as_json: bool, size: str, resize: str, recursive: bool, overwrite: bool, skip_existing: bool, quiet: bool,
-        ) -> None:  # fmt: skip
-    """Make a map of every input. One bad input of several is reported and the rest goes on (exit code PARTIAL)."""
-    from controlnet.preprocessors.geometry import RESIZES, parse_size
-
-    wanted = parse_size(size)
-    if resize not in RESIZES:
-        raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
-    sources = expand(inputs, recursive)
-    # Standard input has no folder of its own: its map goes to standard output unless -o names a place.
-    targets = {
-        s: output_path("-" if s == "-" and out is None else out, _default(s, detector.kind), len(sources) > 1)
-        for s in sources
-    }
-    if len(set(targets.values())) < len(targets):
-        twice = next(p for p in targets.values() if list(targets.values()).count(p) > 1)
-        raise UsageError(f"two inputs would both be written to {twice}", "rename one, or run them with different -o")
-    several = len(sources) > 1 or (keypoints is not None and keypoints.is_dir())
-    failed = 0
-    for source in _progress(sources, quiet):
-        try:
-            _one(detector, options, make, source, targets[source], wanted, resize, as_json, overwrite, skip_existing,
-                 keypoints and (keypoints / f"{Path(source).stem}.json" if several else keypoints))  # fmt: skip
-        except ControlNetError as error:
-            if len(sources) == 1:
-                raise
-            failed += 1
-            say(f"error: {error}")
-    if failed:
-        say(f"{failed} of {len(sources)} inputs failed")
-        raise typer.Exit(Exit.PARTIAL)
-
-
-def _one(detector: Detector, options: Any, make: Maker, source: str, target: Path | None, size: tuple[int, int],
-         resize: str, as_json: bool, overwrite: bool, skip_existing: bool, keypoints: Path | None) -> None:  # fmt: skip
-    if target and keeps(target, overwrite, skip_existing):
-        tell({"output": str(target), "source": source, "kind": detector.kind, "skipped": True}, as_json)
-        return
-    from controlnet.preprocessors.detect import detect, record
-    from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
-    from controlnet.preprocessors.keypoints import draw_json, to_json
-    from controlnet.preprocessors.metadata import dump
-
-    data = read_bytes(source)
-    if detector.kind == "pose" and source.endswith(".json"):
-        map_, fields = draw_json(data, source, size, resize)
-    else:
-        image, _ = read_image(data, source, warn)
-        try:
-            map_, fields = detect(image, make, size, resize)
-        except NothingFoundError as error:
-            raise NothingFoundError(f"{source}: {error}", error.hint) from error
-    made = record(detector, options, (map_.shape[1], map_.shape[0]), resize, Path(source).name, data) | fields
-    png = png_bytes(map_, dump(made))
-    if keypoints is not None:
-        keeps(keypoints, overwrite, skip_existing=False)
-        write_file(keypoints, to_json(fields["keypoints"], (map_.shape[1], map_.shape[0])))
-    if target is None:
-        sys.stdout.buffer.write(png)
-        sys.stdout.flush()
-        return
-    write_file(target, png)
-    tell({"output": str(target), **made, "source": source}, as_json)
-
-
-def _default(source: str, kind: str) -> Path:
-    path = Path("stdin" if source == "-" else source)
-    return path.with_name(f"{path.stem}.{kind}.png")
-
-
-def expand(inputs: list[str], recursive: bool) -> list[str]:
-    """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
-    without pictures."""
-    from controlnet.preprocessors.images import SUFFIXES
-    from controlnet.preprocessors.metadata import KINDS
-
-    maps = tuple(f".{kind}.png" for kind in KINDS)
-    sources: list[str] = []
-    for name in inputs:
-        if name == "-" or not Path(name).is_dir():
-            sources.append(name)
-            continue
-        found = sorted(
-            str(path)
-            for path in Path(name).glob("**/*" if recursive else "*")
-            if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.endswith(maps)
-        )
-        if not found:
-            raise InputError(
-                f"{name}: the folder holds no pictures ({', '.join(SUFFIXES)})",
-                f"controlnet detect canny {name} --recursive",
-            )
-        sources += found
-    return list(dict.fromkeys(sources))
-
-
-def _progress(sources: list[str], quiet: bool):
-    """A bar on standard error when someone is watching many files."""
-    if quiet or len(sources) < 4 or not sys.stderr.isatty():
-        return sources
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(sources, "detect", console=Console(stderr=True), transient=True)

@@ -91,7 +91,7 @@ def test_a_bad_file_among_good_ones(run, folder):
     (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nxx")
     code, out, err = run("detect", "canny", folder)
     assert code == Exit.PARTIAL
-    assert len(out.splitlines()) == 2 and "bad.png" in err and "1 of 3 inputs failed" in err
+    assert len(out.splitlines()) == 2 and "bad.png" in err and "1 of 3 maps failed" in err
     assert "bad.canny.png" not in files(folder)
 
 
@@ -130,6 +130,45 @@ def test_mistakes_are_told_and_leave_nothing(run, folder, monkeypatch, args, cod
 def test_unwritable_folder(run, folder):
     (folder / "locked").mkdir(mode=0o500)
     assert run("detect", "canny", folder / "one.png", "-o", f"{folder}/locked/")[0] == Exit.OUTPUT
+
+
+def test_skip_existing_looks_at_photo_and_options(run, folder):
+    assert run("detect", "canny", folder)[0] == 0
+    before = {p: p.read_bytes() for p in folder.glob("*.canny.png")}
+    code, out, _ = run("detect", "canny", folder, "--skip-existing", "--json")
+    assert code == 0 and all(json.loads(line)["skipped"] for line in out.splitlines())
+    (folder / "one.png").write_bytes((folder / "two.jpg").read_bytes())
+    assert run("detect", "canny", folder, "--skip-existing")[0] == 0
+    assert [p.name for p, data in before.items() if p.read_bytes() != data] == ["one.canny.png"]
+    assert run("detect", "canny", folder, "--skip-existing", "--low", "50")[0] == 0
+    assert all(p.read_bytes() != data for p, data in before.items())
+
+
+def test_many_photos_are_told_in_order_and_made_as_one_is(run, folder):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (64, 64 + 8 * i, 3), np.uint8)).save(folder / f"p{i:02}.png")
+    code, out, err = run("detect", "canny", folder, "--size", "64", "--preview", folder / "sheet.png")
+    names = [Path(line).name for line in out.splitlines()]
+    assert code == 0 and names == sorted(names) and len(names) == 22 and "look at" in err
+    assert read_image((folder / "sheet.png").read_bytes(), "")[0].shape[1] > 1000
+    for i in (0, 7, 19):
+        map_ = folder / f"p{i:02}.canny.png"
+        many = map_.read_bytes()
+        assert run("detect", "canny", folder / f"p{i:02}.png", "--size", "64", "--overwrite")[0] == 0
+        assert map_.read_bytes() == many
+
+
+def test_a_map_of_every_kind(run, folder):
+    code, out, err = run(
+        "detect", "all", folder / "one.png", "--offline", "--size", "64", "--preview", folder / "s.png"
+    )
+    made = {Path(line).name for line in out.splitlines()}
+    # The cache of a test is empty: the kinds that need weights are told, the others made.
+    assert code == Exit.PARTIAL and made == {"one.canny.png", "one.lineart.png"}
+    assert "error: pose: the weights blazepose are not on this machine" in err
+    assert {"s.canny.png", "s.lineart.png"} <= set(files(folder)) and "one.pose.png" not in files(folder)
+    assert run("detect", "all", folder / "one.png", "-o", folder / "x.png")[0] == Exit.USAGE
 
 
 def test_options_of_another_detector(run, folder):

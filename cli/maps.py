@@ -1,0 +1,221 @@
+"""Stage one on many photos: read, detected and written by several threads, told in order."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from controlnet.cli.options import keeps, output_path, say, tell, warn
+from controlnet.preprocessors.errors import ControlNetError, InputError, NothingFoundError, UsageError
+from controlnet.preprocessors.registry import Detector, Maker
+
+if TYPE_CHECKING:
+    import numpy as np
+
+AHEAD = 4
+"""Photos in work at once, times the threads: memory does not grow with their number."""
+SHOWN = 24
+"""Photos on a preview."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done with every photo. `size` is (width, height)."""
+
+    detector: Detector
+    options: Any
+    make: Maker
+    size: tuple[int, int]
+    resize: str
+    overwrite: bool = False
+    skip_existing: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a photo: fields to tell, the map as PNG when it goes to standard output, a preview, or an
+    error."""
+
+    fields: dict
+    png: bytes | None = None
+    preview: tuple[np.ndarray, np.ndarray] | None = None
+    error: ControlNetError | None = None
+
+
+def targets_of(sources: list[str], out: str | None, kind: str) -> dict[str, Path | None]:
+    """Where each map goes; None for standard output. Raises UsageError when two would go to one place."""
+    targets = {}
+    for source in sources:
+        path = Path("stdin" if source == "-" else source)
+        # Standard input has no folder of its own: its map goes to standard output unless -o names a place.
+        place = "-" if source == "-" and out is None else out
+        targets[source] = output_path(place, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
+    places = list(targets.values())
+    if len(set(places)) < len(places):
+        twice = next(p for p in places if places.count(p) > 1)
+        raise UsageError(f"two inputs would both be written to {twice}", "rename one, or run them with different -o")
+    return targets
+
+
+def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, preview: Path | None,
+        quiet: bool) -> int:  # fmt: skip
+    """Make a map of every source; how many failed. One bad photo of several is reported and the rest goes on; a single
+    bad one raises."""
+    targets = targets_of(sources, out, job.detector.kind)
+    folder = keypoints is not None and (len(sources) > 1 or keypoints.is_dir())
+    points = {s: keypoints / f"{Path(s).stem}.json" if keypoints and folder else keypoints for s in sources}
+    if preview is not None:
+        keeps(preview, job.overwrite, skip_existing=False)
+    lock = Lock()
+    shown: list[tuple[np.ndarray, str]] = []
+    failed = 0
+
+    def work(source: str, wanted: bool) -> Made:
+        try:
+            return _one(job, source, targets[source], points[source], wanted, lock)
+        except ControlNetError as error:
+            return Made({}, error=error)
+
+    for source, made in zip(sources, _in_order(work, sources, preview is not None, quiet), strict=True):
+        if made.error is not None:
+            if len(sources) == 1:
+                raise made.error
+            failed += 1
+            say(f"error: {made.error}")
+        elif made.png is not None:
+            sys.stdout.buffer.write(made.png)
+            sys.stdout.flush()
+        else:
+            tell(made.fields, as_json)
+        if made.preview is not None:
+            shown += [(made.preview[0], Path(source).name), (made.preview[1], job.detector.kind)]
+    if preview is not None and shown:
+        from controlnet.preprocessors.images import png_bytes, write_file
+        from controlnet.preprocessors.sheet import contact_sheet
+
+        write_file(preview, png_bytes(contact_sheet(shown, 4 if len(shown) > 2 else 2, 256)))
+        say(f"look at {preview}")
+    return failed
+
+
+def _in_order(work, sources: list[str], previews: bool, quiet: bool) -> Iterator[Made]:
+    """work(source, whether a preview is wanted) of every source, in order; a few are in work at once."""
+    if len(sources) == 1:
+        yield work(sources[0], previews)
+        return
+    import cv2
+
+    threads = os.cpu_count() or 1
+    cv2.setNumThreads(1)  # the photos share the cores, not the pixels of one
+    waiting: list[Future] = []
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for i, source in enumerate(_progress(sources, quiet)):
+                waiting.append(pool.submit(work, source, previews and i < SHOWN))
+                if len(waiting) >= AHEAD * threads:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock) -> Made:
+    from controlnet.preprocessors.detect import detect, record, rgb
+    from controlnet.preprocessors.geometry import fit
+    from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+    from controlnet.preprocessors.keypoints import draw_json, to_json
+    from controlnet.preprocessors.metadata import dump
+
+    def told(size: tuple[int, int]) -> dict:
+        return record(job.detector, job.options, size, job.resize, Path(source).name, data)
+
+    data = read_bytes(source)
+    if target is not None and target.exists() and job.skip_existing:
+        before, size = _record_of(target)
+        if before is None or told(size).items() <= before.items():
+            return Made({"output": str(target), "source": source, "kind": job.detector.kind, "skipped": True})
+    elif target is not None:
+        keeps(target, job.overwrite, skip_existing=False)
+    image = None
+    if job.detector.kind == "pose" and source.endswith(".json"):
+        map_, fields = draw_json(data, source, job.size, job.resize)
+    else:
+        image, _ = read_image(data, source, warn)
+        try:
+            if job.detector.weights:
+                with lock:  # networks take one photo at a time
+                    map_, fields = detect(image, job.make, job.size, job.resize)
+            else:
+                map_, fields = detect(image, job.make, job.size, job.resize)
+        except NothingFoundError as error:
+            raise NothingFoundError(f"{source}: {error}", error.hint) from error
+    made = told((map_.shape[1], map_.shape[0])) | fields
+    png = png_bytes(map_, dump(made))
+    if keypoints is not None:
+        keeps(keypoints, job.overwrite, skip_existing=False)
+        write_file(keypoints, to_json(fields["keypoints"], (map_.shape[1], map_.shape[0])))
+    both = None
+    if preview:
+        shown = map_ if image is None else fit(image, (map_.shape[1], map_.shape[0]), job.resize)
+        ratio = 256 / max(map_.shape[:2])
+        small = max(1, round(map_.shape[1] * ratio)), max(1, round(map_.shape[0] * ratio))
+        both = fit(rgb(shown), small, "stretch"), fit(rgb(map_), small, "stretch")
+    if target is None:
+        return Made(made, png, both)
+    write_file(target, png)
+    return Made({"output": str(target), **made, "source": source}, preview=both)
+
+
+def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
+    """What an existing map's PNG text says of its making, and its size; None for a file that is not ours."""
+    from controlnet.preprocessors.metadata import load
+    from PIL import Image
+
+    try:
+        with Image.open(target) as picture:
+            return load(getattr(picture, "text", {})) or None, picture.size
+    except OSError:
+        return None, (0, 0)
+
+
+def expand(inputs: list[str], recursive: bool) -> list[str]:
+    """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
+    without pictures."""
+    from controlnet.preprocessors.images import SUFFIXES
+    from controlnet.preprocessors.metadata import KINDS
+
+    maps = tuple(f".{kind}.png" for kind in KINDS)
+    sources: list[str] = []
+    for name in inputs:
+        if name == "-" or not Path(name).is_dir():
+            sources.append(name)
+            continue
+        found = sorted(
+            str(path)
+            for path in Path(name).glob("**/*" if recursive else "*")
+            if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.endswith(maps)
+        )
+        if not found:
+            raise InputError(
+                f"{name}: the folder holds no pictures ({', '.join(SUFFIXES)})",
+                f"controlnet detect canny {name} --recursive",
+            )
+        sources += found
+    return list(dict.fromkeys(sources))
+
+
+def _progress(sources: list[str], quiet: bool):
+    """A bar on standard error when someone is watching many files."""
+    if quiet or len(sources) < 4 or not sys.stderr.isatty():
+        return sources
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(sources, "detect", console=Console(stderr=True), transient=True)
