@@ -22,13 +22,14 @@ from controlnet.cli.options import (
     Overwrite,
     Quiet,
     SkipExisting,
+    Strict,
     keeps,
     output_path,
     say,
     tell,
     warn,
 )
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.errors import InputError, ModelError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,7 @@ def generate(
     cond: Cond = None, prompt: Prompt = "", negative: Negative = "", out: Out = None, num: Num = 1, steps: Steps = 20,
     guidance: Guidance = None, scheduler: SchedulerName = None, base: BaseName = "tiny", size: Size = None,
     seed: Seed = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
-    skip_existing: SkipExisting = False, offline: Offline = False, quiet: Quiet = False,
+    skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     from controlnet.preprocessors.geometry import parse_size
 
@@ -118,6 +119,7 @@ def generate(
             dtype,
             as_json,
             offline,
+            strict,
             quiet,
         )
 
@@ -171,7 +173,7 @@ def _kind(flag: ConditionFlag, text: dict[str, str]) -> str:
 
 
 def _generate(maps, prompt, negative, seeds, targets, steps, guidance, scheduler, base_name, canvas, device, dtype,
-              as_json, offline, quiet) -> None:  # fmt: skip
+              as_json, offline, strict, quiet) -> None:  # fmt: skip
     _silence_libraries()
     from controlnet.model.base import load_base
     from controlnet.model.generate import canvas_size, generate
@@ -184,7 +186,7 @@ def _generate(maps, prompt, negative, seeds, targets, steps, guidance, scheduler
     base = load_base(base_name, device, dtype, offline)
     own = make_scheduler(base.scheduler, scheduler)
     size = canvas or canvas_size(base, (maps[0][2].shape[1], maps[0][2].shape[0]) if maps else None)
-    placed, records = _place(maps, base, size, offline)
+    placed, records = _place(maps, base, size, offline, strict)
     guidance = base.guidance if guidance is None else guidance
     for text in filter(None, (prompt, negative)):
         if cut := base.cut_words(text):
@@ -213,7 +215,7 @@ def _generate(maps, prompt, negative, seeds, targets, steps, guidance, scheduler
                 tell({"output": str(target), **made}, as_json)
 
 
-def _place(maps, base: Base, size: tuple[int, int], offline: bool) -> tuple[list[Placed], list[dict]]:
+def _place(maps, base: Base, size: tuple[int, int], offline: bool, strict: bool) -> tuple[list[Placed], list[dict]]:
     """Each condition on the canvas with its ControlNet, and its record. A net is loaded once."""
     from controlnet.model.base import resolve
     from controlnet.model.canvas import to_canvas
@@ -221,6 +223,7 @@ def _place(maps, base: Base, size: tuple[int, int], offline: bool) -> tuple[list
     from controlnet.model.generate import Placed
     from controlnet.model.hashes import folder_hash
     from controlnet.model.registry import BASES
+    from controlnet.preprocessors.doubts import doubts
     from controlnet.preprocessors.skeleton import from_text
 
     nets: dict[str, Any] = {}
@@ -238,9 +241,10 @@ def _place(maps, base: Base, size: tuple[int, int], offline: bool) -> tuple[list
         folder = resolve(source, offline, NET_FILES, f"--cond {flag.path},net=FOLDER")
         if source not in nets:
             nets[source] = load_controlnet(folder, base.dtype, base.unet.config, base.name).to(base.device)
-        height, width = map_.shape[:2]
-        if abs(math.log(width / height * size[1] / size[0])) > 0.05:
-            warn(f"{flag.path}: {width}x{height} is stretched to the canvas {size[0]}x{size[1]}")
+        for doubt in doubts(map_, kind, size):
+            if strict:
+                raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
+            warn(f"{flag.path}: {doubt.text}; {doubt.cure}")
         map_ = to_canvas(map_, kind, size, from_text(fields, flag.path))
         placed.append(Placed(map_, nets[source], flag.scale, flag.start, flag.end))
         records.append(fields | {"kind": kind, "net": source, "net_sha256": folder_hash(folder), "scale": flag.scale,

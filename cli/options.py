@@ -24,6 +24,7 @@ SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave exist
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="A condition that looks wrong is an error, not a warning.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: by the device)")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]

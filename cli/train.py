@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.options import Device, Json, Offline, Quiet, keeps, say, tell, warn
+from controlnet.cli.options import Device, Json, Offline, Quiet, Strict, keeps, say, tell, warn
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 
 HELP = "Train a ControlNet on photos or pairs, and be told whether it works."
@@ -68,8 +68,8 @@ Settings = Annotated[
 def train(
     data: Data, kind: Kind = None, base: BaseName = None, config: Config = None, set_: Set = None,
     out: RunFolder = None, resume: Resume = False, processes: Processes = 1, force: Force = False, seed: Seed = None,
-    device: Device = None, offline: Offline = False, as_json: Json = False, quiet: Quiet = False,
-    settings: Settings = False,
+    device: Device = None, offline: Offline = False, as_json: Json = False, strict: Strict = False,
+    quiet: Quiet = False, settings: Settings = False,
 ) -> None:  # fmt: skip
     from controlnet.preprocessors.pairs import find_pairs
 
@@ -89,7 +89,7 @@ def train(
             from controlnet.cli.launch import launch
 
             raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])]))
-        _train(found, folder, settings_of, resume, force, device, offline, as_json, quiet)
+        _train(found, folder, settings_of, resume, force, device, offline, as_json, strict, quiet)
 
 
 def run_folder(data: Path, resume: bool) -> Path:
@@ -134,7 +134,7 @@ def _config(run: Path | None, config_path: Path | None, assignments: list[str], 
     return read_config(paths, assignments, default_base=environment, base=base, seed=seed, kind=kind)
 
 
-def _train(found: Any, folder, config, resume, force, device, offline, as_json, quiet):
+def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):
     from dataclasses import replace
 
     from controlnet.cli.generate import _device, _silence_libraries
@@ -167,7 +167,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     from controlnet.model.training.run import train as run
 
     with _watcher(quiet or not main, config.max_steps) as watcher:
-        progress = run(found, config, folder, _device(device), resume, force, offline, watcher)
+        progress = run(found, config, folder, _device(device), resume, force, offline, watcher, strict)
     if main:
         state = _state(folder)
         for line in state["lines"]:

@@ -12,10 +12,9 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from controlnet.preprocessors.doubts import LINES
 from controlnet.preprocessors.skeleton import draw
 from torch import Tensor
-
-LINE_KINDS = ("canny", "softedge", "scribble", "lineart", "mlsd")
 
 
 def to_canvas(
@@ -32,7 +31,7 @@ def to_canvas(
     width, height = size
     if condition.shape[:2] == (height, width):
         return condition
-    if kind not in LINE_KINDS:
+    if kind not in LINES:
         shrinks = width * height < condition.shape[0] * condition.shape[1]
         return cv2.resize(condition, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     h, w = min(height, condition.shape[0]), min(width, condition.shape[1])

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.pairs import Pair, Pairs
 
-LINES = ("canny", "softedge", "scribble", "lineart", "mlsd")
 SHOWN = 24
 """Pairs on the contact sheet."""
 ASPECT_TOLERANCE = 0.02
@@ -59,10 +59,8 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
 def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, where: str) -> Iterator[Problem]:
     """Emptiness, polarity and geometry of a condition (H, W, 3) uint8 for a picture of `size` (width, height)."""
     height, width = condition.shape[:2]
-    if condition.max() - int(condition.min()) < 8:
-        yield Problem("error", "empty condition", f"{where}: one flat colour")
-    elif kind in LINES and condition.mean() > 127:
-        yield Problem("error", "inverted lines", f"{where}: mostly white; lines must be white on black")
+    for doubt in doubts(condition, kind):
+        yield Problem("warning" if doubt.what == "grey lines" else "error", doubt.what, f"{where}: {doubt.text}")
     if not same_aspect((width, height), size):
         yield Problem("error", "another aspect", f"{where}: {width}x{height} for a picture of {size[0]}x{size[1]}")
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from controlnet.model.canvas import LINE_KINDS
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
+from controlnet.preprocessors.doubts import LINES, doubts
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.pairs import Pair, Pairs
 
@@ -39,15 +41,23 @@ def split(found: Pairs, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return parts
 
 
-def look_at(*sets: Samples) -> dict[str, float]:
+def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None]) -> dict[str, float]:
     """What the first conditions are like: their mean brightness where they are line maps, and how much they differ.
-    Raises InputError when all are of one flat colour."""
+    What looks wrong is warned of. Raises InputError when all are of one flat colour, and for every doubt when strict.
+    """
     maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
     spread = float(np.stack([m.astype(np.float32) for m in maps]).std(0).mean() / 255)
     if all(int(m.max()) - int(m.min()) < 8 for m in maps):
         raise InputError("nothing to learn: every condition is one flat colour", "controlnet dataset check DATA")
+    found = [doubt for m in maps for doubt in doubts(m, sets[0].config.kind)]
+    for what, number in Counter(doubt.what for doubt in found).items():
+        doubt = next(d for d in found if d.what == what)
+        text = f"{number} of the first {len(maps)} conditions: {what}, such as {doubt.text}"
+        if strict:
+            raise InputError(text, doubt.cure)
+        warn(f"{text}; {doubt.cure}")
     facts = {"condition_spread": round(spread, 4)}
-    if sets[0].config.kind in LINE_KINDS:
+    if sets[0].config.kind in LINES:
         facts["line_map_brightness"] = round(float(np.mean([m.mean() for m in maps]) / 255), 4)
     return facts
 

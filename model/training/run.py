@@ -64,7 +64,7 @@ class Watcher:
 
 def train(
     found: Pairs, config: TrainConfig, folder: Path, device: torch.device, resume: bool = False, force: bool = False,
-    offline: bool = False, watcher: Watcher | None = None,
+    offline: bool = False, watcher: Watcher | None = None, strict: bool = False,
 ) -> Progress:  # fmt: skip
     """Train a ControlNet on pairs; `config.kind` is set. Everything that can be wrong is looked at before step 1.
 
@@ -94,7 +94,7 @@ def train(
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
         samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
-        facts = look_at(samples, validation)
+        facts = look_at((samples, validation), strict, lambda text: watcher.say(f"warning: {text}"))
         record = {
             "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts,
             "data": {"name": str(found.folder), "form": found.form, "pairs": len(found.pairs),
@@ -102,8 +102,6 @@ def train(
         }  # fmt: skip
         if resume:
             check_resumed(folder, record, force)
-        if facts.get("line_map_brightness", 0) > 0.5:
-            watcher.say("warning: the line maps are mostly white; networks are fed white lines on black")
         prepare(samples, validation, processes, watcher)
         if processes.is_main_process:
             begin(folder, record, config)
