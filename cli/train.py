@@ -160,7 +160,9 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
         for what, names in (("missing", found.missing), ("without a partner", found.extra)):
             if names:
                 warn(f"{len(names)} files {what}, the first: {names[0]}; controlnet dataset check {found.folder}")
-        if without:
+        if without == len(found.pairs):
+            warn("no pair has a caption: only the empty prompt is trained")
+        elif without:
             warn(f"{without} of {len(found.pairs)} captions are empty: they train the empty prompt")
         if len(found.pairs) < 100:
             warn(f"only {len(found.pairs)} pairs: the network may learn them by heart")

@@ -6,12 +6,14 @@ import sys
 import tomllib
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from controlnet.cli.train import claimed, run_folder
 from controlnet.model.training.config import TrainConfig, read_config, to_toml
-from controlnet.model.training.run import train
+from controlnet.model.training.run import Watcher, train
+from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, TrainingError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_image, write_file
 from controlnet.preprocessors.lock import is_locked, locked
@@ -110,6 +112,28 @@ def test_bad_data_is_refused_before_training(data, config, tmp_path):
     with pytest.raises(UsageError, match="flip=true with kind 'blueprint'"):
         train(find_pairs(data), replace(config, kind="blueprint", flip=True), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
+
+
+def test_conditions_that_look_wrong_are_told_before_training(data, config, tmp_path):
+    """Inverted lines are warned of, or refused; a dense map among right ones is no inverted one."""
+    shutil.copytree(data, tmp_path / "data/images")
+    for i in range(12):
+        photo, _ = read_image((data / f"{i}.png").read_bytes(), "")
+        thick = cv2.dilate(canny(photo), np.ones((7, 7)))
+        write_file(tmp_path / f"data/conditions/{i}.png", png_bytes(255 - thick))
+    said = []
+    with pytest.raises(InputError, match="12 of the first 12 conditions: inverted lines"):
+        train(find_pairs(tmp_path / "data"), config, tmp_path / "run", CPU, strict=True)
+    short = replace(config, max_steps=1, pictures=0)
+    train(find_pairs(tmp_path / "data"), short, tmp_path / "run", CPU, watcher=Watcher(say=said.append))
+    assert any("warning: 12 of the first 12 conditions: inverted lines" in text for text in said)
+    said.clear()
+    for i in range(12):
+        dense = np.full((72, 96), 255 if i == 3 else 0, np.uint8)
+        dense[20:50, 30:32] = 255 - dense[0, 0]
+        write_file(tmp_path / f"data/conditions/{i}.png", png_bytes(dense))
+    train(find_pairs(tmp_path / "data"), short, tmp_path / "right", CPU, watcher=Watcher(say=said.append))
+    assert not any("inverted" in text for text in said)
 
 
 def test_a_base_that_does_not_fit_is_refused(data, config, tmp_path, capsys, monkeypatch):

@@ -48,8 +48,15 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None]) 
     maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
     spread = float(np.stack([m.astype(np.float32) for m in maps]).std(0).mean() / 255)
     if all(int(m.max()) - int(m.min()) < 8 for m in maps):
-        raise InputError("nothing to learn: every condition is one flat colour", "controlnet dataset check DATA")
+        inverted = sets[0].config.kind in LINES and np.mean([m.mean() for m in maps]) > 127
+        raise InputError(
+            "nothing to learn: every condition is "
+            + ("white; lines must be white on black, these are inverted" if inverted else "one flat colour"),
+            "controlnet dataset check DATA",
+        )
     found = [doubt for m in maps for doubt in doubts(m, sets[0].config.kind)]
+    if np.mean([m.mean() for m in maps]) <= 127:  # on a small canvas, some dense but right line maps are mostly white
+        found = [doubt for doubt in found if doubt.what != "inverted lines"]
     for what, number in Counter(doubt.what for doubt in found).items():
         doubt = next(d for d in found if d.what == what)
         text = f"{number} of the first {len(maps)} conditions: {what}, such as {doubt.text}"
