@@ -103,9 +103,17 @@ def make_images(
         if net is not None:
             stack = torch.stack([condition_tensor(c) for c in conditions[i : i + BATCH]]).to(base.device, base.dtype)
             controls = [Applied(net, net.encode_hint(stack))]
-        noise, _ = draw_noise(list(range(seed + i, seed + i + len(text))), (4, side, side))
+        noise, generators = draw_noise(list(range(seed + i, seed + i + len(text))), (4, side, side))
         latents = sample(
-            base.unet, make_scheduler(base.scheduler), noise, text, null_text, controls, STEPS, base.guidance
+            base.unet,
+            make_scheduler(base.scheduler),
+            noise,
+            text,
+            null_text,
+            controls,
+            STEPS,
+            base.guidance,
+            generators,
         )
         images.append(to_pixels(base.decode(latents.to(base.dtype))))
     return np.concatenate(images)

@@ -254,7 +254,7 @@ class _Training:
         if base.vae is None:
             base.reload("vae")
         with autocast(self.device, self.config.precision):
-            noise, _ = draw_noise(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
+            noise, generators = draw_noise(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
             applied = [Applied(self.net, self.net.encode_hint(conditions))]
             latents = sample(
                 base.unet,
@@ -265,6 +265,7 @@ class _Training:
                 applied,
                 20,
                 base.guidance,
+                generators,
             )
         images = to_pixels(base.decode(latents.float()))
         if self.config.cache:
