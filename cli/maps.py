@@ -166,7 +166,8 @@ def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, pre
         shown = map_ if image is None else fit(image, (map_.shape[1], map_.shape[0]), job.resize)
         ratio = 256 / max(map_.shape[:2])
         small = max(1, round(map_.shape[1] * ratio)), max(1, round(map_.shape[0] * ratio))
-        both = fit(rgb(shown), small, "stretch"), fit(rgb(map_), small, "stretch")
+        eight = map_ if map_.dtype == "uint8" else (map_ >> 8).astype("uint8")
+        both = fit(rgb(shown), small, "stretch"), fit(rgb(eight), small, "stretch")
     if target is None:
         return Made(made, png, both)
     write_file(target, png)

