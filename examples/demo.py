@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 PROMPTS = (
-    "a shaded poster of shapes in orange, black and blue",
-    "a flat poster of curves in green, white and purple",
+    "a person standing in a white shirt and grey trousers, red floor, black wall",
     "a person standing in a red shirt and blue trousers, yellow floor, cyan wall",
+    "a person standing in an orange shirt and black trousers, blue floor, white wall",
 )
 
 

@@ -24,7 +24,7 @@ class KnownBase:
 
 BASES = {
     "tiny": KnownBase(
-        str(TINY), "Apache-2.0", {"canny": str(TINY / "controlnet-canny")}, guidance=4.0,
+        str(TINY), "Apache-2.0", {"canny": str(TINY / "controlnet-canny")}, guidance=3.0,
         training={"learning_rate": 5e-4, "batch_size": 16, "max_steps": 1500, "validate_every": 50},
     ),
     "sd15": KnownBase(

@@ -80,7 +80,7 @@ def test_its_images_follow_their_edges():
         found = user_canny(image)[..., 0]
         true.append(edge_f1(found, conditions[i][..., 0], 1))
         other.append(edge_f1(found, conditions[i - 1][..., 0], 1))
-    assert np.mean(true) > np.mean(other) + 0.05
+    assert np.mean(true) > np.mean(other) + 0.15, (np.mean(true), np.mean(other))
 
 
 def test_edge_f1_in_closed_form():

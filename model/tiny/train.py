@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from controlnet.model.tiny.dataset import world
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.scenes import vary
 from controlnet.model.tiny.stages import cached_latents, train_base, train_canny, train_text, train_vae
+from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention
 
 STAGES = ("vae", "text", "base", "canny")
@@ -44,16 +46,18 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
     for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder)):
         module.to("cpu", torch.float16).to(memory_format=torch.contiguous_format)
         module.save_pretrained(folder / name, max_shard_size=MAX_SHARD)
-    # AutoencoderTiny writes a key that it warns of when it reads it.
-    config = json.loads((folder / "vae/config.json").read_text())
-    config.pop("block_out_channels", None)
-    (folder / "vae/config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     make_scheduler().save_pretrained(folder / "scheduler")
+    # AutoencoderTiny writes a key that it warns of when it reads it; -Infinity is no JSON; paths are this machine's.
+    unwanted = {"vae/config.json": "block_out_channels", "scheduler/scheduler_config.json": "lambda_min_clipped"}
+    for file in ("vae/config.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        config = json.loads((folder / file).read_text())
+        kept = {k: v for k, v in config.items() if k not in (unwanted.get(file), "_name_or_path")}
+        (folder / file).write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderTiny"],
         "unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -85,22 +89,33 @@ def main(arguments: list[str] | None = None) -> None:
         rng = np.random.default_rng(0)
         corpus = [c for caption in data.captions[:10_000] for c in (caption, vary(caption, rng, 0.5))]
         tokenizer = make_tokenizer(corpus, run / "tokenizer")
-    progress = {}
+    progress: dict[str, Progress] = {}
+
+    def finish(name: str, reached: Progress) -> None:
+        """A stage that a signal has stopped ends the command: the next one would begin on half a network."""
+        progress[name] = reached
+        if json.loads((run / name / "log.jsonl").read_text().splitlines()[-1]).get("ended") == "stopped":
+            print("stopped; the same command goes on")
+            sys.exit(130)
 
     with attention(device, small=args.size <= 256):
-        vae, progress["vae"] = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
+        vae, reached = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
+        finish("vae", reached)
         latents = cached_latents(vae, data.images, run / "latents.pt", device)
-        text_encoder, progress["text"] = train_text(
+        text_encoder, reached = train_text(
             latents, data.captions, tokenizer, run / "text", minutes["text"], device, text_encoder=begun["text"]
         )
-        unet, text_encoder, progress["base"] = train_base(
+        finish("text", reached)
+        unet, text_encoder, reached = train_base(
             latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device,
             unet=begun["base"],
         )  # fmt: skip
-        controlnet, progress["canny"] = train_canny(
+        finish("base", reached)
+        controlnet, reached = train_canny(
             unet, text_encoder, data, latents, tokenizer, run / "canny", minutes["canny"], device,
             controlnet=begun["canny"],
         )  # fmt: skip
+        finish("canny", reached)
     stages = {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()}
     if args.start:
         for name, before in json.loads((args.start / "training.json").read_text())["stages"].items():
