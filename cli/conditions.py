@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlnet.model.modes import WEIGHTINGS
 from controlnet.preprocessors.errors import UsageError
 
-KEYS = ("detect", "kind", "net", "scale", "start", "end")
+KEYS = ("detect", "kind", "net", "scale", "start", "end", "weighting", "region")
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,16 @@ class ConditionFlag:
     """Make the map from this photo first, by this kind's default detector."""
     kind: str | None = None
     net: str | None = None
-    scale: float = 1.0
+    scale: float | tuple[tuple[float, float], ...] = 1.0
+    """A number, or (value, from) pairs: `value` from that part of the sampling on."""
     start: float = 0.0
     end: float = 1.0
+    weighting: str | tuple[float, ...] | None = None
+    """A name or a number for each connection; None leaves it to --weighting."""
+    region: str | None = None
+    """A picture: control acts where it is white."""
 
     def __post_init__(self):
-        if not math.isfinite(self.scale):
-            raise UsageError(f"--cond {self.path}: scale {self.scale}, expected a finite number", "scale=1")
         if not 0 <= self.start <= self.end <= 1:
             raise UsageError(
                 f"--cond {self.path}: start={self.start:g}, end={self.end:g}, expected 0 <= start <= end <= 1",
@@ -51,7 +55,7 @@ def parse_condition(text: str) -> ConditionFlag:
             raise UsageError(f"--cond {text}: {key} is given twice")
         if not value:
             raise UsageError(f"--cond {text}: {key} has no value", f"{key}=...")
-        given[key] = _number(text, key, value) if key in ("scale", "start", "end") else value
+        given[key] = _READERS[key](f"--cond {text}", value) if key in _READERS else value
     if not path:
         raise UsageError(f"--cond {text!r}: no path", "--cond map.canny.png")
     stray = re.fullmatch(r"(.*),([a-z]+)=[^,]*", path)
@@ -63,8 +67,55 @@ def parse_condition(text: str) -> ConditionFlag:
     return ConditionFlag(path, **given)
 
 
-def _number(text: str, key: str, value: str) -> float:
+def parse_weighting(flag: str, value: str) -> str | tuple[float, ...]:
+    """`uniform`, `resolution`, `soft`, or numbers between slashes: one for each connection, the middle's last."""
+    if value in WEIGHTINGS:
+        return value
+    if "/" not in value:
+        near = difflib.get_close_matches(value, WEIGHTINGS, 1)
+        raise UsageError(
+            f"{flag}: weighting {value!r}, expected {', '.join(WEIGHTINGS)} or numbers between slashes",
+            f"weighting={(near or WEIGHTINGS)[0]}",
+        )
+    return tuple(_number(flag, part, "weighting=1/1/.5/...") for part in value.split("/"))
+
+
+def weighting_text(weighting: str | tuple[float, ...]) -> str:
+    """As `parse_weighting` reads it."""
+    return weighting if isinstance(weighting, str) else "/".join(f"{w:g}" for w in weighting)
+
+
+def scale_text(scale: float | tuple[tuple[float, float], ...]) -> str:
+    """As `scale=` is written."""
+    return "/".join(f"{v:g}@{a:g}" for v, a in scale) if isinstance(scale, tuple) else f"{scale:g}"
+
+
+def parse_scale(flag: str, value: str) -> float | tuple[tuple[float, float], ...]:
+    """`0.8`, or a schedule `1@0/.2@.6`."""
+    hint = "scale=1@0/0.2@0.6 is 1 from the start, 0.2 from 60 % of the sampling on"
+    if "@" not in value:
+        return _number(flag, value, "scale=1")
+    parts = [part.partition("@") for part in value.split("/")]
+    pairs = tuple((_number(flag, scale, hint), _number(flag, begin, hint)) for scale, _, begin in parts)
+    begins = [begin for _, begin in pairs]
+    if not all(0 <= begin <= 1 for begin in begins) or begins != sorted(set(begins)):
+        raise UsageError(f"{flag}: scale={value}, expected parts of the sampling from 0 to 1 in rising order", hint)
+    return pairs
+
+
+def _number(flag: str, value: str, hint: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise UsageError(f"--cond {text}: {key}={value}, expected a number", f"{key}=1") from None
+        raise UsageError(f"{flag}: {value!r}, expected a number", hint) from None
+    if not math.isfinite(number):
+        raise UsageError(f"{flag}: {value}, expected a finite number", hint)
+    return number
+
+
+_READERS = {
+    "scale": parse_scale,
+    "start": lambda flag, value: _number(flag, value, "start=0"),
+    "end": lambda flag, value: _number(flag, value, "end=1"),
+    "weighting": parse_weighting,
+}

@@ -137,10 +137,10 @@ def _config(run: Path | None, config_path: Path | None, assignments: list[str], 
 def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):
     from dataclasses import replace
 
-    from controlnet.cli.generate import _device, _silence_libraries
+    from controlnet.cli.machine import choose_device, silence_libraries
     from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
 
-    _silence_libraries()
+    silence_libraries()
     if found is None:
         from controlnet.model.tiny.dataset import world_photos
         from controlnet.preprocessors.weights import cache_folder
@@ -169,7 +169,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     from controlnet.model.training.run import train as run
 
     with _watcher(quiet or not main, config.max_steps) as watcher:
-        progress = run(found, config, folder, _device(device), resume, force, offline, watcher, strict)
+        progress = run(found, config, folder, choose_device(device), resume, force, offline, watcher, strict)
     if main:
         state = _state(folder)
         for line in state["lines"]:

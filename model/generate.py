@@ -5,8 +5,9 @@ Reads and writes no files; `cli/generate.py` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from controlnet.model.canvas import condition_tensor
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import make_scheduler
+from controlnet.model.strength import Strength
 from controlnet.preprocessors.errors import ModelError
 from torch import Tensor
 
@@ -23,53 +25,87 @@ BATCH = 4
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A condition on the canvas, (H, W, 3) uint8, with the ControlNet that reads it."""
+class Request:
+    """What one image is made from."""
 
-    condition: np.ndarray
-    net: ControlNet
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
+    prompt: str
+    seed: int
+    conditions: tuple[np.ndarray, ...] = ()
+    """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
+    negative: str = ""
+
+
+@dataclass
+class Memory:
+    """Texts and hint features of the last images: what the next ones share with them is not computed again."""
+
+    texts: dict[str, Tensor] = field(default_factory=dict)
+    hints: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def generate(
     base: Base,
-    prompt: str,
-    placed: list[Placed],
-    size: tuple[int, int],
-    seeds: list[int],
-    negative: str = "",
+    requests: Iterable[Request],
+    nets: Sequence[tuple[ControlNet, Strength]] = (),
+    size: tuple[int, int] | None = None,
     steps: int = 20,
     guidance: float | None = None,
     scheduler: str | None = None,
-    on_step: Callable[[int, int], None] = lambda done, of: None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """One (seed, image (H, W, 3) uint8) after another. `size` is (width, height); on_step is told the evaluations done
-    and their number over all images. Raises ModelError when the latents stop being finite."""
+    on_step: Callable[[float], None] = lambda images: None,
+    memory: Memory | None = None,
+    batch: int = BATCH,
+) -> Iterator[np.ndarray]:
+    """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
+
+    `size` is (width, height), default the base's native one; `guidance` and `scheduler` default to the base's own.
+    on_step is told how many images are made, parts of them included. Raises ModelError when the latents stop being
+    finite.
+    """
     guidance = base.guidance if guidance is None else guidance
-    text = base.encode_text([prompt])  # (1, T, D)
-    null_text = base.encode_text([negative]) if guidance != 1 else None
-    # The hint feature depends on the condition alone: once, before the loop, for both guidance halves and all images.
-    controls = [Applied(p.net, p.net.encode_hint(_input(p.condition, base)), p.scale, p.start, p.end) for p in placed]
-    width, height = size
+    width, height = size or (base.native_size, base.native_size)
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
-    groups = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)]
-    for index, group in enumerate(groups):
+    memory = memory or Memory()
+    made = 0
+    for group in _groups(requests, batch):
+        texts = {r.prompt for r in group} | {r.negative for r in group if guidance != 1}
+        memory.texts = {t: memory.texts[t] if t in memory.texts else base.encode_text([t]) for t in texts}
+        pairs = [(net, c) for r in group for (net, _), c in zip(nets, r.conditions, strict=True)]
+        memory.hints = {
+            key: memory.hints.get(key) or (c, net.encode_hint(_input(c, base)))
+            for key, (net, c) in {(id(net), id(c)): (net, c) for net, c in pairs}.items()
+        }
+        controls = [
+            Applied(net, _joined([memory.hints[id(net), id(r.conditions[k])][1] for r in group]), strength)
+            for k, (net, strength) in enumerate(nets)
+        ]
+        text = torch.cat([memory.texts[r.prompt] for r in group])  # (B, T, D)
+        null_text = torch.cat([memory.texts[r.negative] for r in group]) if guidance != 1 else None
 
-        def step(done: int, of: int, index: int = index) -> None:
-            on_step(index * of + done, len(groups) * of)
+        def step(done: int, of: int, before: int = made, count: int = len(group)) -> None:
+            on_step(before + count * done / of)
 
-        noise, generators = draw_noise(group, shape)
+        noise, generators = draw_noise([r.seed for r in group], shape)
         latents = sample(
-            base.unet, make_scheduler(base.scheduler, scheduler), noise, text.expand(len(group), -1, -1), null_text,
-            controls, steps, guidance, generators, step,
+            base.unet, make_scheduler(base.scheduler, scheduler), noise, text, null_text, controls, steps, guidance,
+            generators, step,
         )  # fmt: skip
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
-        for seed, latent in zip(group, latents, strict=True):
-            yield seed, to_pixels(base.decode(latent[None].to(base.dtype)))[0]
+        for latent in latents:
+            yield to_pixels(base.decode(latent[None].to(base.dtype)))[0]
+        made += len(group)
+
+
+def _groups(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    iterator = iter(requests)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _joined(hints: list[Tensor]) -> Tensor:
+    """(B, C, h, w), or (1, C, h, w) when all images share one."""
+    return hints[0] if all(h is hints[0] for h in hints) else torch.cat(hints)
 
 
 def _input(condition: np.ndarray, base: Base) -> Tensor:

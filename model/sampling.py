@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from controlnet.model.controlnet import Control, ControlNet, denoise
+from controlnet.model.strength import Strength
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
 
 @dataclass
 class Applied:
-    """A ControlNet at work: its hint feature, (1, C, h, w) for all images or (B, C, h, w), how strongly and when."""
+    """A ControlNet at work: its hint feature, (1, C, h, w) for all images or (B, C, h, w), and how it acts."""
 
     net: ControlNet
     hint: Tensor
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-
-    def acts(self, i: int, evaluations: int) -> bool:
-        """Whether it acts in evaluation i: diffusers' rule, i/n >= start and (i+1)/n <= end. A net of scale 0 never
-        does, and is then not run at all."""
-        return self.scale != 0 and i / evaluations >= self.start and (i + 1) / evaluations <= self.end
+    strength: Strength = field(default_factory=Strength)
 
 
 def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
@@ -55,8 +49,8 @@ def sample(
 ) -> Tensor:
     """Latents (B, 4, h, w) from noise (B, 4, h, w), in the noise's dtype.
 
-    text and null_text are (B, T, D) and (1, T, D). A hint of B images serves both guidance halves. With guidance 1, or
-    null_text None, the unconditional half is not computed. on_step is told the evaluations done and their number.
+    text is (B, T, D), null_text the same or (1, T, D). A hint of B images serves both guidance halves. With guidance 1,
+    or null_text None, the unconditional half is not computed. on_step is told the evaluations done and their number.
     """
     guided = null_text is not None and guidance != 1
     c_t = text if null_text is None or not guided else torch.cat([null_text.expand_as(text), text])  # (2B, T, D)
@@ -67,7 +61,7 @@ def sample(
     for i, t in enumerate(scheduler.timesteps):
         z_t = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t).to(unet.dtype)
         times = t.to(z_t.device).expand(len(z_t))
-        control = add_controls([c for c in controls if c.acts(i, evaluations)], z_t, times, c_t)
+        control = add_controls(controls, i, evaluations, z_t, times, c_t, guided)
         eps = denoise(unet, z_t, times, c_t, control).to(z.dtype)
         if guided:
             eps_null, eps_text = eps.chunk(2)
@@ -77,13 +71,25 @@ def sample(
     return z
 
 
-def add_controls(applied: list[Applied], z: Tensor, t: Tensor, text: Tensor) -> Control | None:
-    """The sum of the controls, each times its scale; None when no ControlNet acts."""
+def add_controls(
+    applied: list[Applied], i: int, evaluations: int, z: Tensor, t: Tensor, text: Tensor, guided: bool
+) -> Control | None:
+    """The sum of the controls that act in evaluation i; None when none does. A ControlNet whose scale is 0 is not run;
+    one that acts on the conditional half alone sees that half alone."""
     total = None
     for one in applied:
-        hint = one.hint if len(one.hint) == 1 else one.hint.repeat(len(z) // len(one.hint), 1, 1, 1)
-        control = one.net(z, t, text, hint)
-        if one.scale != 1:
-            control = control.scaled([one.scale] * (len(control.down) + 1))
+        scale = one.strength.at(i, evaluations)
+        if scale == 0:
+            continue
+        half = len(z) // 2 if guided and one.strength.control_on == "cond" else 0
+        hint = one.hint if len(one.hint) == 1 else one.hint.repeat((len(z) - half) // len(one.hint), 1, 1, 1)
+        control = one.strength.apply(one.net(z[half:], t[half:], text[half:], hint), scale)
+        if half:
+            control = Control([_after_zeros(r) for r in control.down], _after_zeros(control.middle))
         total = control if total is None else total + control
     return total
+
+
+def _after_zeros(residual: Tensor) -> Tensor:
+    """(B, C, h, w) -> (2B, C, h, w): nothing for the unconditional half."""
+    return torch.cat([torch.zeros_like(residual), residual])

@@ -29,6 +29,18 @@ def small_unet(**changes):
     return UNet2DConditionModel(**(config | changes)).eval()
 
 
+class Counter:
+    """Counts the calls of a module."""
+
+    def __init__(self, module):
+        self.count, self.batches = 0, []
+        self.hook = module.register_forward_pre_hook(self._call, with_kwargs=True)
+
+    def _call(self, module, args, kwargs):
+        self.count += 1
+        self.batches.append(len(args[0]))
+
+
 def log_of(folder):
     """The lines of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -1,15 +1,19 @@
 """The sampling loop against diffusers' ControlNet pipeline, and what it does not compute."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 from controlnet.model.base import load_base
 from controlnet.model.canvas import condition_tensor
 from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.generate import Placed, generate
+from controlnet.model.generate import Request, generate
 from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import SCHEDULERS, make_scheduler
+from controlnet.model.strength import Strength
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from helpers import Counter
 
 PROMPT = "a red cube on a blue floor"
 
@@ -30,25 +34,13 @@ def condition():
     return np.repeat((rng.random((64, 64, 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
 
 
-class Counter:
-    """Counts the calls of a module."""
-
-    def __init__(self, module):
-        self.count, self.batches = 0, []
-        self.hook = module.register_forward_pre_hook(self._call, with_kwargs=True)
-
-    def _call(self, module, args, kwargs):
-        self.count += 1
-        self.batches.append(len(args[0]))
-
-
 def run(base, net, condition, dtype=torch.float64, scheduler="ddim", seeds=(5, 6), **options):
     noise, generators = draw_noise(list(seeds), (4, 8, 8))
     text = base.encode_text([PROMPT]).to(dtype).expand(len(seeds), -1, -1)
     null = base.encode_text([""]).to(dtype)
     hint = net.encode_hint(condition_tensor(condition)[None].to(dtype))
-    acting = {k: options.pop(k) for k in ("scale", "start", "end") if k in options}
-    controls = [Applied(net, hint, **acting)]
+    acting = {f.name: options.pop(f.name) for f in fields(Strength) if f.name in options}
+    controls = [Applied(net, hint, Strength(**acting))]
     steps = options.pop("steps", 10)
     return sample(
         base.unet,
@@ -110,7 +102,8 @@ def test_an_image_does_not_depend_on_its_batch(base, net, condition, name):
 
 def test_pixels_agree_within_one_level(base, net, condition):
     def images(seeds):
-        return dict(generate(base, PROMPT, [Placed(condition, net)], (64, 64), seeds, steps=4))
+        requests = [Request(PROMPT, seed, (condition,)) for seed in seeds]
+        return dict(zip(seeds, generate(base, requests, [(net, Strength())], steps=4), strict=True))
 
     many = images([3, 4, 5, 6, 7])
     for seed in (3, 7):
@@ -121,9 +114,10 @@ def test_pixels_agree_within_one_level(base, net, condition):
 
 def test_guidance_one_skips_the_unconditional_half_and_the_hint_runs_once(base, net, condition):
     unet, hint = Counter(base.unet), Counter(net.controlnet_cond_embedding)
-    list(generate(base, PROMPT, [Placed(condition, net)], (64, 64), [1, 2], steps=3, guidance=1.0))
+    requests = [Request(PROMPT, seed, (condition,)) for seed in (1, 2)]
+    list(generate(base, requests, [(net, Strength())], steps=3, guidance=1.0))
     assert unet.batches == [2, 2, 2]
-    list(generate(base, PROMPT, [Placed(condition, net)], (64, 64), [1, 2], steps=3, guidance=2.0))
+    list(generate(base, requests, [(net, Strength())], steps=3, guidance=2.0))
     assert unet.batches[3:] == [4, 4, 4]
     assert hint.count == 2  # once a call, for both images, both halves and all steps
     unet.hook.remove(), hint.hook.remove()
@@ -149,6 +143,7 @@ def test_controls_are_added(base, net, condition):
     noise, generators = draw_noise([5, 6], (4, 8, 8))
     hint = net.encode_hint(condition_tensor(condition)[None])
     text = base.encode_text([PROMPT]).expand(2, -1, -1)
-    two = sample(base.unet, make_scheduler(base.scheduler, "ddim"), noise, text, base.encode_text([""]),
-                 [Applied(net, hint, 1.5), Applied(net, hint, 0.5)], 10, generators=generators)  # fmt: skip
+    controls = [Applied(net, hint, Strength(1.5)), Applied(net, hint, Strength(0.5))]
+    scheduler, null_text = make_scheduler(base.scheduler, "ddim"), base.encode_text([""])
+    two = sample(base.unet, scheduler, noise, text, null_text, controls, 10, generators=generators)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3)

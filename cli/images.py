@@ -1,0 +1,375 @@
+"""Stage two for many jobs: conditions read, each model loaded once, images of equal settings made together, written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from controlnet.cli.conditions import ConditionFlag, scale_text, weighting_text
+from controlnet.cli.jobs import Job
+from controlnet.cli.machine import choose_device, choose_dtype, silence_libraries
+from controlnet.cli.options import keeps, output_path, say, tell, warn
+from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from controlnet.model.base import Base
+    from controlnet.model.generate import Memory, Request
+    from controlnet.model.strength import Strength
+
+
+@dataclass(frozen=True)
+class Read:
+    """A condition as it was read: its kind, the map (H, W, 3) uint8, and the record of where it came from."""
+
+    kind: str
+    map: np.ndarray
+    record: dict
+
+
+@dataclass
+class Setup:
+    """All that images made together share: the base, the ControlNets with their strengths, the sampling."""
+
+    base: Base
+    memory: Memory
+    nets: list[tuple[Any, Strength]]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    scheduler: str | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An image to be made: where it goes (None: standard output), and what of."""
+
+    name: str
+    job: Job
+    seed: int
+    path: Path | None
+
+
+@dataclass
+class Prepared:
+    """A wanted image with all that it is made from. Images of equal `shared` are sampled together."""
+
+    wanted: Wanted
+    shared: str
+    setup: Setup
+    request: Request
+    record: dict
+
+
+def targets(jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, as_json: bool,
+            failed: Callable[[str, ControlNetError], None]) -> list[Wanted]:  # fmt: skip
+    """The images to be made, after what is there has been told of. An output that is in the way fails its job."""
+    wanted: list[Wanted] = []
+    taken: dict[Path | None, str] = {}
+    several = sum(job.num for _, job in jobs) > 1
+    for name, job in jobs:
+        try:
+            seeded = job.seeded()
+            assert seeded.seed is not None
+            images = []
+            for seed in range(seeded.seed, seeded.seed + job.num):
+                default = Path("out") / f"{seed}-{job.stem}.png"
+                alone = job.num == 1 and (not several or (job.out or "").endswith(".png"))
+                path = output_path(job.out, default, not alone)
+                if job.seed is None and skip_existing and path is not None and path.name == default.name:
+                    raise UsageError("without a seed its images have new names each time", "--seed 1")
+                if path in taken:
+                    raise OutputError(f"{path}: {taken[path]} is written there too", "a seed or an out of its own")
+                if path is not None and keeps(path, overwrite, skip_existing):
+                    tell({"output": str(path), "seed": seed, "skipped": True}, as_json)
+                else:
+                    images.append(Wanted(name, seeded, seed, path))
+                if path is not None:
+                    taken[path] = name
+            wanted += images
+        except ControlNetError as error:
+            failed(name, error)
+    return wanted
+
+
+class Studio:
+    """Loads every base and ControlNet once, reads conditions, and makes images."""
+
+    def __init__(self, device: str | None, dtype: str | None, offline: bool, strict: bool):
+        silence_libraries()
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.offline, self.strict = offline, strict
+        # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
+        self.base = cache(self._base)
+        self.net = cache(self._net)
+        self.detector = cache(self._detector)
+        self.read = lru_cache(8)(self._read)
+        self.placed = lru_cache(8)(self._placed)
+        self.region = lru_cache(8)(self._region)
+        self.told: set[str] = set()
+
+    def make(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None],
+             on_step: Callable[[float], None]) -> Iterator[tuple[Wanted, bytes, dict]]:  # fmt: skip
+        """(wanted, PNG, record) of one image after another. What fails is reported and the rest goes on."""
+        from controlnet.model.generate import BATCH, generate
+
+        made = 0
+        for _, alike in groupby(self._prepare(wanted, failed), lambda one: one.shared):
+            while group := list(islice(alike, BATCH)):
+                setup, requests = group[0].setup, [one.request for one in group]
+                try:
+                    images = generate(
+                        setup.base, requests, setup.nets, setup.size, setup.steps, setup.guidance, setup.scheduler,
+                        partial(_tell_step, on_step, made), setup.memory,
+                    )  # fmt: skip
+                    for one, image in zip(group, images, strict=True):
+                        yield one.wanted, *_png(image, one.record | {"batch": len(group)})
+                except ControlNetError as error:
+                    failed(", ".join(dict.fromkeys(one.wanted.name for one in group)), error)
+                made += len(group)
+
+    def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
+        bad = None
+        for one in wanted:
+            if one.job is bad:  # its other images would fail as the first one did
+                continue
+            try:
+                yield self._prepared(one)
+            except ControlNetError as error:
+                bad = one.job
+                failed(one.name, error)
+
+    def _prepared(self, one: Wanted) -> Prepared:
+        import torch
+        from controlnet.model.generate import Request, canvas_size
+        from controlnet.model.hashes import folder_hash
+        from controlnet.model.schedulers import make_scheduler
+
+        job = one.job
+        reads = [self.read(flag) for flag in job.cond]
+        base, memory = self.base(job.base)
+        own = make_scheduler(base.scheduler, job.scheduler)
+        size = job.size or canvas_size(base, (reads[0].map.shape[1], reads[0].map.shape[0]) if reads else None)
+        self._say_canvas(one, size)
+        self._check_words(base, job)
+        acting = [self._acting(job, flag, read, base, size) for flag, read in zip(job.cond, reads, strict=True)]
+        guidance = base.guidance if job.guidance is None else job.guidance
+        conditions = [fields for _, _, _, fields in acting]
+        record = {
+            "prompt": job.prompt, "negative": job.negative, "steps": job.steps, "guidance": guidance,
+            "size": list(size), "scheduler": job.scheduler or type(own).__name__, "base": job.base,
+            "base_sha256": folder_hash(base.folder), "control_on": job.acts_on,
+            "conditions": conditions, "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."), "versions": _versions(),
+            "threads": torch.get_num_threads(), "seed": one.seed,
+        }  # fmt: skip
+        nets = [(net, strength) for net, strength, _, _ in acting]
+        request = Request(job.prompt, one.seed, tuple(map_ for _, _, map_, _ in acting), job.negative)
+        setup = Setup(base, memory, nets, size, job.steps, guidance, job.scheduler)
+        acts = [{k: v for k, v in fields.items() if k in ("net", *_ACTS)} for fields in conditions]
+        shared = json.dumps([job.base, size, job.steps, guidance, job.scheduler, job.acts_on, acts], sort_keys=True)
+        return Prepared(one, shared, setup, request, record)
+
+    def _acting(self, job: Job, flag: ConditionFlag, read: Read, base: Base, size: tuple[int, int]):
+        """A condition at work: (ControlNet, Strength, map on the canvas, record)."""
+        from controlnet.model.strength import Strength
+        from controlnet.preprocessors.metadata import sha256
+
+        source = self._source(job, flag, read.kind)
+        net, net_hash = self.net(base.name, source)
+        map_ = self.placed(flag, size)
+        weighting = job.weighting_of(flag)
+        region, region_record = self.region(flag.region, size) if flag.region else (None, {})
+        strength = Strength(flag.scale, flag.start, flag.end, weighting, job.acts_on, region)
+        strength.check(net, f"--cond {flag.path}")
+        scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
+        acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
+        fields = read.record | acts | region_record
+        fields |= {"kind": read.kind, "net": source, "net_sha256": net_hash, "map_sha256": sha256(map_.tobytes())}
+        return net, strength, map_, fields
+
+    def _base(self, name: str) -> tuple[Base, Memory]:
+        from controlnet.model.base import load_base
+        from controlnet.model.generate import Memory
+
+        base = load_base(name, self.device, self.dtype, self.offline)
+        dtype = str(self.dtype).removeprefix("torch.")
+        say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
+        return base, Memory()
+
+    def _source(self, job: Job, flag: ConditionFlag, kind: str) -> str:
+        """The folder or hub id of a condition's ControlNet: its own, or the base's for the kind."""
+        from controlnet.model.registry import BASES
+
+        known = BASES.get(job.base)
+        source = flag.net or (known.nets.get(kind) if known else None)
+        if source is None:
+            has = f"{job.base} has nets for: {', '.join(known.nets)}" if known and known.nets else ""
+            raise ModelError(
+                f"{flag.path}: no ControlNet for kind {kind!r}; {has or f'no net is known for base {job.base}'}",
+                f"--cond {flag.path},net=FOLDER",
+            )
+        return source
+
+    def _net(self, base_name: str, source: str):
+        """A ControlNet that fits the base, and its hash."""
+        from controlnet.model.base import resolve
+        from controlnet.model.checkpoint import NET_FILES, load_controlnet
+        from controlnet.model.hashes import folder_hash
+
+        base, _ = self.base(base_name)
+        folder = resolve(source, self.offline, NET_FILES, "--cond map.png,net=FOLDER")
+        net = load_controlnet(folder, base.dtype, base.unet.config, base.name).to(base.device)
+        return net, folder_hash(folder)
+
+    def _detector(self, kind: str):
+        from controlnet.preprocessors.registry import find_detector
+
+        row = find_detector(kind)
+        options = row.load_options()()
+        return row, options, row.ready(options, offline=self.offline)
+
+    def _read(self, flag: ConditionFlag) -> Read:
+        """The map of a condition; stage one where `detect` asks for it."""
+        from controlnet.preprocessors.detect import detect, record, rgb
+        from controlnet.preprocessors.geometry import STEP
+        from controlnet.preprocessors.images import read_bytes, read_image
+        from controlnet.preprocessors.metadata import load, sha256
+
+        data = read_bytes(flag.path)
+        image, text = read_image(data, flag.path, warn)
+        fields: dict[str, Any] = {"path": flag.path, "sha256": sha256(data)}
+        if flag.detect is None:
+            kind = _kind(flag, text)
+            if kind == "pose" and (keypoints := load(text).get("keypoints")) is not None:
+                fields["keypoints"] = keypoints
+            return Read(kind, image, fields)
+        detector, options, make = self.detector(flag.detect)
+        # The map keeps the photo's aspect, with the shorter side at 512 as `detect` has it.
+        ratio = 512 / min(image.shape[:2])
+        size = tuple(round(side * ratio / STEP) * STEP for side in (image.shape[1], image.shape[0]))
+        map_, found = detect(image, make, size, "crop")
+        fields |= {"detect": record(detector, options, size, "crop", flag.path, data)} | found
+        return Read(flag.kind or flag.detect, rgb(map_), fields)
+
+    def _placed(self, flag: ConditionFlag, size: tuple[int, int]) -> np.ndarray:
+        """The condition's map on the canvas; what looks wrong with it is said, or an error when strict."""
+        from controlnet.model.canvas import to_canvas
+        from controlnet.preprocessors.doubts import doubts
+        from controlnet.preprocessors.skeleton import from_text
+
+        read = self.read(flag)
+        for doubt in doubts(read.map, read.kind, size):
+            if self.strict:
+                raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
+            warn(f"{flag.path}: {doubt.text}; {doubt.cure}")
+        return to_canvas(read.map, read.kind, size, from_text(read.record, flag.path))
+
+    def _region(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict]:
+        """(H, W) float32 in [0, 1] on the canvas, and its record."""
+        import numpy as np
+        from controlnet.model.canvas import to_canvas
+        from controlnet.preprocessors.images import read_bytes, read_image
+        from controlnet.preprocessors.metadata import sha256
+
+        data = read_bytes(path)
+        image, _ = read_image(data, path, warn)
+        if (image.shape[1], image.shape[0]) != size:
+            say(f"{path}: region of {image.shape[1]}x{image.shape[0]} brought to the canvas {size[0]}x{size[1]}")
+        mask = to_canvas(image, "region", size).mean(2, dtype=np.float32) / 255
+        if not mask.any():
+            warn(f"{path}: the region is black everywhere, so its ControlNet does not act")
+        return mask, {"region": path, "region_sha256": sha256(data)}
+
+    def _say_canvas(self, one: Wanted, size: tuple[int, int]) -> None:
+        """Once for a job that stands alone, with its seeds; once for each size of many jobs."""
+        said = f"canvas {size[0]}x{size[1]}"
+        if not one.name and one.job.seed is not None:
+            last = one.job.seed + one.job.num - 1
+            said += f", seed {last}" if one.job.num == 1 else f", seeds {one.job.seed} to {last}"
+        if said not in self.told:
+            self.told.add(said)
+            say(said)
+
+    def _check_words(self, base: Base, job: Job) -> None:
+        for text in filter(None, (job.prompt, job.negative)):
+            if text in self.told:
+                continue
+            self.told.add(text)
+            if cut := base.cut_words(text):
+                warn(f"the text encoder reads {base.max_tokens - 2} tokens; these words are beyond: {cut}")
+            if unknown := base.unknown_words(text):
+                warn(f"{job.base} never met these words in training: {', '.join(unknown)}")
+
+
+def _tell_step(on_step: Callable[[float], None], before: int, images: float) -> None:
+    on_step(before + images)
+
+
+_ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
+"""What a condition's record says of how it acts."""
+
+
+def _kind(flag: ConditionFlag, text: dict[str, str]) -> str:
+    """As given, or told by the map's text or name; with a net of one's own it may be any."""
+    from controlnet.preprocessors.metadata import kind_of
+
+    try:
+        return kind_of(flag.path, text, flag.kind)
+    except UsageError:
+        if flag.net:
+            return "own"
+        raise
+
+
+def _png(image: np.ndarray, made: dict) -> tuple[bytes, dict]:
+    """The PNG with our JSON and the `parameters` line that other tools read in its text; and the record."""
+    from controlnet.preprocessors.images import png_bytes
+    from controlnet.preprocessors.metadata import dump
+
+    size = "x".join(map(str, made["size"]))
+    lines = [made["prompt"], f"Negative prompt: {made['negative']}" if made["negative"] else ""]
+    settings = f"Steps: {made['steps']}, Sampler: {made['scheduler']}, CFG scale: {made['guidance']:g}, "
+    settings += f"Seed: {made['seed']}, Size: {size}, Model: {made['base']}"
+    nets = "".join(f", ControlNet {i}: {c['kind']} weight {c['scale']}" for i, c in enumerate(made["conditions"]))
+    text = {**dump(made), "parameters": "\n".join(line for line in (*lines, settings + nets) if line)}
+    return png_bytes(image, text), made
+
+
+@cache
+def _versions() -> dict[str, str]:
+    import diffusers
+    import torch
+    import transformers
+    from controlnet.preprocessors.detect import version
+
+    return {
+        "controlnet": version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@contextlib.contextmanager
+def progress(total: int, quiet: bool) -> Iterator[Callable[[float], None]]:
+    """A bar over images with the time left, on standard error, when someone is watching; gives on_step."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda images: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = TextColumn("{task.completed:.1f}/{task.total}")
+    columns = (TextColumn("generate"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generate", total=total)
+        yield lambda images: bar.update(task, completed=images)

@@ -1,0 +1,43 @@
+"""What work runs on: device, number type, and how much the libraries say. Imports torch when called."""
+
+from __future__ import annotations
+
+import os
+
+from controlnet.preprocessors.errors import UsageError
+
+
+def silence_libraries() -> None:
+    """The libraries talk on loading; what matters to a user is said here."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+
+
+def choose_device(name: str | None):
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name is None:
+        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
+    if not available.get(name.split(":")[0]):
+        raise UsageError(
+            f"--device {name}: expected one of {', '.join(n for n, there in available.items() if there)}",
+            "--device cpu",
+        )
+    return torch.device(name)
+
+
+def choose_dtype(name: str | None, device):
+    import torch
+
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in ("float32", "float16", "bfloat16"):
+        raise UsageError(f"--dtype {name}: expected float32, float16 or bfloat16", "--dtype float32")
+    return getattr(torch, name)
