@@ -2,7 +2,8 @@
 
 Three canny ControlNets from scratch on `tiny`, same data, seed and number of steps (paper section 3.4 and the ablation
 of section 4): as they are; `convolutions=gaussian`; `copy=lite`. Each is a plain `controlnet train world`; a run that
-is there already is gone on with. Prints a table and draws the three curves of the control gap into one picture.
+is there already is gone on with. Prints a table, draws the three curves of the control gap into one picture, and cuts a
+strip of held-out pictures out of the first run's.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from controlnet.model.training.report import read_run
 
 VARIANTS = {
@@ -51,6 +53,18 @@ def draw(runs: dict[str, Path], path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
+def strip(run: Path, path: Path, steps: tuple[int, ...] = (0, 150, 300, 600, 1500)) -> None:
+    """Two held-out pictures, their conditions, and what was made of them at some steps: part of samples.png."""
+    from controlnet.preprocessors.images import png_bytes, read_image, write_file
+
+    sheet, _ = read_image((run / "samples.png").read_bytes(), "samples.png")
+    shown = [row["step"] for row in read_run(run).validations if row.get("pictures")]
+    wide, edge = (sheet.shape[1] - 8) // (2 + len(shown)), 8
+    columns = [0, 1, *(2 + shown.index(step) for step in steps if step in shown)]
+    parts = [sheet[:, edge + wide * c : edge + wide * (c + 1)] for c in columns]
+    write_file(path, png_bytes(np.concatenate([sheet[:, :edge], *parts], 1)[: len(sheet) * 2 // 3]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500)
@@ -67,7 +81,8 @@ def main() -> None:
               f"{rows[-1]['control_gap']:.4f} | {rows[-1]['band']:.4f} | "
               f"{rows[0]['validation_loss']:.4f} to {rows[-1]['validation_loss']:.4f} |")  # fmt: skip
     draw(runs, args.runs / "gaps.png")
-    print(f"\nlook at {args.runs / 'gaps.png'} and {next(iter(runs.values())) / 'samples.png'}")
+    strip(next(iter(runs.values())), args.runs / "strip.png")
+    print(f"\nlook at {args.runs / 'gaps.png'} and {args.runs / 'strip.png'}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | N
     temporary = folder / f"{WEIGHTS}.safetensors.tmp"
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", temporary)  # safetensors leaves it readable by its owner alone
         temporary.replace(folder / f"{WEIGHTS}.safetensors")
     except (SafetensorError, OSError) as error:
         raise OutputError(f"{temporary}: cannot be written ({error})", "free some disk") from error

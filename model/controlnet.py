@@ -34,7 +34,7 @@ class Control:
         """Composition: controls of several ControlNets are added, unweighted (paper 3.5)."""
         return Control([a + b for a, b in zip(self.down, other.down, strict=True)], self.middle + other.middle)
 
-    def scaled(self, weights: Sequence[float] | Tensor) -> Control:
+    def scaled(self, weights: Sequence[float | Tensor] | Tensor) -> Control:
         """Each residual times its weight, in the order down, then middle. A weight is a number or broadcasts to the
         residual's (B, C, h, w)."""
         *down, middle = weights

@@ -41,13 +41,15 @@ def wait_for(condition, process, seconds=120):
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data, config, tmp_path):
     """Three times; TORTURE=20 (`make torture`) for more. Every step writes a checkpoint, so kills fall into writing."""
     kills = int(os.environ.get("TORTURE", 3))
+    steps = 10 * kills  # a process gets some steps further before it is killed
     chance = random.Random(0)
-    whole = start(data, config, tmp_path / "whole")
+    length = ("--set", f"max_steps={steps}")
+    whole = start(data, config, tmp_path / "whole", *length)
     assert whole.wait(200) == 0, whole.stderr.read()
     folder = tmp_path / "cut"
     resume = ()
-    for step in (1 + 24 * i // kills for i in range(kills)):
-        process = start(data, config, folder, *resume)
+    for step in (1 + (steps - 6) * i // kills for i in range(kills)):
+        process = start(data, config, folder, *length, *resume)
         last = (Checkpoints(folder / "checkpoints").steps() or [0])[-1]
         step = max(step, last + 1)  # this process has got beyond where the one before it was killed
         wait_for(lambda step=step: (Checkpoints(folder / "checkpoints").steps() or [0])[-1] >= step, process)
@@ -56,7 +58,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data, config, tm
         process.kill()
         process.communicate()
         resume = ("--resume",)
-    process = start(data, config, folder, "--resume")
+    process = start(data, config, folder, *length, "--resume")
     assert process.wait(200) == 0
     for finished in (whole, process):
         finished.communicate()
