@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format types layers tiny card bench bench-train convergence torture wheel clean
+.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench bench-batch bench-train convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,11 +56,17 @@ tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=base=120
 	$(BIN)/python -u -m controlnet.model.tiny.train $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -u -m controlnet.model.tiny.card
 
+tiny-depth: env ## Train the embedded depth network (an hour on 2 cores; resumes)
+	$(BIN)/python -u -m controlnet.model.tiny.depth
+
 card: env ## Measure the embedded model again and write its card
 	$(BIN)/python -u -m controlnet.model.tiny.card
 
 bench: env ## Time the command line against what one would use instead
 	$(BIN)/python benchmarks/detect.py
+
+bench-batch: env ## Time many photos beside controlnet_aux; memory over 10,000 files (minutes)
+	$(BIN)/python benchmarks/batch.py
 
 bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
 	$(BIN)/python benchmarks/train.py

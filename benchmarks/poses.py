@@ -1,9 +1,10 @@
 """Object keypoint similarity (COCO's OKS) of the people found in photos with marked key points.
 
-    python benchmarks/poses.py person_keypoints.json PHOTOS [--detector blazepose]
+    python benchmarks/poses.py MARKS.json [MARKS.json...] [--detector blazepose]
 
-A person's score is the best one of everyone found; a joint that COCO marks and the detector leaves out counts 0, and
-joints that only one of the two skeletons has are left aside.
+MARKS.json lies beside its photos: COCO's format (CrowdPose, OCHuman too), or MPII's list. A person's score is the best
+one of everyone found; a joint that is marked and that the detector leaves out counts 0, and joints that only one of the
+skeletons has are left aside. Where no area is marked it is 0.53 of the box, as CrowdPose's evaluation takes it.
 """
 
 import argparse
@@ -17,52 +18,91 @@ from controlnet.preprocessors.images import read_image
 from controlnet.preprocessors.registry import find_detector
 from controlnet.preprocessors.skeleton import JOINTS
 
-NAMES = (
-    "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
-    "right elbow", "left wrist", "right wrist", "left hip", "right hip", "left knee", "right knee", "left ankle",
-    "right ankle",
-)  # fmt: skip
-SIGMAS = np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 1000
-"""COCO's names and tolerances of its joints."""
+SIGMAS = {
+    "nose": 26, "eye": 25, "ear": 35, "shoulder": 79, "elbow": 72, "wrist": 62, "hip": 107, "knee": 87, "ankle": 89,
+}  # fmt: skip
+"""COCO's tolerances, in thousandths."""
+KNOWN = {name for name in JOINTS if name.split()[-1] in SIGMAS}
+MPII = ("right ankle", "right knee", "right hip", "left hip", "left knee", "left ankle", "", "", "", "", "right wrist",
+        "right elbow", "right shoulder", "left shoulder", "left elbow", "left wrist")  # fmt: skip
+FULL_BODY = ("shoulder", "hip", "knee", "ankle")
+
+Marked = tuple[dict[str, tuple[float, float]], float]
+"""A person: joints that are marked (name -> pixels), and the area."""
 
 
-def oks(person: np.ndarray, marked: dict, size: tuple[int, int]) -> float:
-    """Of a person (18, 3) in fractions of a picture of `size` (width, height) and one of COCO's annotations."""
-    points = np.array(marked["keypoints"], float).reshape(17, 3)
-    mine = person[[JOINTS.index(name) for name in NAMES]]
-    distance = ((mine[:, :2] * size - points[:, :2]) ** 2).sum(1)
-    scores = np.where(mine[:, 2] > 0, np.exp(-distance / (2 * marked["area"] * (2 * SIGMAS) ** 2)), 0)
-    return float(scores[points[:, 2] > 0].mean())
+def read_marks(path: Path) -> dict[Path, list[Marked]]:
+    """Photos and the people marked in them, the largest first."""
+    marks = json.loads(path.read_text())
+    photos: dict[Path, list[Marked]] = {}
+
+    def person(names, points, box=None, area=None) -> Marked:
+        joints = {name: (x, y) for name, (x, y, seen) in zip(names, points, strict=True) if seen > 0 and name in KNOWN}
+        if area is None:
+            width, height = box if box else np.ptp([p[:2] for p in points], axis=0)
+            area = 0.53 * width * height
+        return joints, float(area)
+
+    if isinstance(marks, list):
+        for entry in marks:
+            points = [(*xy, seen) for xy, seen in zip(entry["joints"], entry["joints_vis"], strict=True)]
+            photos.setdefault(path.parent / entry["image"], []).append(person(MPII, points))
+    else:
+        names = [name.replace("_", " ") for name in marks["categories"][0]["keypoints"]]
+        for entry in marks["images"]:
+            own = [a for a in marks["annotations"] if a["image_id"] == entry["id"]]
+            people = [
+                person(names, np.reshape(a["keypoints"], (-1, 3)).tolist(), a["bbox"][2:], a.get("area")) for a in own
+            ]
+            photos[path.parent / entry["file_name"]] = sorted((p for p in people if p[0]), key=lambda p: -p[1])
+    return photos
+
+
+def oks(found: np.ndarray, marked: Marked, size: tuple[int, int]) -> float:
+    """Of a person (18, 3) in fractions of a picture of `size` (width, height) and a marked one."""
+    joints, area = marked
+    scores = []
+    for name, at in joints.items():
+        x, y, known = found[JOINTS.index(name)]
+        squared = (x * size[0] - at[0]) ** 2 + (y * size[1] - at[1]) ** 2
+        spread = 2 * SIGMAS[name.split()[-1]] / 1000
+        scores.append(np.exp(-squared / (2 * area * spread**2)) if known > 0 else 0.0)
+    return float(np.mean(scores))
+
+
+def whole(marked: Marked) -> bool:
+    """Are both shoulders, hips, knees and ankles marked?"""
+    return all(f"{side} {part}" in marked[0] for side in ("left", "right") for part in FULL_BODY)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("annotations", type=Path)
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("marks", type=Path, nargs="+")
     parser.add_argument("--detector")
     args = parser.parse_args()
     row = find_detector("pose", args.detector)
     make = row.ready(row.load_options()())
-    marked = json.loads(args.annotations.read_text())
-    print("| photo | people marked | found | s | OKS, largest person first (joints marked) |\n|---|---|---|---|---|")
-    everyone = []
-    for entry in marked["images"]:
-        image, _ = read_image((args.photos / entry["file_name"]).read_bytes(), entry["file_name"])
-        start = time.perf_counter()
-        try:
-            people = [np.array(person) for person in make(image)[1]["keypoints"]]
-        except NothingFoundError:
-            people = []
-        seconds = time.perf_counter() - start
-        own = [a for a in marked["annotations"] if a["image_id"] == entry["id"] and any(a["keypoints"][2::3])]
-        own.sort(key=lambda a: -a["area"])
-        scores = [max((oks(p, a, image.shape[1::-1]) for p in people), default=0.0) for a in own]
-        everyone += scores
-        told = ", ".join(
-            f"{score:.2f} ({sum(v > 0 for v in a['keypoints'][2::3])})" for score, a in zip(scores, own, strict=True)
-        )
-        print(f"| {entry['file_name']} | {len(own)} | {len(people)} | {seconds:.2f} | {told} |")
+    print("| photo | marked | found | s | OKS, largest person first (joints marked; * the whole body) |")
+    print("|---|---|---|---|---|")
+    everyone, main_ones = [], []
+    for path in args.marks:
+        for photo, marked in read_marks(path).items():
+            image, _ = read_image(photo.read_bytes(), photo.name)
+            start = time.perf_counter()
+            try:
+                people = [np.array(person) for person in make(image)[1]["keypoints"]]
+            except NothingFoundError:
+                people = []
+            seconds = time.perf_counter() - start
+            scores = [max((oks(p, m, image.shape[1::-1]) for p in people), default=0.0) for m in marked]
+            everyone += scores
+            main_ones += scores[:1] if whole(marked[0]) else []
+            told = ", ".join(
+                f"{s:.2f} ({len(m[0])}{'*' if whole(m) else ''})" for s, m in zip(scores, marked, strict=True)
+            )
+            print(f"| {path.parent.name}/{photo.name} | {len(marked)} | {len(people)} | {seconds:.2f} | {told} |")
     print(f"\nmean of {len(everyone)} people: {np.mean(everyone):.2f}")
+    print(f"mean of the {len(main_ones)} largest people whose whole body is marked: {np.mean(main_ones):.2f}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def _row(line: dict) -> str:
         told = f"weights {weights['name']}, {weights['bytes'] / 1e6:.0f} MB, {weights['licence']}, " + (
             "here" if weights["here"] else f"not here: controlnet models pull {weights['name']}"
         )
-    return f"{line['kind']:10} {line['detector']:12} {line['help']} ({told})"
+    return f"{line['kind']:10} {line['detector']:24} {line['help']} ({told})"
 
 
 ALL_HELP = "A map of every kind, by the default detectors."

@@ -24,11 +24,17 @@ class KnownBase:
 
 BASES = {
     "tiny": KnownBase(
-        str(TINY), "Apache-2.0", {"canny": str(TINY / "controlnet-canny")}, guidance=3.0,
+        str(TINY), "Apache-2.0", {kind: str(TINY / f"controlnet-{kind}") for kind in ("canny", "pose", "depth")},
+        guidance=3.0,
         training={"learning_rate": 5e-4, "batch_size": 16, "max_steps": 1500, "validate_every": 50},
     ),
     "sd15": KnownBase(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M",
-        {"canny": "lllyasviel/control_v11p_sd15_canny"},
+        {
+            "canny": "lllyasviel/control_v11p_sd15_canny", "pose": "lllyasviel/control_v11p_sd15_openpose",
+            "depth": "lllyasviel/control_v11f1p_sd15_depth", "normal": "lllyasviel/control_v11p_sd15_normalbae",
+            "softedge": "lllyasviel/control_v11p_sd15_softedge", "scribble": "lllyasviel/control_v11p_sd15_scribble",
+            "lineart": "lllyasviel/control_v11p_sd15_lineart",
+        },
     ),
 }  # fmt: skip

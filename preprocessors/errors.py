@@ -29,6 +29,8 @@ class Exit(IntEnum):
     """Training stopped: the loss exploded, or memory ran out; the last checkpoint is kept."""
     NOTHING = 8
     """Nobody and nothing of the kind was found in a photo; no map was made."""
+    DIFFERENT = 9
+    """An image made again is not the one that it was made from."""
     INTERRUPTED = 130
 
 

@@ -25,7 +25,7 @@ class OpenposeOptions:
 def openpose(image: np.ndarray, options: OpenposeOptions, weights: Path) -> tuple[np.ndarray, dict]:
     """People by OpenPose's own network: the map (H, W, 3) uint8 and its key points. Raises NothingFoundError for a
     photo without people, unless allow_empty."""
-    found = _detector("OpenposeDetector", weights).detect_poses(image, include_hand=False, include_face=False)
+    found = load_detector("OpenposeDetector", weights).detect_poses(image, include_hand=False, include_face=False)
     people = []
     for pose in found:
         joints = [(k.x, k.y, 1.0) if k is not None else (0.0, 0.0, 0.0) for k in pose.body.keypoints]
@@ -39,14 +39,15 @@ def openpose(image: np.ndarray, options: OpenposeOptions, weights: Path) -> tupl
 def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) uint8: soft edges by PiDiNet."""
     side = min(image.shape[:2])
-    made = _detector("PidiNetDetector", weights)(
+    made = load_detector("PidiNetDetector", weights)(
         image, detect_resolution=side, image_resolution=side, output_type="np", safe=options.safe
     )
     return np.ascontiguousarray(made[..., 0])
 
 
 @cache
-def _detector(name: str, weights: Path):
+def load_detector(name: str, weights: Path):
+    """A detector of controlnet-aux, by the name of its class. Raises ModelError for weights that it cannot read."""
     with warnings.catch_warnings():  # of the libraries that it imports, about each other
         warnings.simplefilter("ignore")
         import controlnet_aux

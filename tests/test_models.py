@@ -94,6 +94,7 @@ def test_a_net_survives_its_file(small_base_folder, tmp_path, hint):
     save_controlnet(net, tmp_path / "half", torch.float16)
     save_controlnet(net, tmp_path / "full")
     again = load_controlnet(tmp_path / "full")
+    assert len({path.stat().st_mode for path in (tmp_path / "full").iterdir()}) == 1
     assert again.hint == hint and not again.training
     assert all(torch.equal(p, again.state_dict()[n]) for n, p in net.state_dict().items())
     assert {t.dtype for t in read_weights(tmp_path / "half", "diffusion_pytorch_model").values()} == {torch.float16}

@@ -46,7 +46,7 @@ def test_links_and_pictures_exist():
 
 def commands() -> list[str]:
     lines = re.findall(
-        r"^    (?:cat \S+ \| )?(controlnet (?:detect|generate|train|status|dataset) .*)$", README, re.MULTILINE
+        r"^    (?:cat \S+ \| )?(controlnet (?:detect|generate|replay|train|status|dataset) .*)$", README, re.MULTILINE
     )
     return [re.sub(r"\s+(#|>).*", "", line) for line in lines]
 

@@ -148,3 +148,12 @@ def test_the_list_says_what_is_here(index, capsys):
         assert rows["canny"]["weights"] is None
         told = rows["pose"]["weights"]
         assert told["here"] == here and told["licence"] == "Apache-2.0" and len(told["sha256"]) == 64
+
+
+def test_what_comes_with_the_package_is_never_fetched(index, capsys, monkeypatch, tmp_path):
+    assert run("models", "pull", "tiny-depth") == 0 and index.asked == []
+    assert capsys.readouterr().out.strip() == str(weights.SHIPPED / "tiny-depth")
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    with pytest.raises(ModelError, match="is incomplete"):
+        weights.find("tiny-depth")
+    assert index.asked == []

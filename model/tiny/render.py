@@ -114,7 +114,29 @@ def _bounding_sphere(body: Body) -> tuple[tuple[float, float, float], float]:
     return (ax, ay + by / 2, az), float(np.hypot(bx, by / 2))
 
 
-def _cast(scenes: list[Scene], n: int, device) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass
+class Hits:
+    """What each of K rays a scene meets first. Letters as above; lengths in metres.
+
+    points, normals: (B, K, 3). distance: (B, K) along the ray. depth: (B, K) along the view axis. row: (B, K) the
+    primitive's row in `bodies`, ON_FLOOR or ON_WALL. light: (B, K) in [0, 1], Lambert's cosine, 0 in a shadow.
+    """
+
+    points: Tensor
+    normals: Tensor
+    distance: Tensor
+    depth: Tensor
+    row: Tensor
+    light: Tensor
+    bodies: _Bodies
+
+
+ON_FLOOR, ON_WALL = -1, -2
+
+
+@torch.no_grad()
+def trace(scenes: list[Scene], n: int, device: str | torch.device = "cpu") -> Hits:
+    """The first hit of n x n rays, row by row from the upper left, of scenes with a floor and a wall."""
     b = len(scenes)
     x, y = grid(n, device)
     axes = torch.tensor(np.stack([_axes(s) for s in scenes]), dtype=torch.float32, device=device)
@@ -122,15 +144,15 @@ def _cast(scenes: list[Scene], n: int, device) -> tuple[Tensor, Tensor, Tensor]:
     plane = torch.stack([x, -y, torch.ones_like(x)], -1).reshape(1, -1, 3).repeat(b, 1, 1)
     plane[..., :2] *= half[:, None, None]
     rays = F.normalize(plane @ axes, dim=-1)  # (B, K, 3)
-    eye = _per_scene(scenes, lambda s: s.camera.eye, device)
+    eye = per_scene(scenes, lambda s: s.camera.eye, device)
     origins = eye.expand_as(rays)
 
     bodies = _Bodies(scenes, device)
     t, which = _nearest(bodies, origins, rays)
     floor_t = -origins[..., 1] / rays[..., 1].clamp(max=-1e-6)
     floor_t[rays[..., 1] > -1e-6] = _FAR
-    wall_n = _per_scene(scenes, lambda s: (np.sin(s.wall_turn), 0.0, -np.cos(s.wall_turn)), device)
-    wall_p = _per_scene(scenes, lambda s: (0.0, 0.0, s.wall_at), device)
+    wall_n = per_scene(scenes, lambda s: (np.sin(s.wall_turn), 0.0, -np.cos(s.wall_turn)), device)
+    wall_p = per_scene(scenes, lambda s: (0.0, 0.0, s.wall_at), device)
     towards = (rays * wall_n).sum(-1)
     wall_t = ((wall_p - origins) * wall_n).sum(-1) / towards.clamp(max=-1e-6)
     wall_t[towards > -1e-6] = _FAR
@@ -138,32 +160,36 @@ def _cast(scenes: list[Scene], n: int, device) -> tuple[Tensor, Tensor, Tensor]:
     ground = torch.minimum(floor_t, wall_t)
     on_floor, on_body = floor_t <= wall_t, t < ground
     t = torch.minimum(t, ground)
-    hits = origins + t[..., None] * rays
+    points = origins + t[..., None] * rays
     up = torch.tensor([0.0, 1.0, 0.0], device=device)
     normals = torch.where(on_floor[..., None], up, wall_n)
-    colours = torch.where(
-        on_floor[..., None], _floor_colour(scenes, hits, device), _per_scene(scenes, lambda s: s.wall.rgb, device)
-    )
-    parts = torch.where(on_floor, FLOOR, WALL).to(torch.uint8)
+    row = torch.where(on_body, which, torch.where(on_floor, ON_FLOOR, ON_WALL))
     at = on_body.nonzero(as_tuple=True)
     if len(at[0]):
-        row = which[at]
-        normals[at] = _normals(bodies, row, hits[at])
-        colours[at] = bodies.rgb[row]
-        parts[at] = bodies.part[row]
-
-    light = _per_scene(scenes, lambda s: s.light, device)
+        normals[at] = _normals(bodies, row[at], points[at])
+    light = per_scene(scenes, lambda s: s.light, device)
     lambert = (normals * light).sum(-1).clamp(min=0)
-    shadow_t, _ = _nearest(bodies, hits + normals * 2e-3, light.expand_as(hits))
+    shadow_t, _ = _nearest(bodies, points + normals * 2e-3, light.expand_as(points))
     lambert = torch.where(shadow_t < _FAR, 0.0, lambert)
-    ambient = _per_scene(scenes, lambda s: (s.ambient,), device)
-    shade = ambient + (1 - ambient) * lambert[..., None]
-    axis = axes[:, None, 2]
-    shape = (b, n, n)
-    return ((colours * shade).reshape(*shape, 3), (t * (rays * axis).sum(-1)).reshape(shape), parts.reshape(shape))
+    return Hits(points, normals, t, t * (rays * axes[:, None, 2]).sum(-1), row, lambert, bodies)
 
 
-def _per_scene(scenes: list[Scene], get, device) -> Tensor:
+def _cast(scenes: list[Scene], n: int, device) -> tuple[Tensor, Tensor, Tensor]:
+    hits = trace(scenes, n, device)
+    on_floor, at = hits.row == ON_FLOOR, (hits.row >= 0).nonzero(as_tuple=True)
+    colours = torch.where(
+        on_floor[..., None], _floor_colour(scenes, hits.points, device), per_scene(scenes, lambda s: s.wall.rgb, device)
+    )
+    parts = torch.where(on_floor, FLOOR, WALL).to(torch.uint8)
+    if len(at[0]):
+        colours[at], parts[at] = hits.bodies.rgb[hits.row[at]], hits.bodies.part[hits.row[at]]
+    ambient = per_scene(scenes, lambda s: (s.ambient,), device)
+    shade = ambient + (1 - ambient) * hits.light[..., None]
+    shape = (len(scenes), n, n)
+    return (colours * shade).reshape(*shape, 3), hits.depth.reshape(shape), parts.reshape(shape)
+
+
+def per_scene(scenes: list[Scene], get, device) -> Tensor:
     """(B, 1, C) from a property of each scene."""
     return torch.tensor(np.array([get(s) for s in scenes]), dtype=torch.float32, device=device)[:, None]
 
@@ -284,10 +310,10 @@ def _normals(s: _Bodies, row: Tensor, p: Tensor) -> Tensor:
 
 
 def _floor_colour(scenes: list[Scene], hits: Tensor, device) -> Tensor:
-    rgb = _per_scene(scenes, lambda s: s.floor.rgb, device)
-    period = _per_scene(scenes, lambda s: (s.floor.period,), device)
+    rgb = per_scene(scenes, lambda s: s.floor.rgb, device)
+    period = per_scene(scenes, lambda s: (s.floor.period,), device)
     cells = (hits[..., ::2] / period).floor()
-    checkered = _per_scene(scenes, lambda s: (s.floor.pattern == "checkered",), device)
-    striped = _per_scene(scenes, lambda s: (s.floor.pattern == "striped",), device)
+    checkered = per_scene(scenes, lambda s: (s.floor.pattern == "checkered",), device)
+    striped = per_scene(scenes, lambda s: (s.floor.pattern == "striped",), device)
     dark = checkered[..., 0] * ((cells[..., 0] + cells[..., 1]) % 2) + striped[..., 0] * (cells[..., 0] % 2)
     return rgb * (1 - 0.42 * dark[..., None])

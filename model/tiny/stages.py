@@ -1,8 +1,9 @@
-"""The stages in which `tiny` is trained: VAE, text encoder, base, ControlNet. Each resumes and is skipped when
+"""The stages in which `tiny` is trained: VAE, text encoder, base, ControlNets. Each resumes and is skipped when
 finished; each begins with the network it is given, or with a new one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
 from controlnet.model.training.precision import autocast
 from controlnet.preprocessors.canny import CannyOptions, canny
+from controlnet.preprocessors.depth import DepthOptions, to_map
+from controlnet.preprocessors.skeleton import draw
+from controlnet.preprocessors.tiny_depth import load, nearness
+from controlnet.preprocessors.weights import find
 from torch import Tensor, nn
 
 LATENT_NOISE = 0.05
@@ -89,10 +94,13 @@ def cached_latents(vae: Any, images: np.ndarray, path: Path, device: torch.devic
     return torch.load(path, weights_only=True)
 
 
-def diffusion_batch(step: int, seed: int, latents: Tensor, batch: int, device: torch.device) -> tuple:
-    """Rows, z_0, eps and t of a step, and the generator to draw the rest from: all from (seed, step)."""
+def diffusion_batch(step: int, seed: int, latents: Tensor, batch: int, device: torch.device,
+                    among: np.ndarray | None = None) -> tuple:  # fmt: skip
+    """Rows (of those in `among`, or of all), z_0, eps and t of a step, and the generator to draw the rest from: all
+    from (seed, step)."""
     rng = np.random.default_rng([seed, step])
-    rows = rng.integers(len(latents), size=batch)
+    rows = rng.integers(len(latents if among is None else among), size=batch)
+    rows = rows if among is None else among[rows]
     z0 = latents[torch.from_numpy(rows)].to(device).float()
     eps = torch.from_numpy(rng.standard_normal(z0.shape, dtype=np.float32)).to(device)
     # One timestep from each of `batch` equal parts of the schedule: uniform, with less variance.
@@ -191,11 +199,39 @@ def training_canny(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return to_canvas(np.repeat(edges[..., None], 3, 2), "canny", (size, size))
 
 
-def train_canny(
-    unet: nn.Module, text_encoder: nn.Module, world: World, latents: Tensor, tokenizer, folder: Path, minutes: float,
-    device: torch.device, controlnet: ControlNet | None = None, batch: int = 32, report=print,
+def training_pose(joints: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A pose condition (size, size, 3) uint8 of joints (18, 3) in pixels and visibility: as a detector finds them, a
+    little off, and sometimes without some."""
+    person = joints.astype(np.float64)
+    person[:, :2] = person[:, :2] / size + rng.normal(0, 0.004, (18, 2))
+    if rng.random() < 0.4:
+        person[rng.random(18) < rng.uniform(0, 0.4), 2] = 0
+    return draw([person], (size, size))
+
+
+def training_depth(world: World, row: int, rng: np.random.Generator) -> np.ndarray:
+    """A depth condition (H, W, 3) uint8: of the scene's own depth, or as the embedded detector sees it."""
+    if rng.random() < 0.5:
+        near = nearness(load(find("tiny-depth")), world.images[row])
+    else:
+        near = 1 / world.depth[row].astype(np.float32)
+    return np.repeat(to_map(near, DepthOptions())[0][..., None], 3, 2)
+
+
+CONDITIONS: dict[str, Callable[[World, int, np.random.Generator], np.ndarray]] = {
+    "canny": lambda world, row, rng: training_canny(world.images[row], rng),
+    "pose": lambda world, row, rng: training_pose(world.joints[row], world.images.shape[1], rng),
+    "depth": training_depth,
+}
+"""What a ControlNet of each kind is trained on: (world, scene, generator) -> condition (H, W, 3) uint8, drawn by the
+functions that users call."""
+
+
+def train_control(
+    kind: str, unet: nn.Module, text_encoder: nn.Module, world: World, latents: Tensor, tokenizer, folder: Path,
+    minutes: float, device: torch.device, controlnet: ControlNet | None = None, batch: int = 32, report=print,
 ) -> tuple[ControlNet, Progress]:  # fmt: skip
-    """The ControlNet on the locked base: prompts emptied half the time, conditions by the functions users call."""
+    """A ControlNet on the locked base: prompts emptied half the time. Poses are learned from scenes with a person."""
     torch.manual_seed(0)
     controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)
     controlnet.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
@@ -203,26 +239,26 @@ def train_canny(
     diffusion = Diffusion(make_scheduler(), device)
     ids = encode_captions(tokenizer, world.captions)
     empty = encode_captions(tokenizer, [""])
-
-    def conditions(rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-        maps = [condition_tensor(training_canny(world.images[r], rng)) for r in rows]
-        return torch.stack(maps).to(device).contiguous(memory_format=torch.channels_last)
+    among = np.flatnonzero(world.joints[..., 2].any(1)) if kind == "pose" else None
 
     def losses_of(batch: Batch) -> Tensor:
         with autocast(device):
             return control_losses(unet, controlnet, diffusion, batch)
 
-    def draw(step: int, seed: int, count: int, emptied: float) -> Batch:
-        rng, rows, z0, eps, t = diffusion_batch(step, seed, latents, count, device)
+    def draw_batch(step: int, seed: int, count: int, emptied: float) -> Batch:
+        rng, rows, z0, eps, t = diffusion_batch(step, seed, latents, count, device, among)
         empties = torch.from_numpy(rng.random((count, 1)) < emptied)
         with torch.no_grad(), autocast(device):
             text = text_encoder(torch.where(empties, empty, ids[torch.from_numpy(rows)]).to(device)).last_hidden_state
-        return Batch(z0, eps, t, text, conditions(rows, rng))
+        maps = torch.stack([condition_tensor(CONDITIONS[kind](world, row, rng)) for row in rows])
+        return Batch(z0, eps, t, text, maps.to(device).contiguous(memory_format=torch.channels_last))
 
     def validate(progress: Progress) -> dict[str, float]:
-        batch = draw(0, 5, 64, 1.0)
+        batch = draw_batch(0, 5, 64, 1.0)
         return control_gap(losses_of, [(batch, batch.condition.roll(1, 0))])
 
     config = LoopConfig(minutes=minutes, learning_rate=5e-4)
-    progress = fit(controlnet, lambda k: losses_of(draw(k, 4, batch, 0.5)).mean(), config, folder, report, validate)
+    progress = fit(
+        controlnet, lambda k: losses_of(draw_batch(k, 4, batch, 0.5)).mean(), config, folder, report, validate
+    )
     return controlnet.eval(), progress

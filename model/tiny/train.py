@@ -1,6 +1,6 @@
 """`make tiny`: trains the embedded model from nothing, on this machine, and writes it as diffusers folders.
 
-    python -m controlnet.model.tiny.train --minutes vae=20,text=5,base=90,canny=15
+    python -m controlnet.model.tiny.train --minutes vae=20,text=5,base=200,canny=60,pose=40,depth=40
 
 Every stage goes on where it was interrupted, and is skipped once its minutes are used up. CUDA is used if present.
 `--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing.
@@ -9,6 +9,7 @@ Every stage goes on where it was interrupted, and is skipped once its minutes ar
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -20,19 +21,21 @@ import numpy as np
 import torch
 from controlnet.model.base import load_base
 from controlnet.model.checkpoint import load_controlnet, save_controlnet
+from controlnet.model.controlnet import ControlNet
 from controlnet.model.tiny.dataset import world
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.scenes import vary
-from controlnet.model.tiny.stages import cached_latents, train_base, train_canny, train_text, train_vae
+from controlnet.model.tiny.stages import CONDITIONS, cached_latents, train_base, train_control, train_text, train_vae
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention
 
-STAGES = ("vae", "text", "base", "canny")
+STAGES = ("vae", "text", "base", *CONDITIONS)
+MINUTES = "vae=20,text=5,base=200,canny=60,pose=40,depth=40"
 MAX_SHARD = "14MB"
 
 
 def parse_minutes(text: str) -> dict[str, float]:
-    """`30` for every stage, or `vae=20,text=5,base=90,canny=15`."""
+    """`30` for every stage, or `vae=20,text=5,base=200,canny=60,pose=40,depth=40`."""
     if "=" not in text:
         return dict.fromkeys(STAGES, float(text))
     minutes = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
@@ -65,7 +68,7 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", default="vae=20,text=5,base=90,canny=15", help="training minutes of each stage")
+    parser.add_argument("--minutes", default=MINUTES, help="training minutes of each stage")
     parser.add_argument("--size", type=int, default=128, help="native pixels of the model")
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
@@ -79,17 +82,20 @@ def main(arguments: list[str] | None = None) -> None:
     begun: dict[str, Any] = dict.fromkeys(STAGES)
     if args.start:
         base = load_base(str(args.start), device, torch.float32)
-        begun = {"vae": base.vae, "text": base.text_encoder, "base": base.unet,
-                 "canny": load_controlnet(args.start / "controlnet-canny", torch.float32)}  # fmt: skip
+        begun |= {"vae": base.vae, "text": base.text_encoder, "base": base.unet}
+        for kind in CONDITIONS:
+            if (folder := args.start / f"controlnet-{kind}").is_dir():
+                begun[kind] = load_controlnet(folder, torch.float32)
         shutil.copytree(args.start / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         tokenizer = base.tokenizer
-        for network in begun.values():
+        for network in filter(None, begun.values()):
             network.requires_grad_(True)
     else:
         rng = np.random.default_rng(0)
         corpus = [c for caption in data.captions[:10_000] for c in (caption, vary(caption, rng, 0.5))]
         tokenizer = make_tokenizer(corpus, run / "tokenizer")
     progress: dict[str, Progress] = {}
+    nets: dict[str, ControlNet] = {}
 
     def finish(name: str, reached: Progress) -> None:
         """A stage that a signal has stopped ends the command: the next one would begin on half a network."""
@@ -111,11 +117,13 @@ def main(arguments: list[str] | None = None) -> None:
             unet=begun["base"],
         )  # fmt: skip
         finish("base", reached)
-        controlnet, reached = train_canny(
-            unet, text_encoder, data, latents, tokenizer, run / "canny", minutes["canny"], device,
-            controlnet=begun["canny"],
-        )  # fmt: skip
-        finish("canny", reached)
+        for kind in CONDITIONS:
+            nets[kind], reached = train_control(
+                kind, unet, text_encoder, data, latents, tokenizer, run / kind, minutes[kind], device,
+                # How to steer the base is learned once: later kinds begin with the first one's network.
+                controlnet=begun[kind] or copy.deepcopy(nets.get("canny")),
+            )  # fmt: skip
+            finish(kind, reached)
     stages = {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()}
     if args.start:
         for name, before in json.loads((args.start / "training.json").read_text())["stages"].items():
@@ -123,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     save_base(args.out, vae, unet, text_encoder, run / "tokenizer")
-    save_controlnet(controlnet, args.out / "controlnet-canny", torch.float16)
+    for kind, net in nets.items():
+        save_controlnet(net, args.out / f"controlnet-{kind}", torch.float16)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     machine += f", torch {torch.__version__}"
     training = {

@@ -1,0 +1,167 @@
+"""Many photos: `controlnet detect` beside a loop over controlnet_aux's detector, and its memory over 10,000 files.
+
+    python benchmarks/batch.py [--photos FOLDER] [--parts speed,first,memory]
+
+Equal work: the same photos at 512 pixels (without a folder: 200 cuttings of scikit-image's), files in, PNG files out,
+and for soft edges the same weights. Whole processes, each on as many cores as the table says, start included; besides,
+the pace without the start, from the times of 20 and of all photos. One round unmeasured, then ROUNDS in turn; medians.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROUNDS = 3
+AUX = """
+import sys
+from pathlib import Path
+from PIL import Image
+from controlnet_aux import CannyDetector, HEDdetector, LineartStandardDetector
+name, folder, out = sys.argv[1:4]
+detector = {"canny": CannyDetector, "lineart": LineartStandardDetector}[name]() if name != "softedge" else \
+    HEDdetector.from_pretrained(sys.argv[4])
+for path in sorted(Path(folder).iterdir()):
+    detector(Image.open(path), detect_resolution=512, image_resolution=512).save(f"{out}/{path.stem}.png")
+"""
+
+
+def cuttings(folder: Path, count: int = 200) -> Path:
+    """640 x 480 parts of scikit-image's colour photos, as JPEG files."""
+    import numpy as np
+    import skimage.data
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    photos = [Image.fromarray(p) for p in (skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(),
+                                           skimage.data.rocket(), skimage.data.stereo_motorcycle()[0])]  # fmt: skip
+    folder.mkdir()
+    for i in range(count):
+        photo = photos[i % len(photos)].resize((960, 720))
+        x, y = int(rng.integers(0, 321)), int(rng.integers(0, 241))
+        photo.crop((x, y, x + 640, y + 480)).save(folder / f"{i:04d}.jpg", quality=92)
+    return folder
+
+
+def timed(command: list[str], cores: int) -> float:
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
+    pinned = ["taskset", "-c", ",".join(map(str, range(cores))), *command]
+    start = time.perf_counter()
+    subprocess.run(pinned, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def speed(program: str, photos: Path, work: Path, hed: Path) -> None:
+    print("| kind, cores | program | photos | s | photos a second | without the start | times controlnet_aux |")
+    print("|---|---|---|---|---|---|---|")
+    few = work / "few"
+    few.mkdir()
+    everything = sorted(photos.iterdir())
+    for path in everything[:20]:
+        (few / path.name).symlink_to(path)
+    for kind, cores_of, many in (("canny", (1, 2), photos), ("softedge", (1, 2), None)):
+        folders = [few, many] if many else [None, few]
+        if not many:  # soft edges take long: 5 photos and 20
+            folders[0] = work / "five"
+            folders[0].mkdir()
+            for path in everything[:5]:
+                (folders[0] / path.name).symlink_to(path)
+        for cores in cores_of:
+            times: dict[tuple[str, int], list[float]] = {}
+            for turn in range(ROUNDS + 1):
+                for at, folder in enumerate(folders):
+                    out = work / "out"
+                    shutil.rmtree(out, ignore_errors=True), out.mkdir()
+                    ours = [program, "detect", kind, str(folder), "-o", f"{out}/", "--overwrite", "--quiet"]
+                    aux = [sys.executable, "-W", "ignore", "-c", AUX, kind, str(folder), str(out), str(hed)]
+                    for name, command in (("controlnet", ours), ("controlnet_aux", aux)):
+                        seconds = timed(command, cores)
+                        if turn:
+                            times.setdefault((name, at), []).append(seconds)
+            counts = [len(list(folder.iterdir())) for folder in folders]
+            found = {}
+            for name in ("controlnet", "controlnet_aux"):
+                less, more = (statistics.median(times[name, at]) for at in (0, 1))
+                found[name] = (more, counts[1] / more, (counts[1] - counts[0]) / max(more - less, 1e-9))
+            for name, (s, pace, steady) in found.items():
+                ratio = f"{pace / found['controlnet_aux'][1]:.1f}, {steady / found['controlnet_aux'][2]:.1f}"
+                print(f"| {kind}, {cores} | {name} | {counts[1]} | {s:.2f} | {pace:.1f} | {steady:.1f} | {ratio} |",
+                      flush=True)  # fmt: skip
+
+
+def first(program: str, photos: Path, work: Path, hed: Path) -> None:
+    """One photo, whole process."""
+    print("\n| first map | s | with controlnet_aux s |\n|---|---|---|")
+    photo = sorted(photos.iterdir())[0]
+    one = work / "one"
+    one.mkdir()
+    (one / photo.name).symlink_to(photo)
+    for kind in ("canny", "lineart", "softedge", "scribble", "pose", "depth", "normal"):
+        aux = [sys.executable, "-W", "ignore", "-c", AUX, kind, str(one), str(work), str(hed)]
+        ours = [program, "detect", kind, str(photo), "-o", f"{work}/first.png", "--overwrite"]
+        ours += ["--allow-empty"] if kind == "pose" else []
+        comparable = kind in ("canny", "lineart", "softedge")
+        mine, theirs = [], []
+        for turn in range(ROUNDS + 1):
+            a, b = timed(ours, 2), timed(aux, 2) if comparable else 0.0
+            if turn:
+                mine.append(a), theirs.append(b)
+        told = f"{statistics.median(theirs):.2f}" if comparable else ""
+        print(f"| {kind} | {statistics.median(mine):.2f} | {told} |", flush=True)
+
+
+def memory(program: str, photos: Path, work: Path, count: int) -> None:
+    """Resident memory while `count` files are worked on, at every tenth of them."""
+    import psutil
+
+    many, out = work / "many", work / "maps"
+    many.mkdir(), out.mkdir()
+    sources = sorted(photos.iterdir())
+    for i in range(count):
+        (many / f"{i:06d}.jpg").symlink_to(sources[i % len(sources)])
+    process = subprocess.Popen(
+        [program, "detect", "canny", str(many), "-o", f"{out}/", "--json", "--size", "256"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    watched = psutil.Process(process.pid)
+    print("\n| files done | resident MB |\n|---|---|")
+    assert process.stdout is not None
+    for done, _ in enumerate(process.stdout, 1):
+        if done % (count // 10) == 0 and done < count:
+            print(f"| {done:,} | {watched.memory_info().rss / 1e6:.0f} |", flush=True)
+    if process.wait():
+        sys.exit(f"controlnet detect failed with {process.returncode}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="folder of photos (default: cuttings of scikit-image's)")
+    parser.add_argument("--parts", default="speed,first,memory")
+    parser.add_argument("--files", type=int, default=10_000, help="for the memory")
+    args = parser.parse_args()
+    from controlnet.preprocessors.weights import find
+
+    program = shutil.which("controlnet", path=str(Path(sys.executable).parent)) or sys.exit(
+        "controlnet is not installed"
+    )
+    parts = args.parts.split(",")
+    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {ROUNDS} rounds\n")
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        photos = args.photos or cuttings(work / "photos")
+        if "speed" in parts:
+            speed(program, photos, work, find("hed"))
+        if "first" in parts:
+            first(program, photos, work, find("hed"))
+        if "memory" in parts:
+            memory(program, photos, work, args.files)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""How well an image keeps to its condition, on scenes whose truth is known; a row for each kind.
+
+The condition is what a user would make of the scene's picture, at 512 pixels and brought to the model's size; the score
+compares what is found on an image again with it. For poses, BlazePose is no judge of 128-pixel figures of capsules
+whose limbs a VAE has blurred (it finds 0.28 of their joints): a network trained on the world reads the joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from controlnet.model.canvas import to_canvas
+from controlnet.model.tiny.dataset import World
+from controlnet.model.training.loop import LoopConfig, fit
+from controlnet.model.training.precision import autocast
+from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.depth import DepthOptions, tiny_depth
+from controlnet.preprocessors.geometry import fit as fit_size
+from controlnet.preprocessors.skeleton import draw
+from controlnet.preprocessors.tiny_depth import Dense
+from controlnet.preprocessors.weights import find
+from torch import Tensor
+
+DETECTED_AT = (512, 512)
+
+
+def user_canny(image: np.ndarray) -> np.ndarray:
+    """The condition (H, W, 3) uint8 a user would make of a picture (H, W, 3): `detect canny` at 512 pixels, then
+    brought back to the picture's size as `generate` does."""
+    edges = canny(fit_size(image, DETECTED_AT))
+    return to_canvas(np.repeat(edges[..., None], 3, 2), "canny", (image.shape[1], image.shape[0]))
+
+
+def user_depth(image: np.ndarray) -> np.ndarray:
+    """The same by `detect depth`, with the embedded network."""
+    map_, _ = tiny_depth(fit_size(image, DETECTED_AT), DepthOptions(), find("tiny-depth"))
+    return to_canvas(np.repeat(map_[..., None], 3, 2), "depth", (image.shape[1], image.shape[0]))
+
+
+def pose_of(joints: np.ndarray, size: int) -> np.ndarray:
+    """The pose map (size, size, 3) uint8 of joints (18, 3) in pixels and visibility."""
+    return draw([joints / (size, size, 1)], (size, size))
+
+
+def edge_f1(found: np.ndarray, true: np.ndarray, tolerance: int) -> float:
+    """F1 of two line maps (H, W) in {0, 255}: a pixel counts as matched when the other map has one within `tolerance`
+    (in the maximum norm). 1 for two empty maps."""
+    kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
+    near_true, near_found = cv2.dilate(true, kernel) > 0, cv2.dilate(found, kernel) > 0
+    found, true = found > 0, true > 0
+    if not found.any() or not true.any():
+        return float(found.any() == true.any())
+    precision, recall = near_true[found].mean(), near_found[true].mean()
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def pck(found: np.ndarray, true: np.ndarray, share: float = 0.1) -> float:
+    """The share of the visible joints of `true` (18, 3) that `found` (18, 2 or more), in the same unit, has within
+    `share` of the longer side of their bounding box (PCK, Yang and Ramanan 2013)."""
+    seen = true[:, 2] > 0
+    longer = np.ptp(true[seen, :2], axis=0).max()
+    return float((np.linalg.norm(found[seen, :2] - true[seen, :2], axis=1) <= share * longer).mean())
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, of all pixels; 0 where one is flat."""
+    from scipy.stats import spearmanr
+
+    if not np.ptp(a) or not np.ptp(b):
+        return 0.0
+    return float(spearmanr(a.ravel(), b.ravel()).statistic)
+
+
+class JointReader:
+    """Reads the 18 joints off a picture of one of the world's people: a heat map a joint."""
+
+    def __init__(self, network: Dense | None = None):
+        self.network = network or Dense(18)
+
+    def train(self, world: World, blurred: np.ndarray, folder: Path, minutes: float, device: torch.device) -> None:
+        """On a world of people, half of them as the VAE gives them back: `blurred`, (N, H, W, 3) uint8."""
+        size = world.images.shape[1]
+        torch.manual_seed(0)
+        self.network.to(device).to(memory_format=torch.channels_last)
+
+        def loss_of(step: int) -> Tensor:
+            rng = np.random.default_rng([10, step])
+            chosen = rng.integers(len(world.images), size=32)
+            pictures = [(blurred if rng.random() < 0.6 else world.images)[row] for row in chosen]
+            pictures = [cv2.GaussianBlur(p, (0, 0), rng.uniform(0.3, 1.2)) for p in pictures]
+            x = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
+            x = (x + 0.03 * torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device)).clamp(0, 1)
+            with autocast(device):
+                heat = self.network(x).float()
+            joints = torch.from_numpy(world.joints[chosen]).to(device)
+            column, line = (joints[..., :2] / 2).long().clamp(0, size // 2 - 1).unbind(-1)
+            places = (line * (size // 2) + column).flatten()
+            losses = F.cross_entropy(heat.flatten(2).flatten(0, 1), places, reduction="none")
+            return (losses * joints[..., 2].flatten()).sum() / joints[..., 2].sum()
+
+        fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder)
+        self.network.eval()
+
+    @torch.inference_mode()
+    def read(self, images: np.ndarray, batch: int = 50) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> joints (N, 18, 2), x and y in pixels: the middle of a heat map's mass near its peak."""
+        device = next(self.network.parameters()).device
+        found = []
+        for i in range(0, len(images), batch):
+            x = torch.from_numpy(images[i : i + batch]).to(device).permute(0, 3, 1, 2).float() / 255
+            heat = self.network(x)
+            n, _, rows, columns = heat.shape
+            at = heat.flatten(2).argmax(2)
+            peak = torch.stack([at % columns, at // columns], -1)  # (N, 18, 2)
+            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            grid = torch.stack([x, y], -1).to(device)  # (h, w, 2)
+            near = ((grid - peak[:, :, None, None]).abs() <= 2).all(-1)
+            mass = heat.masked_fill(~near, -torch.inf).flatten(2).softmax(2).reshape(n, 18, rows, columns)
+            found.append((2 * ((mass[..., None] * grid).sum((2, 3)) + 0.5)).cpu().numpy())
+        return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one kind of condition is made of a scene, and how an image is judged by it."""
+
+    kind: str
+    name: str
+    told: str
+    """What the number is, for the card."""
+    rows: Callable[[World], np.ndarray]
+    """Scenes that have such a condition."""
+    condition: Callable[[World, int], np.ndarray]
+    """(world, scene) -> (H, W, 3) uint8."""
+    scores: Callable[[np.ndarray, World, np.ndarray, list[np.ndarray]], np.ndarray]
+    """(images (N, H, W, 3), world, rows (N,), their conditions) -> N scores, 1 for perfect ones."""
+
+
+def measures(reader: JointReader) -> list[Measure]:
+    """The rows; poses are judged by `reader`."""
+
+    def everything(world: World) -> np.ndarray:
+        return np.arange(len(world.images))
+
+    def people(world: World) -> np.ndarray:
+        return (world.joints[..., 2].sum(1) >= 10).nonzero()[0]
+
+    def canny_scores(images, world, rows, conditions):
+        tolerance = 2 if images.shape[1] >= 256 else 1
+        return [edge_f1(user_canny(i)[..., 0], c[..., 0], tolerance) for i, c in zip(images, conditions, strict=True)]
+
+    def pose_scores(images, world, rows, conditions):
+        return [pck(found, true) for found, true in zip(reader.read(images), world.joints[rows], strict=True)]
+
+    def depth_scores(images, world, rows, conditions):
+        return [rank_correlation(user_depth(i)[..., 0], c[..., 0]) for i, c in zip(images, conditions, strict=True)]
+
+    return [
+        Measure(
+            "canny", "F1", "F1 between the condition and the edges detected again on the image, within 1 pixel (2 at"
+            " 256)", everything, lambda world, row: user_canny(world.images[row]), canny_scores,
+        ),
+        Measure(
+            "pose", "PCK@0.1", "the share of joints that a network trained on the world's people finds in the image"
+            " within 0.1 of the figure's longer side of where the condition has them", people,
+            lambda world, row: pose_of(world.joints[row], world.images.shape[1]), pose_scores,
+        ),
+        Measure(
+            "depth", "rank correlation", "Spearman's rank correlation of the condition (`detect depth` on the scene's"
+            " picture) with the depth detected on the image", everything,
+            lambda world, row: user_depth(world.images[row]), depth_scores,
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,88 @@
+"""The measures of control: closed-form cases, and each kind's own scene scores near 1."""
+
+import numpy as np
+import pytest
+import torch
+from controlnet.model.tiny.dataset import World
+from controlnet.model.tiny.fidelity import JointReader, edge_f1, measures, pck, pose_of, rank_correlation
+from controlnet.model.tiny.render import render
+from controlnet.model.tiny.scenes import make_scene
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def test_edge_f1_in_closed_form():
+    a, b = np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
+    a[10], b[11] = 255, 255
+    assert edge_f1(a, a, 0) == pytest.approx(1) and edge_f1(a, b, 0) == 0 and edge_f1(a, b, 1) == pytest.approx(1)
+    b[20] = 255  # half of b has no partner in a
+    assert edge_f1(a, b, 1) == pytest.approx(2 / 3)
+    empty = np.zeros_like(a)
+    assert edge_f1(empty, empty, 1) == 1 and edge_f1(empty, a, 1) == 0
+
+
+def test_pck_in_closed_form():
+    true = np.zeros((18, 3))
+    true[:, 1], true[:, 2] = np.linspace(0, 100, 18), 1  # a figure 100 high: 10 is just near enough
+    found = true[:, :2].copy()
+    found[:9, 0], found[9:, 0] = 9.9, 10.1
+    assert pck(found, true) == 0.5
+    true[9:, 2] = 0  # what is not seen does not count, nor does it make the figure longer
+    found[:9, 0] = np.array([4.6, 4.8] * 4 + [4.6])
+    assert np.ptp(true[:9, 1]) == pytest.approx(800 / 17) and pck(found, true) == pytest.approx(5 / 9)
+
+
+@given(st.floats(0.1, 5), st.floats(-3, 3))
+def test_rank_correlation_knows_no_scale(a, b):
+    x = np.random.default_rng(0).uniform(-1, 1, (8, 9))
+    assert rank_correlation(x, np.exp(a * x + b)) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)
+    assert rank_correlation(x, np.zeros((8, 9))) == 0
+
+
+def test_joints_are_read_at_the_peaks_of_their_heat_maps():
+    """A network of one blob a joint: the peak of 64 x 64 is told in pixels of the picture, between them if need be."""
+    at = np.random.default_rng(0).uniform(10, 118, (18, 2))
+
+    class Blobs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+            squared = [(2 * columns - cx) ** 2 + (2 * rows - cy) ** 2 for cx, cy in at]
+            return -torch.stack(squared).expand(len(x), -1, -1, -1) / 12
+
+    found = JointReader(Blobs()).read(np.zeros((3, 128, 128, 3), np.uint8), batch=2)
+    assert found.shape == (3, 18, 2) and np.abs(found - at).max() < 0.3
+
+
+def test_a_scene_itself_scores_best():
+    scenes = [make_scene(seed) for seed in range(9)]
+    drawn = render(scenes, 128)
+    world = World(drawn.images.numpy(), drawn.depth.numpy(), drawn.parts.numpy(), drawn.joints.numpy(), [])
+
+    class Knows(JointReader):
+        def __init__(self):
+            pass
+
+        def read(self, images, batch=50):
+            rows = [np.abs(world.images.astype(int) - image).sum((1, 2, 3)).argmin() for image in images]
+            return world.joints[rows, :, :2]
+
+    for measure in measures(Knows()):
+        rows = measure.rows(world)
+        assert len(rows) >= 2, measure.kind
+        conditions = [measure.condition(world, row) for row in rows]
+        assert all(c.shape == (128, 128, 3) and c.dtype == np.uint8 for c in conditions)
+        true = np.mean(measure.scores(world.images[rows], world, rows, conditions))
+        other = np.mean(measure.scores(world.images[rows], world, np.roll(rows, 1), conditions[-1:] + conditions[:-1]))
+        assert true > 0.95 and true > other + 0.2, (measure.kind, true, other)
+
+
+def test_a_pose_condition_lies_on_its_person():
+    scene = next(s for s in map(make_scene, range(99)) if s.sort == "person")
+    drawn = render([scene], 128)
+    map_ = pose_of(drawn.joints[0].numpy(), 128)
+    lines = map_.max(2) > 60
+    assert lines.sum() > 100 and (drawn.parts[0].numpy()[lines] > 1).mean() > 0.85  # on a body, not on floor or wall
