@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(BIN)/controlnet models pull || echo "warning: weights of detectors were not fetched; later: controlnet models pull"
 	@touch $@
 
-demo: env ## Photo -> edges -> three pictures, and where they are
+demo: env ## Photos -> edges, a pose, depth -> images; says where they are
 	$(BIN)/python examples/demo.py out/demo
 
 test: env ## Run all tests

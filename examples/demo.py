@@ -21,11 +21,11 @@ PROMPTS = {
         "a person standing in a red shirt and blue trousers, yellow floor, cyan wall",
     ),
     "pose": (
-        "a person in a orange shirt and white trousers, checkered grey floor, blue wall",
-        "a person in a green shirt and brown trousers, yellow floor, white wall",
+        "a person standing in a white shirt and red trousers, brown floor, blue wall",
+        "a person walking in a yellow shirt and black trousers, green floor, cyan wall",
     ),
     "depth": (
-        "a large white cylinder, brown floor, blue wall",
+        "a large yellow cylinder, grey floor, green wall",
         "a poster of circles in red, yellow, black and white",
     ),
 }
