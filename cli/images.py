@@ -110,6 +110,7 @@ class Studio:
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.base = cache(self._base)
         self.net = cache(self._net)
+        self.fits = cache(self._fits)
         self.detector = cache(self._detector)
         self.read = lru_cache(8)(self._read)
         self.placed = lru_cache(8)(self._placed)
@@ -150,11 +151,13 @@ class Studio:
     def _prepared(self, one: Wanted) -> Prepared:
         import torch
         from controlnet.model.generate import Request, canvas_size
-        from controlnet.model.hashes import folder_hash
+        from controlnet.model.hashes import model_hash
         from controlnet.model.schedulers import make_scheduler
 
         job = one.job
         reads = [self.read(flag) for flag in job.cond]
+        for flag, read in zip(job.cond, reads, strict=True):
+            self.fits(job.base, self._source(job, flag, read.kind))
         base, memory = self.base(job.base)
         own = make_scheduler(base.scheduler, job.scheduler)
         size = job.size or canvas_size(base, (reads[0].map.shape[1], reads[0].map.shape[0]) if reads else None)
@@ -166,7 +169,7 @@ class Studio:
         record = {
             "prompt": job.prompt, "negative": job.negative, "steps": job.steps, "guidance": guidance,
             "size": list(size), "scheduler": job.scheduler or type(own).__name__, "base": job.base,
-            "base_sha256": folder_hash(base.folder), "control_on": job.acts_on,
+            "base_sha256": model_hash(base.path), "control_on": job.acts_on,
             "conditions": conditions, "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."), "versions": _versions(),
             "threads": torch.get_num_threads(), "seed": one.seed,
@@ -206,7 +209,7 @@ class Studio:
         return base, Memory()
 
     def _source(self, job: Job, flag: ConditionFlag, kind: str) -> str:
-        """The folder or hub id of a condition's ControlNet: its own, or the base's for the kind."""
+        """The folder, file or hub id of a condition's ControlNet: its own, or the base's for the kind."""
         from controlnet.model.registry import BASES
 
         known = BASES.get(job.base)
@@ -219,16 +222,25 @@ class Studio:
             )
         return source
 
+    def _fits(self, base_name: str, source: str) -> None:
+        """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
+        from controlnet.model.base import find_base, resolve
+        from controlnet.model.checkpoint import NET_FILES, check_family
+        from controlnet.model.stored import open_model
+
+        folder = resolve(source, self.offline, NET_FILES, "--cond map.png,net=FOLDER")
+        check_family(open_model(folder), find_base(base_name, self.offline).config("unet"), base_name)
+
     def _net(self, base_name: str, source: str):
         """A ControlNet that fits the base, and its hash."""
         from controlnet.model.base import resolve
         from controlnet.model.checkpoint import NET_FILES, load_controlnet
-        from controlnet.model.hashes import folder_hash
+        from controlnet.model.hashes import model_hash
 
         base, _ = self.base(base_name)
         folder = resolve(source, self.offline, NET_FILES, "--cond map.png,net=FOLDER")
         net = load_controlnet(folder, base.dtype, base.unet.config, base.name).to(base.device)
-        return net, folder_hash(folder)
+        return net, model_hash(folder)
 
     def _detector(self, kind: str):
         from controlnet.preprocessors.registry import find_detector

@@ -1,27 +1,36 @@
-"""The base: the locked text-to-image model, loaded from a folder in diffusers' layout or by hub id.
+"""The base: the locked text-to-image model, loaded from a folder in diffusers' layout, a single file, or by hub id.
 
 `tiny` and Stable Diffusion take the same path; nothing here asks which one it is.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from controlnet.model.checkpoint import check_finite, read_json
+from accelerate import init_empty_weights
+from controlnet.model.checkpoint import check_state
+from controlnet.model.families import FAMILIES, MERGES, clip_vocabulary
 from controlnet.model.registry import BASES
+from controlnet.model.stored import BASE_PARTS, Stored, open_model
+from controlnet.model.tensors import read_json
 from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.images import write_file
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""Endings of single files."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -35,7 +44,8 @@ class Base:
     """A loaded base. Latents are (B, 4, H/8, W/8), images (B, 3, H, W) in [-1, 1]."""
 
     name: str
-    folder: Path
+    path: Path
+    """Its folder or single file."""
     unet: UNet2DConditionModel
     vae: Any
     text_encoder: Any
@@ -97,15 +107,15 @@ class Base:
     def reload(self, *parts: str) -> None:
         """Load `vae`, `text_encoder` or both again, in float32."""
         for part in parts:
-            setattr(self, part, _load_network(part, self.folder, self.device, torch.float32))
+            setattr(self, part, _load_network(part, open_model(self.path), self.device, torch.float32))
 
 
 def resolve(name: str, offline: bool, patterns: tuple[str, ...], example: str) -> Path:
-    """The folder of a model: a folder as it is, or a hub id fetched into the hub's own cache."""
-    if Path(name).is_dir():
+    """Where a model is: a folder or file as it is, or a hub id fetched into the hub's own cache."""
+    if Path(name).exists():
         return Path(name)
-    if not _HUB_ID.fullmatch(name):
-        raise UsageError(f"{name}: no such folder, and not a hub id of the form OWNER/NAME", example)
+    if not _HUB_ID.fullmatch(name) or Path(name).suffix in FILES:
+        raise UsageError(f"{name}: no such folder or file, and not a hub id of the form OWNER/NAME", example)
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=offline))
     except LocalEntryNotFoundError as error:
@@ -122,84 +132,123 @@ def resolve(name: str, offline: bool, patterns: tuple[str, ...], example: str) -
         ) from error
 
 
-def load_base(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False
-) -> Base:
-    """Load a base by its name in the registry, its folder or its hub id.
+def find_base(name: str, offline: bool = False) -> Stored:
+    """A base by its name in the registry, its folder, its file or its hub id; none of its weights are read yet.
 
-    Raises UsageError for an unknown name, ModelError for a folder that lacks a part or holds unusable weights.
+    Raises UsageError for an unknown name, ModelError for a folder that lacks a part or a file that is no base.
     """
     known = BASES.get(name)
     patterns = tuple(f"{part}/*{end}" for part in COMPONENTS for end in (".json", ".txt", ".model")) + (
         "model_index.json", "unet/diffusion_pytorch_model*.safetensors", "vae/diffusion_pytorch_model*.safetensors",
         "text_encoder/model*.safetensors",
     )  # fmt: skip
-    if known is None and not Path(name).is_dir() and not _HUB_ID.fullmatch(name):
+    if known is None and not Path(name).exists() and (not _HUB_ID.fullmatch(name) or Path(name).suffix in FILES):
         raise UsageError(
-            f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout or a hub id",
+            f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
+            f" ({' '.join(FILES)}) or a hub id",
             'controlnet generate --base tiny --cond map.canny.png --prompt "..."',
         )
-    folder = resolve(known.source if known else name, offline, patterns, "controlnet generate --base tiny ...")
-    read_json(folder / "model_index.json", "a base in diffusers' layout")
-    for part in COMPONENTS:
-        if not (folder / part).is_dir():
-            raise ModelError(f"{folder}: the base has no folder {part}/", f"ls {folder}")
-    tokenizer = _load("tokenizer", transformers.AutoTokenizer, folder)
-    words = folder / "tokenizer" / "words.txt"
-    base = Base(
+    stored = open_model(resolve(known.source if known else name, offline, patterns, "controlnet generate --base tiny"))
+    if stored.path.is_dir():
+        read_json(stored.path / "model_index.json", "a base in diffusers' layout")
+        for part in COMPONENTS:
+            if not (stored.path / part).is_dir():
+                raise ModelError(f"{stored.path}: the base has no folder {part}/", f"ls {stored.path}")
+    return stored
+
+
+def load_base(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False
+) -> Base:
+    """Load what `find_base` finds. Raises as it does, and ModelError for unusable weights."""
+    known, stored = BASES.get(name), find_base(name, offline)
+    _check_fit(stored)
+    words = stored.path / "tokenizer" / "words.txt"
+    return Base(
         name=name,
-        folder=folder,
-        unet=_load_network("unet", folder, device, dtype),
-        vae=_load_network("vae", folder, device, dtype),
-        text_encoder=_load_network("text_encoder", folder, device, dtype),
-        tokenizer=tokenizer,
-        scheduler=_load_scheduler(folder),
+        path=stored.path,
+        scheduler=_load_scheduler(stored),
+        tokenizer=_load_tokenizer(stored),
+        unet=_load_network("unet", stored, device, dtype),
+        vae=_load_network("vae", stored, device, dtype),
+        text_encoder=_load_network("text_encoder", stored, device, dtype),
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=known.guidance if known else 7.5,
     )
-    _check_fit(base)
-    return base
 
 
-def _check_fit(base: Base) -> None:
+def _check_fit(stored: Stored) -> None:
     """Raises ModelError when the parts of a base do not belong together."""
-    unet, vae, text = base.unet.config, base.vae.config, base.text_encoder.config
+    unet, vae, text = (stored.config(part) for part in BASE_PARTS)
     pairs = (
-        ("in_channels", unet.in_channels, "the VAE's latents have", vae.latent_channels),
-        ("cross_attention_dim", unet.cross_attention_dim, "the text encoder's width is", text.hidden_size),
-    )
+        ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
+        ("cross_attention_dim", unet.get("cross_attention_dim"), "the text encoder's width is",
+         text.get("hidden_size", 512)),
+    )  # fmt: skip
     for key, own, what, other in pairs:
         if own != other:
             raise ModelError(
-                f"{base.folder}: the UNet's {key} is {own}, but {what} {other}",
-                "a text-to-image base (not an inpainting or image-to-image one) in diffusers' layout",
+                f"{stored.path}: the UNet's {key} is {own}, but {what} {other}",
+                "a text-to-image base (not an inpainting or image-to-image one) of SD 1 or SD 2",
             )
 
 
-def _load_network(part: str, folder: Path, device, dtype: torch.dtype) -> nn.Module:
-    config = read_json(folder / part / "config.json", f"the config of the base's {part}")
+def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.Module:
+    config = stored.config(part)
     name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
     if name not in _CLASSES[part]:
-        raise ModelError(f"{folder / part}: class {name}, expected {' or '.join(_CLASSES[part])}")
-    library = transformers if part == "text_encoder" else diffusers
-    network = _load(part, getattr(library, name), folder).requires_grad_(False).eval()
-    check_finite(network.state_dict(), folder / part)
-    # Not from_pretrained's own flag: its name differs between the versions of the libraries.
-    return nn.Module.to(network, device, dtype)
+        raise ModelError(f"{stored.path}: its {part} is a {name}, expected {' or '.join(_CLASSES[part])}")
+    with init_empty_weights(include_buffers=False):
+        try:
+            if part == "text_encoder":
+                network = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
+            else:
+                network = getattr(diffusers, name).from_config(config)
+        except Exception as error:  # the libraries raise a dozen types for a config that makes no network
+            raise ModelError(f"{stored.path}: the config of its {part} is not usable: {error}") from error
+    state = stored.state(part)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in network.state_dict()) else ""
+    state = {prefix + name: tensor for name, tensor in state.items()}
+    check_state(network, state, stored.path / part if stored.path.is_dir() else stored.path)
+    network.load_state_dict(state, assign=True)
+    # Not the library's own `to`: diffusers' warns of types that its models keep.
+    return nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
 
 
-def _load_scheduler(folder: Path) -> SchedulerMixin:
-    config = read_json(folder / "scheduler" / "scheduler_config.json", "the scheduler's config")
+def _load_scheduler(stored: Stored) -> SchedulerMixin:
+    config = stored.scheduler()
     scheduler = getattr(diffusers, str(config.get("_class_name")), None)
     if scheduler is None:
-        raise ModelError(f"{folder / 'scheduler'}: unknown scheduler {config.get('_class_name')!r}")
+        raise ModelError(f"{stored.path}: unknown scheduler {config.get('_class_name')!r}")
     return scheduler.from_config(config)
 
 
-def _load(part: str, cls, folder: Path, **options):
-    """from_pretrained on a local folder; what it raises for broken files becomes a ModelError."""
+def _load_tokenizer(stored: Stored) -> transformers.PreTrainedTokenizerBase:
+    """The folder's own; for a single file CLIP's, which comes with this package."""
+    if stored.path.is_dir():
+        return _tokenizer(stored.path / "tokenizer")
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), stored.config("unet")["cross_attention_dim"])
+        return _tokenizer(Path(folder))
+
+
+def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     try:
-        return cls.from_pretrained(folder / part, local_files_only=True, **options)
-    except Exception as error:  # the libraries raise a dozen types for a broken file
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises a dozen types for a broken file
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{folder / part}: cannot be loaded: {reason[0]}", f"ls {folder / part}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {reason[0]}", f"ls {folder}") from error
+
+
+def write_tokenizer(folder: Path, cross_attention_dim: int) -> None:
+    """CLIP's tokenizer as a folder, padded as the family of this width pads."""
+    merges = MERGES.read_text()
+    end = "<|endoftext|>"
+    config = {
+        "tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": 77, "errors": "replace",
+        "bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end,
+        "pad_token": FAMILIES[cross_attention_dim].pad_token,
+    }  # fmt: skip
+    write_file(folder / "merges.txt", merges.encode())
+    write_file(folder / "vocab.json", json.dumps(clip_vocabulary(merges), ensure_ascii=False).encode())
+    write_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The identity of a model: one sha256 over the weights files of its folder, remembered by size and time of change."""
+"""The identity of a model: one sha256 over its file or its folder's weights, remembered by size and time of change."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from controlnet.preprocessors.images import write_file
 from controlnet.preprocessors.weights import cache_folder
 
 
-def folder_hash(folder: Path) -> str:
-    """sha256 over names and contents of all weights below `folder`, not counting other models in it."""
-    files = sorted(
-        path for path in Path(folder).rglob("*")
+def model_hash(model: Path) -> str:
+    """sha256 over names and contents of all weights below a folder, not counting other models in it; of a single file
+    its content's."""
+    model = Path(model)
+    folder = model if model.is_dir() else model.parent
+    files = [model] if model.is_file() else sorted(
+        path for path in folder.rglob("*")
         if path.suffix in (".safetensors", ".bin", ".pth")
         and not path.relative_to(folder).parts[0].startswith("controlnet-")
     )  # fmt: skip
@@ -25,7 +28,8 @@ def folder_hash(folder: Path) -> str:
         return memory.read_text()
     total = hashlib.sha256()
     for path in files:
-        total.update(str(path.relative_to(folder)).encode())
+        if model.is_dir():
+            total.update(str(path.relative_to(folder)).encode())
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     with contextlib.suppress(OutputError):  # a read-only home: the hash is right all the same

@@ -5,6 +5,7 @@ import socket
 
 import numpy as np
 import pytest
+from controlnet.cli.main import main
 from controlnet.preprocessors.images import png_bytes, write_file
 from helpers import randomise, small_unet
 
@@ -29,6 +30,19 @@ def no_network():
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CONTROLNET_BASE", raising=False)
+
+
+@pytest.fixture
+def run(capsys):
+    """`controlnet ARGS` in this process -> (exit code, stdout, stderr)."""
+
+    def call(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

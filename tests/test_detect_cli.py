@@ -9,24 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from controlnet.cli.main import main
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.images import read_image
 from controlnet.preprocessors.registry import DETECTORS
 from PIL import Image
-
-
-@pytest.fixture
-def run(capsys):
-    """main(args) -> (exit code, stdout, stderr)."""
-
-    def call(*args):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(a) for a in args])
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 from controlnet.cli.jobs import KEYS, Job, make_job, read_jobs, spread, stem_of
-from controlnet.cli.main import main
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.images import read_image
 from helpers import Counter
@@ -20,15 +19,13 @@ from PIL import Image
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """main(args) in a folder of its own -> (exit code, stdout lines, stderr)."""
+def run(run, monkeypatch, tmp_path):
+    """`controlnet ARGS` in a folder of its own -> (exit code, stdout lines, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*args):
-        with pytest.raises(SystemExit) as stopped:
-            main([*map(str, args)])
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out.splitlines(), captured.err
+        code, out, err = run(*args)
+        return code, out.splitlines(), err
 
     return call
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from controlnet.model import base as base_module
 from controlnet.model.base import load_base
-from controlnet.model.checkpoint import load_controlnet, read_weights, save_controlnet
-from controlnet.model.hashes import folder_hash
+from controlnet.model.checkpoint import load_controlnet, save_controlnet
+from controlnet.model.hashes import model_hash
 from controlnet.model.schedulers import SCHEDULERS, make_scheduler
+from controlnet.model.tensors import read_weights
 from controlnet.preprocessors.errors import ModelError, UsageError
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -74,15 +75,15 @@ def test_schedulers_keep_the_bases_noise_schedule(small_base_folder):
 
 def test_a_folders_hash_follows_its_weights(small_base_folder, tmp_path):
     folder = shutil.copytree(small_base_folder / "net", tmp_path / "net")
-    first = folder_hash(folder)
-    assert first == folder_hash(folder) == folder_hash(small_base_folder / "net")
+    first = model_hash(folder)
+    assert first == model_hash(folder) == model_hash(small_base_folder / "net")
     (folder / "config.json").write_text("{}")
-    assert folder_hash(folder) == first
+    assert model_hash(folder) == first
     path = folder / "diffusion_pytorch_model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert folder_hash(folder) != first
+    assert model_hash(folder) != first
 
 
 @pytest.mark.parametrize("hint", ["released", "paper"])

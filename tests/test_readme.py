@@ -46,7 +46,7 @@ def test_links_and_pictures_exist():
 
 def commands() -> list[str]:
     lines = re.findall(
-        r"^    (?:cat \S+ \| )?(controlnet (?:detect|generate|replay|train|status|dataset) .*)$", README, re.MULTILINE
+        r"^    (?:cat \S+ \| )?(controlnet (?:detect|generate|replay|train|status|dataset|models) .*)$", README, re.MULTILINE
     )
     return [re.sub(r"\s+(#|>).*", "", line) for line in lines]
 
@@ -55,7 +55,7 @@ def commands() -> list[str]:
 def test_commands_use_flags_that_exist(line):
     words = line.split()
     flags = [w for w in words if w.startswith("-") and w != "-"]
-    kind = words[2:3] if words[1] in ("detect", "dataset") and not words[2].startswith("-") else []
+    kind = words[2:3] if words[1] in ("detect", "dataset", "models") and not words[2].startswith("-") else []
     shown = CliRunner().invoke(app, [words[1], *kind, "--help"], terminal_width=200).output
     assert all(re.search(rf"(?<![\w-]){flag}(?![\w-])", shown) for flag in flags), (flags, shown)
     for i, word in enumerate(words):

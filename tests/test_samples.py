@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.hashes import folder_hash
+from controlnet.model.hashes import model_hash
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.canny import canny
@@ -21,7 +21,7 @@ from controlnet.preprocessors.skeleton import cut_people, draw, mirror, to_text
 def samples_of(data, config, cache=None, pairs=None):
     base = load_base(config.base)
     found = find_pairs(data)
-    return Samples(pairs or list(found.pairs), config, base, folder_hash(base.folder), Cache(cache))
+    return Samples(pairs or list(found.pairs), config, base, model_hash(base.path), Cache(cache))
 
 
 def tensors(batch):

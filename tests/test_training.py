@@ -8,7 +8,7 @@ import torch
 from controlnet.model.ablations import ControlNetLite
 from controlnet.model.base import load_base
 from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.hashes import folder_hash
+from controlnet.model.hashes import model_hash
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.report import read_run
 from controlnet.model.training.run import train
@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 
 def test_only_the_controlnet_moves_and_files_are_whole(data, config, tmp_path):
     base = load_base(config.base)
-    hashes = folder_hash(base.folder)
+    hashes = model_hash(base.path)
     progress = train(find_pairs(data), config, tmp_path / "run", CPU)
     assert progress.step == 6
-    assert folder_hash(base.folder) == hashes
+    assert model_hash(base.path) == hashes
     rows = log_of(tmp_path / "run")
     assert [r["step"] for r in rows if "control_gap" in r] == [0, 3, 6]
     assert next(r for r in rows if r["step"] == 0)["control_gap"] == 0.0

@@ -28,7 +28,7 @@ from controlnet.model.canvas import condition_tensor
 from controlnet.model.checkpoint import load_controlnet, save_controlnet
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.generate import to_pixels
-from controlnet.model.hashes import folder_hash
+from controlnet.model.hashes import model_hash
 from controlnet.model.hint import SD_WIDTHS
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.sampling import Applied, draw_noise, sample
@@ -90,7 +90,7 @@ def train(
     with explained(config, folder):
         base = load_base(config.base, device, torch.float32, offline)
         net, config = make_controlnet(base, config)
-        base_hash = folder_hash(base.folder)
+        base_hash = model_hash(base.path)
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
         samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
