@@ -45,9 +45,8 @@ def test_links_and_pictures_exist():
 
 
 def commands() -> list[str]:
-    lines = re.findall(
-        r"^    (?:cat \S+ \| )?(controlnet (?:detect|generate|replay|train|status|dataset|models) .*)$", README, re.MULTILINE
-    )
+    names = "detect|generate|replay|train|status|dataset|models"
+    lines = re.findall(rf"^    (?:cat \S+ \| )?(controlnet (?:{names}) .*)$", README, re.MULTILINE)
     return [re.sub(r"\s+(#|>).*", "", line) for line in lines]
 
 
