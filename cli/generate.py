@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from controlnet.cli.options import (
+    BaseName,
     Device,
     Dtype,
     Json,
@@ -20,6 +21,7 @@ from controlnet.cli.options import (
     Quiet,
     SkipExisting,
     Strict,
+    default_base,
     say,
     tell,
 )
@@ -44,14 +46,6 @@ Guidance = Annotated[
     float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. (default: the base's)")
 ]
 SchedulerName = Annotated[str | None, typer.Option("--scheduler", help="ddim, euler, unipc, ... (default: the base's)")]
-BaseName = Annotated[
-    str,
-    typer.Option(
-        "--base",
-        envvar="CONTROLNET_BASE",
-        help="The text-to-image model: tiny, sd15, a folder in diffusers' layout, or a hub id.",
-    ),
-]
 Size = Annotated[
     str | None,
     typer.Option(
@@ -83,7 +77,7 @@ Jobs = Annotated[
 
 def generate(
     cond: Cond = None, prompt: Prompt = "", negative: Negative = "", out: Out = None, num: Num = 1, steps: Steps = 20,
-    guidance: Guidance = None, scheduler: SchedulerName = None, base: BaseName = "tiny", size: Size = None,
+    guidance: Guidance = None, scheduler: SchedulerName = None, base: BaseName = None, size: Size = None,
     seed: Seed = None, mode: Mode = "balanced", control_on: ControlOn = None, weighting: Weighting = None,
     jobs: Jobs = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
     skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
@@ -91,9 +85,9 @@ def generate(
     from controlnet.cli.images import Studio, progress, targets
 
     defaults = {
-        "cond": cond, "prompt": prompt, "negative": negative, "out": out, "num": num, "steps": steps, "base": base,
-        "guidance": guidance, "scheduler": scheduler, "size": size, "seed": seed, "mode": mode,
-        "control_on": control_on, "weighting": weighting,
+        "cond": cond, "prompt": prompt, "negative": negative, "out": out, "num": num, "steps": steps,
+        "base": base or default_base(), "guidance": guidance, "scheduler": scheduler, "size": size, "seed": seed,
+        "mode": mode, "control_on": control_on, "weighting": weighting,
     }  # fmt: skip
     failures = 0
 

@@ -110,6 +110,8 @@ class Studio:
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.base = cache(self._base)
         self.net = cache(self._net)
+        self.source = cache(self._source)
+        self.missing = cache(self._missing)
         self.fits = cache(self._fits)
         self.detector = cache(self._detector)
         self.read = lru_cache(8)(self._read)
@@ -155,9 +157,11 @@ class Studio:
         from controlnet.model.schedulers import make_scheduler
 
         job = one.job
+        if self.offline:
+            self._check_here(job)
         reads = [self.read(flag) for flag in job.cond]
         for flag, read in zip(job.cond, reads, strict=True):
-            self.fits(job.base, self._source(job, flag, read.kind))
+            self.fits(job.base, self.source(job.base, flag, read.kind))
         base, memory = self.base(job.base)
         own = make_scheduler(base.scheduler, job.scheduler)
         size = job.size or canvas_size(base, (reads[0].map.shape[1], reads[0].map.shape[0]) if reads else None)
@@ -186,7 +190,7 @@ class Studio:
         from controlnet.model.strength import Strength
         from controlnet.preprocessors.metadata import sha256
 
-        source = self._source(job, flag, read.kind)
+        source = self.source(job.base, flag, read.kind)
         net, net_hash = self.net(base.name, source)
         map_ = self.placed(flag, size)
         weighting = job.weighting_of(flag)
@@ -208,39 +212,83 @@ class Studio:
         say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
         return base, Memory()
 
-    def _source(self, job: Job, flag: ConditionFlag, kind: str) -> str:
-        """The folder, file or hub id of a condition's ControlNet: its own, or the base's for the kind."""
+    def _source(self, base_name: str, flag: ConditionFlag, kind: str) -> str:
+        """The folder, file or hub id of a condition's ControlNet: its own, or the table's for the base's family."""
+        from controlnet.model.registry import NETS, net_for
+
+        if flag.net:
+            return NETS[flag.net].source if flag.net in NETS and not Path(flag.net).exists() else flag.net
+        family = self._family(base_name)
+        if net := net_for(family, kind):
+            return net.source
+        has = ", ".join(net.kind for net in NETS.values() if net.family == family)
+        raise ModelError(
+            f"{flag.path}: no ControlNet is known for kind {kind!r} on base {base_name}"
+            + (f"; there are some for: {has}" if has else ""),
+            f"--cond {flag.path},net=FOLDER",
+        )
+
+    def _family(self, base_name: str) -> str:
+        from controlnet.model.base import find_base
+        from controlnet.model.families import family_name
         from controlnet.model.registry import BASES
 
-        known = BASES.get(job.base)
-        source = flag.net or (known.nets.get(kind) if known else None)
-        if source is None:
-            has = f"{job.base} has nets for: {', '.join(known.nets)}" if known and known.nets else ""
+        if base_name in BASES:
+            return BASES[base_name].family
+        return family_name(find_base(base_name, self.offline).config("unet").get("cross_attention_dim"))
+
+    def _missing(self, job: Job) -> list[tuple[str, str]]:
+        """(name to pull, what it is) of all that a job needs and this machine lacks."""
+        from controlnet.model import hub
+        from controlnet.model.registry import BASES, NETS
+        from controlnet.preprocessors.registry import find_detector
+        from controlnet.preprocessors.weights import kept
+
+        lacking = {}
+        base = BASES[job.base].source if job.base in BASES else job.base
+        absent = hub.is_hub_id(base) and not Path(base).exists() and not hub.kept(base)
+        if absent:
+            lacking[job.base] = f"base {job.base}"
+        for flag in job.cond:
+            kind = flag.kind or flag.detect or ""
+            if flag.detect and (weights := find_detector(flag.detect).weights) and not kept(weights):
+                lacking[weights] = f"detector's weights {weights}"
+            if not flag.net and absent and job.base not in BASES:
+                continue  # nobody knows yet which ControlNet would fit
+            source = self.source(job.base, flag, kind or self.read(flag).kind)
+            if hub.is_hub_id(source) and not Path(source).exists() and not hub.kept(source):
+                name = next((name for name, net in NETS.items() if net.source == source), source)
+                lacking[name] = f"ControlNet {name}"
+        return list(lacking.items())
+
+    def _check_here(self, job: Job) -> None:
+        """Raises ModelError that lists all that a job needs and this machine lacks."""
+        if lacking := self.missing(job):
             raise ModelError(
-                f"{flag.path}: no ControlNet for kind {kind!r}; {has or f'no net is known for base {job.base}'}",
-                f"--cond {flag.path},net=FOLDER",
+                f"not on this machine, and --offline is given: {', '.join(what for _, what in lacking)}",
+                f"with a network: controlnet models pull {' '.join(name for name, _ in lacking)}",
             )
-        return source
 
     def _fits(self, base_name: str, source: str) -> None:
         """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
-        from controlnet.model.base import find_base, resolve
-        from controlnet.model.checkpoint import NET_FILES, check_family
+        from controlnet.model.base import find_base
+        from controlnet.model.checkpoint import check_family
+        from controlnet.model.hub import find
         from controlnet.model.stored import open_model
 
-        folder = resolve(source, self.offline, NET_FILES, "--cond map.png,net=FOLDER")
-        check_family(open_model(folder), find_base(base_name, self.offline).config("unet"), base_name)
+        stored = open_model(find(source, self.offline, _NET))
+        check_family(stored, find_base(base_name, self.offline).config("unet"), base_name)
 
     def _net(self, base_name: str, source: str):
         """A ControlNet that fits the base, and its hash."""
-        from controlnet.model.base import resolve
-        from controlnet.model.checkpoint import NET_FILES, load_controlnet
+        from controlnet.model.checkpoint import load_controlnet
         from controlnet.model.hashes import model_hash
+        from controlnet.model.hub import find
 
         base, _ = self.base(base_name)
-        folder = resolve(source, self.offline, NET_FILES, "--cond map.png,net=FOLDER")
-        net = load_controlnet(folder, base.dtype, base.unet.config, base.name).to(base.device)
-        return net, model_hash(folder)
+        path = find(source, self.offline, _NET)
+        net = load_controlnet(path, base.dtype, base.unet.config, base.name).to(base.device)
+        return net, model_hash(path)
 
     def _detector(self, kind: str):
         from controlnet.preprocessors.registry import find_detector
@@ -326,6 +374,7 @@ def _tell_step(on_step: Callable[[float], None], before: int, images: float) -> 
     on_step(before + images)
 
 
+_NET = "--cond map.png,net=FOLDER"
 _ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
 """What a condition's record says of how it acts."""
 

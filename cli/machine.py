@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from controlnet.preprocessors.errors import UsageError
 
 
-def silence_libraries() -> None:
-    """The libraries talk on loading; what matters to a user is said here."""
+def silence_libraries(bars: bool = False) -> None:
+    """The libraries talk on loading; what matters to a user is said here. Bars of downloads only when wanted, and when
+    someone is watching."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not (bars and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import diffusers
     import transformers
 

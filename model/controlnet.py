@@ -77,7 +77,10 @@ class ControlNet(nn.Module):
         return cls(SimpleNamespace(config=unet.config, **copies), hint, hint_widths).requires_grad_(True)
 
     def encode_hint(self, condition: Tensor) -> Tensor:
-        """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once an image: it depends on neither z_t nor t."""
+        """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once an image: it depends on neither z_t nor t. Some
+        public networks say in their config that they were trained on maps with red and blue exchanged."""
+        if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
+            condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> Control:

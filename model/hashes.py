@@ -30,8 +30,12 @@ def model_hash(model: Path) -> str:
     for path in files:
         if model.is_dir():
             total.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(bytes.fromhex(file_sha256(path)))
     with contextlib.suppress(OutputError):  # a read-only home: the hash is right all the same
         write_file(memory, total.hexdigest().encode())
     return total.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

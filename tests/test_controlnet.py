@@ -85,10 +85,14 @@ def test_parity_with_diffusers(tmp_path, dtype, limit):
     assert (ours - theirs).abs().max() <= limit * theirs.std()
 
 
-def test_diffusers_files_load_here(tmp_path):
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_diffusers_files_load_here(tmp_path, order):
     """diffusers' folder in our class: same names, same tensors, same control."""
     unet = small_unet()
-    reference = randomise(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=WIDTHS)).eval()
+    reference = ControlNetModel.from_unet(
+        unet, controlnet_conditioning_channel_order=order, conditioning_embedding_out_channels=WIDTHS
+    )
+    randomise(reference).eval()
     reference.save_pretrained(tmp_path)
     net = load_controlnet(tmp_path)
     assert net.state_dict().keys() == reference.state_dict().keys()

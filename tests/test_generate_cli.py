@@ -137,7 +137,7 @@ def test_a_condition_of_another_aspect_is_stretched_and_said(run, common):
     (["--cond", "photo.png"], Exit.USAGE, "its kind is told neither"),
     (["--cond", "none.canny.png"], Exit.INPUT, "no such file"),
     (["--cond", "photo.png,detect=cany"], Exit.USAGE, "unknown kind 'cany'"),
-    (["--cond", "photo.png,kind=seg"], Exit.MODEL, "no ControlNet for kind 'seg'"),
+    (["--cond", "photo.png,kind=seg"], Exit.MODEL, "no ControlNet is known for kind 'seg'"),
     (["--cond", "map.canny.png,net=nowhere"], Exit.USAGE, "no such folder"),
     (["-p", "x", "--base", "someone/model", "--offline"], Exit.MODEL, "not on this machine"),
 ])  # fmt: skip

@@ -56,7 +56,7 @@ def index(monkeypatch):
 
 def kept_files():
     folder = weights.cache_folder() / "weights"
-    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} if folder.exists() else {}
+    return {p.name: p.read_bytes() for p in folder.glob("*/*")}
 
 
 def test_fetched_once_and_kept(index, capsys):
@@ -68,6 +68,9 @@ def test_fetched_once_and_kept(index, capsys):
     assert weights.find("eyes") == folder and weights.find("eyes", offline=True) == folder
     assert run("models", "pull", "eyes") == 0
     assert capsys.readouterr().out == f"{folder}\n" and not index.asked
+    assert weights.verify("eyes") == []
+    (folder / "b.tflite").write_bytes(b"secone")
+    assert weights.verify("eyes") == ["b.tflite"] and run("models", "verify", "eyes") == 5
 
 
 def test_offline_names_file_size_and_command(index):

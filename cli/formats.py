@@ -1,0 +1,95 @@
+"""`controlnet models show|convert`: what a model file is; one layout made of the other."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from controlnet.cli.machine import silence_libraries
+from controlnet.cli.options import Json, Overwrite, say, tell
+from controlnet.preprocessors.errors import OutputError, UsageError
+
+SHOW_HELP = "What model files are, from their headers: format, family, types, parameters."
+CONVERT_HELP = "Write a model in the other layout; every tensor keeps its numbers and its type."
+
+
+def show(
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE", help="Folders in diffusers' layout or single files.")],
+    as_json: Json = False,
+) -> None:
+    silence_libraries()
+    from controlnet.model.stored import open_model
+
+    for path in paths:
+        fields = described(open_model(path))
+        if as_json:
+            print(json.dumps(fields))
+            continue
+        print(fields.pop("path"))
+        for key, value in fields.items():
+            print(f"  {key.replace('_', ' '):<13}{_words(value)}")
+
+
+def described(stored) -> dict[str, Any]:
+    """What `models show` tells; reads no tensor."""
+    from controlnet.model.families import family_name
+
+    net = "controlnet" in stored.parts
+    configs = {part: stored.config(part) for part in stored.parts}
+    headers = {part: stored.headers(part) for part in stored.parts}
+    first = configs["controlnet" if net else stored.parts[0]]
+    said = {"unet": "base", "controlnet": "ControlNet"}
+    what = [word for part, word in said.items() if part in configs] or [p.replace("_", " ") for p in configs]
+    fields: dict[str, Any] = {
+        "path": str(stored.path), "what": " and ".join(what), "format": stored.layout,
+        "family": family_name(configs.get("unet", first).get("cross_attention_dim")),
+        "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
+        "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
+    }  # fmt: skip
+    if net:
+        config = configs["controlnet"]
+        hint = config.get("hint_encoder", "released")
+        fields["hint_encoder"] = {"form": hint, "widths": list(config["conditioning_embedding_out_channels"])}
+    if "unet" in configs:
+        fields["prediction"] = stored.prediction() or "unknown"
+    return fields
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k.replace('_', ' ')} {_words(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value / 1e6:.2f} M" if isinstance(value, int) else str(value)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A folder in diffusers' layout or a single file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, or a .safetensors file for original.")],
+    to: Annotated[str, typer.Option(help="diffusers (a folder) or original (one file, as other programs read).")],
+    prediction: Annotated[
+        str | None, typer.Option(help="epsilon or v_prediction, where a base's file does not say which.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    silence_libraries()
+    from controlnet.model.convert import LAYOUTS
+    from controlnet.model.convert import convert as write
+
+    if to not in LAYOUTS:
+        raise UsageError(f"--to {to}: expected {' or '.join(LAYOUTS)}", "--to diffusers")
+    if prediction not in (None, "epsilon", "v_prediction"):
+        raise UsageError(f"--prediction {prediction}: expected epsilon or v_prediction", "--prediction v_prediction")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already", "add --overwrite to replace it")
+    if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+        raise OutputError(f"{out}: is the model itself, or holds it", "another place for the result")
+    if to == "diffusers" and out.is_dir() and not any((out / f).is_file() for f in ("model_index.json", "config.json")):
+        raise OutputError(f"{out}: a folder that holds no model; it is not replaced", f"{out}/NAME")
+    write(source, out, to, prediction)
+    say(f"{source} -> {out}, {to} layout")
+    tell({"output": str(out), "source": str(source), "to": to}, as_json)
