@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch.nn.functional as F
 from controlnet.model.controlnet import ControlNet, skip_channels
 from controlnet.model.hint import SD_WIDTHS, gaussian_
+from controlnet.model.unet import Text
 from torch import Tensor, nn
 
 
@@ -32,7 +33,7 @@ class ControlNetLite(ControlNet):
         super().__init__(parts, hint, hint_widths)
         self.config["copy"] = "lite"
 
-    def encode(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> tuple[list[Tensor], Tensor]:
+    def encode(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> tuple[list[Tensor], Tensor]:
         skips = [self.conv_in(z) + hint]
         for convolution in self.down_blocks:
             skips.append(F.silu(convolution(skips[-1])))

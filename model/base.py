@@ -22,6 +22,7 @@ from controlnet.model.families import FAMILIES, MERGES, clip_vocabulary
 from controlnet.model.registry import BASES
 from controlnet.model.stored import BASE_PARTS, Stored, open_model
 from controlnet.model.tensors import read_json
+from controlnet.model.unet import BLOCKS
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.images import write_file
 from diffusers import SchedulerMixin, UNet2DConditionModel
@@ -155,6 +156,11 @@ def _check_fit(stored: Stored) -> None:
         ("cross_attention_dim", unet.get("cross_attention_dim"), "the text encoder's width is",
          text.get("hidden_size", 512)),
     )  # fmt: skip
+    strange = [
+        kind for key in ("down_block_types", "up_block_types") for kind in unet.get(key, ()) if kind not in BLOCKS
+    ]
+    if strange:
+        raise ModelError(f"{stored.path}: its UNet has {strange[0]}s; expected Stable Diffusion's: {', '.join(BLOCKS)}")
     for key, own, what, other in pairs:
         if own != other:
             raise ModelError(
@@ -182,7 +188,8 @@ def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.M
     check_state(network, state, stored.path / part if stored.path.is_dir() else stored.path)
     network.load_state_dict(state, assign=True)
     # Not the library's own `to`: diffusers' warns of types that its models keep.
-    return nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
+    network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
+    return nn.Module.to(network, memory_format=torch.channels_last)
 
 
 def _load_scheduler(stored: Stored) -> SchedulerMixin:

@@ -63,7 +63,7 @@ def load_controlnet(
     state = stored.state("controlnet")
     check_state(controlnet, state, stored.path)
     controlnet.load_state_dict(state, assign=True)
-    return controlnet.to(dtype).eval()
+    return controlnet.to(dtype).to(memory_format=torch.channels_last).eval()
 
 
 def check_family(stored: Stored, base: Mapping, base_name: str) -> None:

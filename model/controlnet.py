@@ -9,18 +9,16 @@ the other's files; `checkpoint.py` does that.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from controlnet.model.hint import HINT_ENCODERS, SD_WIDTHS
+from controlnet.model.unet import Text, add, embed_time, encode
 from controlnet.model.zero import zero_conv
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Control:
 
     def __add__(self, other: Control) -> Control:
         """Composition: controls of several ControlNets are added, unweighted (paper 3.5)."""
-        return Control([a + b for a, b in zip(self.down, other.down, strict=True)], self.middle + other.middle)
+        return Control([add(*pair) for pair in zip(self.down, other.down, strict=True)], add(self.middle, other.middle))
 
     def scaled(self, weights: Sequence[float | Tensor] | Tensor) -> Control:
         """Each residual times its weight, in the order down, then middle. A weight is a number or broadcasts to the
@@ -85,26 +83,17 @@ class ControlNet(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> Control:
         """Control for z_t (B, 4, h, w) at timesteps t (B,) with text c_t (B, T, D) and hint c_f (B, C, h, w)."""
-        skips, x = self.encode(z, t, text, hint)
+        return self.control(z, embed_time(self, t, z.dtype), Text(text), hint)
+
+    def control(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> Control:
+        """The same with a time embedding (B or 1, 4C) and a text that keeps its keys and values."""
+        skips, x = self.encode(z, embedding, text, hint)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return Control(down, self.controlnet_mid_block(x))
 
-    def encode(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> tuple[list[Tensor], Tensor]:
+    def encode(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> tuple[list[Tensor], Tensor]:
         """The trainable copy's features, before the zero convolutions: one per skip connection, and the middle's."""
-        embedding = self.time_embedding(self.time_proj(t).to(z.dtype))  # (B, 4C)
-        x = self.conv_in(z) + hint  # (B, C, h, w)
-        skips = [x]
-        for block in self.down_blocks:
-            x, outputs = self._run(block, x, embedding, text)
-            skips += outputs
-        return skips, self._run(self.mid_block, x, embedding, text)
-
-    def _run(self, block: Callable, x: Tensor, embedding: Tensor, text: Tensor):
-        if getattr(block, "has_cross_attention", False):
-            block = partial(block, encoder_hidden_states=text)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, embedding, use_reentrant=False)
-        return block(x, embedding)
+        return encode(self, self.conv_in(z) + hint, embedding, text, self.gradient_checkpointing)
 
 
 def skip_channels(config: dict) -> list[int]:
@@ -115,13 +104,3 @@ def skip_channels(config: dict) -> list[int]:
     for level, (width, count) in enumerate(zip(widths, layers, strict=True)):
         channels += [width] * (count + (level < len(widths) - 1))
     return channels
-
-
-def denoise(unet: UNet2DConditionModel, z: Tensor, t: Tensor, text: Tensor, control: Control | None = None) -> Tensor:
-    """eps_theta(z_t, t, c_t, c_f): the locked base's output (B, 4, h, w), control added to its skips and middle."""
-    if control is None:
-        return unet(z, t, encoder_hidden_states=text).sample
-    return unet(
-        z, t, encoder_hidden_states=text, down_block_additional_residuals=tuple(control.down),
-        mid_block_additional_residual=control.middle,
-    ).sample  # fmt: skip

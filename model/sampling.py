@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from controlnet.model.controlnet import Control, ControlNet, denoise
+from controlnet.model.controlnet import Control, ControlNet
 from controlnet.model.strength import Strength
+from controlnet.model.unet import Text, embed_time, predict
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
@@ -53,41 +54,39 @@ def sample(
     or null_text None, the unconditional half is not computed. on_step is told the evaluations done and their number.
     """
     guided = null_text is not None and guidance != 1
-    c_t = text if null_text is None or not guided else torch.cat([null_text.expand_as(text), text])  # (2B, T, D)
+    cond = Text(text)
+    both = Text(torch.cat([null_text.expand_as(text), text])) if null_text is not None and guided else cond  # 2B rows
     scheduler.set_timesteps(steps, device=unet.device)
     options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    evaluations = len(scheduler.timesteps)
+    times = scheduler.timesteps.to(unet.device)
+    embeddings = {network: embed_time(network, times, unet.dtype) for network in (unet, *(c.net for c in controls))}
     z = noise.to(unet.device) * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
-        z_t = scheduler.scale_model_input(torch.cat([z, z]) if guided else z, t).to(unet.dtype)
-        times = t.to(z_t.device).expand(len(z_t))
-        control = add_controls(controls, i, evaluations, z_t, times, c_t, guided)
-        eps = denoise(unet, z_t, times, c_t, control).to(z.dtype)
+        z_t = scheduler.scale_model_input(z, t).to(unet.dtype).contiguous(memory_format=torch.channels_last)
+        embedding = {network: rows[i : i + 1] for network, rows in embeddings.items()}
+        control = None
+        for one in controls:
+            scale = one.strength.at(i, len(times))
+            if scale != 0:  # else it need not run
+                own = control_of(one, scale, z_t, embedding[one.net], both, cond)
+                control = own if control is None else control + own
+        eps = predict(unet, z_t, embedding[unet], both, control).to(z.dtype)
         if guided:
             eps_null, eps_text = eps.chunk(2)
             eps = eps_null + guidance * (eps_text - eps_null)
         z = scheduler.step(eps, t, z, **options, return_dict=False)[0]
-        on_step(i + 1, evaluations)
+        on_step(i + 1, len(times))
     return z
 
 
-def add_controls(
-    applied: list[Applied], i: int, evaluations: int, z: Tensor, t: Tensor, text: Tensor, guided: bool
-) -> Control | None:
-    """The sum of the controls that act in evaluation i; None when none does. A ControlNet whose scale is 0 is not run;
-    one that acts on the conditional half alone sees that half alone."""
-    total = None
-    for one in applied:
-        scale = one.strength.at(i, evaluations)
-        if scale == 0:
-            continue
-        half = len(z) // 2 if guided and one.strength.control_on == "cond" else 0
-        hint = one.hint if len(one.hint) == 1 else one.hint.repeat((len(z) - half) // len(one.hint), 1, 1, 1)
-        control = one.strength.apply(one.net(z[half:], t[half:], text[half:], hint), scale)
-        if half:
-            control = Control([_after_zeros(r) for r in control.down], _after_zeros(control.middle))
-        total = control if total is None else total + control
-    return total
+def control_of(one: Applied, scale: float, z: Tensor, embedding: Tensor, both: Text, cond: Text) -> Control:
+    """The control of one ControlNet at z_t (B, 4, h, w). One that acts on the conditional half sees that half alone,
+    and gives nothing to the other."""
+    alone = one.strength.control_on == "cond"
+    control = one.strength.apply(one.net.control(z, embedding, cond if alone else both, one.hint), scale)
+    if alone and both is not cond:
+        return Control([_after_zeros(r) for r in control.down], _after_zeros(control.middle))
+    return control
 
 
 def _after_zeros(residual: Tensor) -> Tensor:

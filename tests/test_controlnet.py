@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from controlnet.model.checkpoint import load_controlnet, save_controlnet
-from controlnet.model.controlnet import ControlNet, denoise, skip_channels
+from controlnet.model.controlnet import ControlNet, skip_channels
 from controlnet.model.hint import PaperHintEncoder, ReleasedHintEncoder
+from controlnet.model.unet import denoise
 from diffusers import ControlNetModel, UNet2DConditionModel
 from helpers import randomise, small_unet
 from safetensors.torch import load_file

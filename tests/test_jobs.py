@@ -138,7 +138,7 @@ def test_alike_jobs_are_made_together_and_as_if_alone(run, maps, flags, net, tmp
 
     def watched(model):
         if hasattr(model, "unet"):
-            counters.append(Counter(model.unet))
+            counters.append(Counter(model.unet.conv_out))
         return model
 
     jobs = [

@@ -113,7 +113,7 @@ def test_pixels_agree_within_one_level(base, net, condition):
 
 
 def test_guidance_one_skips_the_unconditional_half_and_the_hint_runs_once(base, net, condition):
-    unet, hint = Counter(base.unet), Counter(net.controlnet_cond_embedding)
+    unet, hint = Counter(base.unet.conv_out), Counter(net.controlnet_cond_embedding)
     requests = [Request(PROMPT, seed, (condition,)) for seed in (1, 2)]
     list(generate(base, requests, [(net, Strength())], steps=3, guidance=1.0))
     assert unet.batches == [2, 2, 2]

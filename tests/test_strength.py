@@ -172,7 +172,7 @@ def test_a_net_runs_only_where_its_scale_is_not_zero(base, nets, conditions, str
 
 
 def test_control_on_the_conditional_half_runs_on_that_half_alone(base, nets, conditions):
-    net, unet = Counter(nets[0].conv_in), Counter(base.unet)
+    net, unet = Counter(nets[0].controlnet_mid_block), Counter(base.unet.conv_out)
     ours(base, nets[:1], conditions, Strength(control_on="cond"))
     net.hook.remove(), unet.hook.remove()
     assert set(net.batches) == {2} and set(unet.batches) == {4}

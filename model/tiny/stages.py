@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from controlnet.model.canvas import condition_tensor, to_canvas
-from controlnet.model.controlnet import ControlNet, denoise
+from controlnet.model.controlnet import ControlNet
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.tiny.dataset import World
 from controlnet.model.tiny.recipe import (
@@ -28,6 +28,7 @@ from controlnet.model.training.checkpoints import save_atomic
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
 from controlnet.model.training.precision import autocast
+from controlnet.model.unet import denoise
 from controlnet.preprocessors.canny import CannyOptions, canny
 from controlnet.preprocessors.depth import DepthOptions, to_map
 from controlnet.preprocessors.skeleton import draw

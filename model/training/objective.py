@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from controlnet.model.controlnet import ControlNet, denoise
+from controlnet.model.controlnet import ControlNet
+from controlnet.model.unet import denoise
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 

@@ -1,0 +1,119 @@
+"""The way through the UNet: equal to diffusers' own, and nothing of it is computed twice."""
+
+import pytest
+import torch
+from controlnet.model.controlnet import Control
+from controlnet.model.sampling import Applied, sample
+from controlnet.model.unet import Text, denoise, embed_time, encode, predict
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from helpers import Counter, randomise, small_unet
+
+CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
+
+
+def build(levels, **changes):
+    """A narrow UNet; `levels` says for each one whether it has attention."""
+    torch.manual_seed(0)
+    kinds = [CROSS if attends else PLAIN for attends in levels]
+    config = dict(
+        block_out_channels=(8, 16, 16, 24)[: len(levels)], layers_per_block=2, norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=12, down_block_types=[k.format("Down") for k in kinds],
+        up_block_types=[k.format("Up") for k in reversed(kinds)],
+    )  # fmt: skip
+    return UNet2DConditionModel(**(config | changes)).eval().double()
+
+
+NETWORKS = {
+    "SD 1": lambda: build((True, True, True, False)),
+    "SD 2": lambda: build((True, True, True, False), use_linear_projection=True, attention_head_dim=(2, 4, 4, 6)),
+    "tiny": lambda: build((False, True, True)),
+    "one layer": lambda: build((False, True), layers_per_block=1, transformer_layers_per_block=2),
+}
+
+
+def inputs(unet, batch=2, height=16, width=16):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    z, text, t = draw(batch, 4, height, width), draw(batch, 5, 12), torch.tensor([900, 12])[:batch]
+    with torch.no_grad():
+        skips, middle = encode(unet, unet.conv_in(z), embed_time(unet, t, z.dtype), Text(text))
+    return z, t, text, Control([draw(*s.shape) for s in skips], draw(*middle.shape))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (12, 20)], ids=str)
+def test_equal_to_diffusers(name, size):
+    unet = NETWORKS[name]()
+    z, t, text, control = inputs(unet, 2, *size)
+    with torch.no_grad():
+        reference = unet(z, t, text).sample
+        assert (denoise(unet, z, t, text) - reference).abs().max() <= 1e-9 * reference.std()
+        controlled = unet(
+            z, t, text, down_block_additional_residuals=control.down, mid_block_additional_residual=control.middle
+        ).sample
+        assert (denoise(unet, z, t, text, control) - controlled).abs().max() <= 1e-9 * controlled.std()
+        assert (controlled - reference).std() > 0.1 * reference.std()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_both_halves_of_the_guidance_share_what_reads_no_text(name):
+    """Rows for images, two for the text: equal to both halves apart, and the first convolution sees each image once."""
+    unet = NETWORKS[name]()
+    z, _, text, _ = inputs(unet)
+    null, t = torch.zeros_like(text), torch.tensor([300])
+    first, last = Counter(unet.conv_in), Counter(unet.conv_out)
+    with torch.no_grad():
+        both = predict(unet, z, embed_time(unet, t, z.dtype), Text(torch.cat([null, text])))
+        assert (first.batches, last.batches) == ([2], [4])
+        apart = [unet(z, t.expand(2), c).sample for c in (null, text)]
+    assert (both - torch.cat(apart)).abs().max() <= 1e-9 * both.std()
+    assert (apart[0] - apart[1]).std() > 1e-3 * both.std()
+
+
+def test_gradients_are_diffusers_own_with_and_without_checkpointing():
+    unet = NETWORKS["SD 1"]()
+    z, t, text, _ = inputs(unet)
+
+    def gradients(forward):
+        unet.zero_grad()
+        forward().square().mean().backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    reference = gradients(lambda: unet(z, t, text).sample)
+    ours = gradients(lambda: denoise(unet, z, t, text))
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    checkpointed = gradients(lambda: denoise(unet, z, t, text))
+    for other in (ours, checkpointed):
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(reference, other, strict=True))
+
+
+def test_keys_values_and_times_once_a_sampling():
+    from controlnet.model.controlnet import ControlNet
+
+    unet = small_unet()
+    net = randomise(ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8)))
+    attentions = [m for n in (unet, net) for name, m in n.named_modules() if name.endswith("attn2.to_k")]
+    counters = [Counter(m) for m in (*attentions, unet.time_embedding, net.time_embedding)]
+    runs = Counter(net.conv_in)
+    noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
+    hint = net.encode_hint(torch.rand(1, 3, 64, 64))
+    sample(unet, DDIMScheduler(), noise, text, text[:1], [Applied(net, hint)], steps=4, guidance=3.0)
+    assert runs.batches == [2] * 4 and len(attentions) >= 4
+    assert [c.count for c in counters] == [1] * len(counters)
+
+
+def test_the_layout_stays():
+    """From channels_last weights to channels_last features: nothing is copied on the way."""
+    unet = NETWORKS["SD 1"]().to(memory_format=torch.channels_last)
+    z, t, text, _ = inputs(unet)
+    seen = []
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    with torch.no_grad():
+        out = denoise(unet, z.contiguous(memory_format=torch.channels_last), t, text)
+    assert len(seen) > 40 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (*seen, out))
