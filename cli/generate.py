@@ -67,6 +67,14 @@ Weighting = Annotated[
     str | None,
     typer.Option(help="Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"),
 ]
+LowMemory = Annotated[
+    bool,
+    typer.Option(
+        "--low-memory",
+        help="Each network on the device only while it works, one image and one half of the guidance at a time, "
+        "decoding in tiles. Slower.",
+    ),
+]
 Jobs = Annotated[
     Path | None,
     typer.Option(
@@ -81,6 +89,7 @@ def generate(
     seed: Seed = None, mode: Mode = "balanced", control_on: ControlOn = None, weighting: Weighting = None,
     jobs: Jobs = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
     skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
+    low_memory: LowMemory = False,
 ) -> None:  # fmt: skip
     from controlnet.cli.images import Studio, progress, targets
 
@@ -103,7 +112,7 @@ def generate(
     todo = _jobs(jobs, defaults, failed)
     wanted = targets(todo, overwrite, skip_existing, as_json, failed)
     if wanted:
-        studio = Studio(device, dtype, offline, strict)
+        studio = Studio(device, dtype, offline, strict, low_memory)
         with progress(len(wanted), quiet) as on_step:
             for one, png, made in studio.make(wanted, failed, on_step):
                 _write(one.path, png, made, as_json)

@@ -102,11 +102,11 @@ def targets(jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, a
 class Studio:
     """Loads every base and ControlNet once, reads conditions, and makes images."""
 
-    def __init__(self, device: str | None, dtype: str | None, offline: bool, strict: bool):
+    def __init__(self, device: str | None, dtype: str | None, offline: bool, strict: bool, low_memory: bool = False):
         silence_libraries()
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        self.offline, self.strict = offline, strict
+        self.offline, self.strict, self.low_memory = offline, strict, low_memory
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.base = cache(self._base)
         self.net = cache(self._net)
@@ -176,7 +176,7 @@ class Studio:
             "base_sha256": model_hash(base.path), "control_on": job.acts_on,
             "conditions": conditions, "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."), "versions": _versions(),
-            "threads": torch.get_num_threads(), "seed": one.seed,
+            "threads": torch.get_num_threads(), "low_memory": self.low_memory, "seed": one.seed,
         }  # fmt: skip
         nets = [(net, strength) for net, strength, _, _ in acting]
         request = Request(job.prompt, one.seed, tuple(map_ for _, _, map_, _ in acting), job.negative)
@@ -207,7 +207,7 @@ class Studio:
         from controlnet.model.base import load_base
         from controlnet.model.generate import Memory
 
-        base = load_base(name, self.device, self.dtype, self.offline)
+        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory)
         dtype = str(self.dtype).removeprefix("torch.")
         say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
         return base, Memory()
@@ -287,7 +287,8 @@ class Studio:
 
         base, _ = self.base(base_name)
         path = find(source, self.offline, _NET)
-        net = load_controlnet(path, base.dtype, base.unet.config, base.name).to(base.device)
+        net = load_controlnet(path, base.dtype, base.unet.config, base.name)
+        net = net if self.low_memory else net.to(base.device)
         return net, model_hash(path)
 
     def _detector(self, kind: str):

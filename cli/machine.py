@@ -37,8 +37,12 @@ def choose_device(name: str | None):
 
 
 def choose_dtype(name: str | None, device):
+    """The named number type; else float16 on CUDA, bfloat16 on a CPU that multiplies it in hardware, else float32."""
     import torch
 
+    if name is None and device.type == "cpu":
+        known: dict = getattr(torch.cpu, "get_capabilities", dict)()
+        return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in ("float32", "float16", "bfloat16"):

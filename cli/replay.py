@@ -59,7 +59,8 @@ def replay(
     job = _job(image, before, cond or [])
     if out is not None:
         keeps(out, overwrite, skip_existing=False)
-    studio = Studio(_available(device or before.get("device")), before.get("dtype"), offline, strict=False)
+    studio = Studio(_available(device or before.get("device")), before.get("dtype"), offline, strict=False,
+                    low_memory=bool(before.get("low_memory")))  # fmt: skip
 
     def failed(name: str, error: ControlNetError) -> None:
         raise error
@@ -92,8 +93,8 @@ def replay(
 def changes(before: dict, after: dict) -> list[str]:
     """What two records say differently about models, conditions and machine: a line each."""
     found = []
-    for name in ("base_sha256", "device", "dtype", "threads", "batch"):
-        if before.get(name) != after[name]:
+    for name in ("base_sha256", "device", "dtype", "threads", "low_memory", "batch"):
+        if (before.get(name) or None) != (after[name] or None):
             found.append(f"{name}: {before.get(name)}, now {after[name]}")
     for name, version in after["versions"].items():
         if (was := before.get("versions", {}).get(name)) != version:

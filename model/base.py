@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +53,10 @@ class Base:
     words: frozenset[str] | None
     """The words that the text encoder was trained on, where the base's tokenizer folder has a words.txt."""
     guidance: float
+    device: torch.device
+    low_memory: bool = False
+    """Whether a network is on the device only while it works, pictures are made one at a time, and decoded in tiles
+    where they are larger than the VAE was trained on."""
 
     @property
     def native_size(self) -> int:
@@ -64,10 +70,6 @@ class Base:
         return 2 ** (len(widths) - 1)
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
@@ -76,7 +78,8 @@ class Base:
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.to(self.dtype)
+        with self.at_work(self.text_encoder):
+            return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.to(self.dtype)
 
     @property
     def max_tokens(self) -> int:
@@ -95,7 +98,21 @@ class Base:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], float32, of latents as the UNet gives them."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
+        with self.at_work(self.vae):
+            return self.vae.decode(latents / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
+
+    @contextmanager
+    def at_work(self, *networks: nn.Module) -> Iterator[None]:
+        """Inside, these networks are on the device; with low_memory they are on the CPU before and after."""
+        if self.low_memory:
+            for network in networks:
+                nn.Module.to(network, self.device)
+        try:
+            yield
+        finally:
+            if self.low_memory:
+                for network in networks:
+                    nn.Module.to(network, "cpu")
 
     def unload(self) -> None:
         """Forget VAE and text encoder: training needs their memory and not them."""
@@ -129,23 +146,30 @@ def find_base(name: str, offline: bool = False) -> Stored:
 
 
 def load_base(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False
-) -> Base:
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False,
+    low_memory: bool = False,
+) -> Base:  # fmt: skip
     """Load what `find_base` finds. Raises as it does, and ModelError for unusable weights."""
     known, stored = BASES.get(name), find_base(name, offline)
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
-    return Base(
+    home = "cpu" if low_memory else device
+    base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
         tokenizer=_load_tokenizer(stored),
-        unet=_load_network("unet", stored, device, dtype),
-        vae=_load_network("vae", stored, device, dtype),
-        text_encoder=_load_network("text_encoder", stored, device, dtype),
+        unet=_load_network("unet", stored, home, dtype),
+        vae=_load_network("vae", stored, home, dtype),
+        text_encoder=_load_network("text_encoder", stored, home, dtype),
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=known.guidance if known else 7.5,
+        device=torch.device(device),
+        low_memory=low_memory,
     )
+    if low_memory:
+        base.vae.enable_tiling()
+    return base
 
 
 def _check_fit(stored: Stored) -> None:

@@ -67,14 +67,15 @@ def generate(
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
     memory = memory or Memory()
     made = 0
-    for group in _groups(requests, batch):
+    for group in _groups(requests, 1 if base.low_memory else batch):
         texts = {r.prompt for r in group} | {r.negative for r in group if guidance != 1}
         memory.texts = {t: memory.texts[t] if t in memory.texts else base.encode_text([t]) for t in texts}
         pairs = [(net, c) for r in group for (net, _), c in zip(nets, r.conditions, strict=True)]
-        memory.hints = {
-            key: memory.hints.get(key) or (c, net.encode_hint(_input(c, base)))
-            for key, (net, c) in {(id(net), id(c)): (net, c) for net, c in pairs}.items()
-        }
+        with base.at_work(*(net for net, _ in pairs)):
+            memory.hints = {
+                key: memory.hints.get(key) or (c, net.encode_hint(_input(c, base)))
+                for key, (net, c) in {(id(net), id(c)): (net, c) for net, c in pairs}.items()
+            }
         controls = [
             Applied(net, _joined([memory.hints[id(net), id(r.conditions[k])][1] for r in group]), strength)
             for k, (net, strength) in enumerate(nets)
@@ -86,10 +87,11 @@ def generate(
             on_step(before + count * done / of)
 
         noise, generators = draw_noise([r.seed for r in group], shape)
-        latents = sample(
-            base.unet, make_scheduler(base.scheduler, scheduler), noise, text, null_text, controls, steps, guidance,
-            generators, step,
-        )  # fmt: skip
+        with base.at_work(base.unet, *(net for net, _ in nets)):
+            latents = sample(
+                base.unet, make_scheduler(base.scheduler, scheduler), noise, text, null_text, controls, steps, guidance,
+                generators, step, base.low_memory,
+            )  # fmt: skip
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
         for latent in latents:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from controlnet.model.controlnet import Control, ControlNet
@@ -47,15 +48,19 @@ def sample(
     guidance: float = 7.5,
     generators: list[torch.Generator] | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
+    halves_apart: bool = False,
 ) -> Tensor:
     """Latents (B, 4, h, w) from noise (B, 4, h, w), in the noise's dtype.
 
     text is (B, T, D), null_text the same or (1, T, D). A hint of B images serves both guidance halves. With guidance 1,
-    or null_text None, the unconditional half is not computed. on_step is told the evaluations done and their number.
+    or null_text None, the unconditional half is not computed. halves_apart computes one after the other: less memory,
+    and what they share twice. on_step is told the evaluations done and their number.
     """
     guided = null_text is not None and guidance != 1
     cond = Text(text)
-    both = Text(torch.cat([null_text.expand_as(text), text])) if null_text is not None and guided else cond  # 2B rows
+    null = Text(null_text.expand_as(text)) if null_text is not None and guided else cond
+    both = cond if halves_apart or not guided else Text(torch.cat([null.c_t, text]))  # 2B rows
+    everywhere = [one for one in controls if one.strength.control_on == "both"]
     scheduler.set_timesteps(steps, device=unet.device)
     options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     times = scheduler.timesteps.to(unet.device)
@@ -63,14 +68,12 @@ def sample(
     z = noise.to(unet.device) * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         z_t = scheduler.scale_model_input(z, t).to(unet.dtype).contiguous(memory_format=torch.channels_last)
-        embedding = {network: rows[i : i + 1] for network, rows in embeddings.items()}
-        control = None
-        for one in controls:
-            scale = one.strength.at(i, len(times))
-            if scale != 0:  # else it need not run
-                own = control_of(one, scale, z_t, embedding[one.net], both, cond)
-                control = own if control is None else control + own
-        eps = predict(unet, z_t, embedding[unet], both, control).to(z.dtype)
+        at = {network: rows[i : i + 1] for network, rows in embeddings.items()}
+        now = i, len(times)
+        eps = predict(unet, z_t, at[unet], both, add_controls(controls, now, z_t, at, both, cond)).to(z.dtype)
+        if guided and halves_apart:
+            control = add_controls(everywhere, now, z_t, at, null, null)
+            eps = torch.cat([predict(unet, z_t, at[unet], null, control).to(z.dtype), eps])
         if guided:
             eps_null, eps_text = eps.chunk(2)
             eps = eps_null + guidance * (eps_text - eps_null)
@@ -79,14 +82,23 @@ def sample(
     return z
 
 
-def control_of(one: Applied, scale: float, z: Tensor, embedding: Tensor, both: Text, cond: Text) -> Control:
-    """The control of one ControlNet at z_t (B, 4, h, w). One that acts on the conditional half sees that half alone,
-    and gives nothing to the other."""
-    alone = one.strength.control_on == "cond"
-    control = one.strength.apply(one.net.control(z, embedding, cond if alone else both, one.hint), scale)
-    if alone and both is not cond:
-        return Control([_after_zeros(r) for r in control.down], _after_zeros(control.middle))
-    return control
+def add_controls(
+    controls: list[Applied], now: tuple[int, int], z: Tensor, at: dict[Any, Tensor], both: Text, cond: Text
+) -> Control | None:
+    """The sum of the controls that act on z_t (B, 4, h, w) in evaluation i of n, `now`, for the rows of `both`; None
+    when none does. `at` has the time embedding of each network. A ControlNet whose scale is 0 is not run. One that acts
+    on the conditional half sees that half alone, and gives nothing to the other."""
+    total = None
+    for one in controls:
+        scale = one.strength.at(*now)
+        if scale == 0:
+            continue
+        alone = one.strength.control_on == "cond" and both is not cond
+        control = one.strength.apply(one.net.control(z, at[one.net], cond if alone else both, one.hint), scale)
+        if alone:
+            control = Control([_after_zeros(r) for r in control.down], _after_zeros(control.middle))
+        total = control if total is None else total + control
+    return total
 
 
 def _after_zeros(residual: Tensor) -> Tensor:

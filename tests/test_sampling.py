@@ -147,3 +147,31 @@ def test_controls_are_added(base, net, condition):
     scheduler, null_text = make_scheduler(base.scheduler, "ddim"), base.encode_text([""])
     two = sample(base.unet, scheduler, noise, text, null_text, controls, 10, generators=generators)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("control_on", ["both", "cond"])
+def test_halves_apart_are_the_halves_together(small_base_folder, condition, control_on):
+    base = load_base(str(small_base_folder / "base"), dtype=torch.float64)
+    net = load_controlnet(small_base_folder / "net", torch.float64)
+    counter = Counter(base.unet.conv_out)
+    together, apart = (
+        run(base, net, condition, control_on=control_on, halves_apart=one, steps=3) for one in (False, True)
+    )
+    assert counter.batches == [4] * 3 + [2] * 6
+    assert (together - apart).abs().max() <= 1e-9 * together.std()
+
+
+def test_low_memory_makes_the_same_images_one_at_a_time(small_base_folder, base, net, condition):
+    spare = load_base(str(small_base_folder / "base"), low_memory=True)
+    counter = Counter(spare.unet.conv_in)
+    requests = [Request(PROMPT, seed, (condition,)) for seed in (1, 2)]
+    for usual, one in zip(*(generate(b, requests, [(net, Strength())], steps=2) for b in (base, spare)), strict=True):
+        assert np.abs(usual.astype(int) - one).max() <= 1 and usual.std() > 1
+    assert set(counter.batches) == {1} and spare.vae.use_tiling
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves networks to a GPU")
+def test_low_memory_leaves_the_device_empty(small_base_folder):
+    spare = load_base(str(small_base_folder / "base"), "cuda", low_memory=True)
+    next(generate(spare, [Request(PROMPT, 1)], steps=1))
+    assert {p.device.type for n in (spare.unet, spare.vae, spare.text_encoder) for p in n.parameters()} == {"cpu"}
