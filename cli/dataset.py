@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Quiet, say, warn
 from controlnet.preprocessors.errors import Exit, UsageError
 
@@ -37,7 +38,7 @@ def check(
     except UsageError as error:
         warn(f"{error}; lines are not checked for polarity")
         name = "unknown"
-    with _bar("checking", len(found.pairs), quiet) as on_pair:
+    with count_bar("checking", len(found.pairs), quiet) as on_pair:
         counts, problems, previews = check_pairs(found, name, on_pair)
     if previews:
         write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
@@ -83,7 +84,7 @@ def build(
     if found.form != "photos":
         raise UsageError(f"{photos}: holds pairs already ({found.form})", f"controlnet train {photos}")
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
-    with _bar("building", len(found.pairs), quiet) as on_pair:
+    with count_bar("building", len(found.pairs), quiet) as on_pair:
         manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair)
     for reason in failed:
         warn(reason)
@@ -93,28 +94,3 @@ def build(
     print(json.dumps({"output": str(out), **manifest}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)
-
-
-class _bar:
-    """A progress bar on standard error when someone is watching; as a context it gives on_pair(done)."""
-
-    def __init__(self, what: str, total: int, quiet: bool):
-        import sys
-
-        self.progress = None
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.progress = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.progress.add_task(what, total=total)
-
-    def __enter__(self):
-        if self.progress is None:
-            return lambda done: None
-        self.progress.start()
-        return lambda done: self.progress.update(self.task, completed=done)
-
-    def __exit__(self, *_) -> None:
-        if self.progress is not None:
-            self.progress.stop()

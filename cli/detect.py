@@ -20,6 +20,7 @@ from controlnet.cli.options import (
     Quiet,
     SkipExisting,
     field_doc,
+    keeps,
     say,
 )
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
@@ -80,24 +81,26 @@ def _detect(
 
 
 def _weights_of(row: Detector) -> dict | None:
-    from controlnet.preprocessors.weights import WEIGHTS, kept
+    from controlnet.preprocessors.weights import WEIGHTS, digests, kept
 
     if not row.weights:
         return None
     weights = WEIGHTS[row.weights]
     return {"name": weights.name, "source": f"{weights.source} {weights.file}".strip(), "bytes": weights.size,
-            "licence": weights.licence, "sha256": weights.sha256 or None,
+            "licence": weights.licence, "sha256": digests(weights.name),
             "here": kept(weights.name) is not None}  # fmt: skip
 
 
 def _row(line: dict) -> str:
     weights = line["weights"]
-    told = "no weights"
+    told = f"{line['kind']:10} {line['detector']:24} {line['help']}"
     if weights:
-        told = f"weights {weights['name']}, {weights['bytes'] / 1e6:.0f} MB, {weights['licence']}, " + (
-            "here" if weights["here"] else f"not here: controlnet models pull {weights['name']}"
-        )
-    return f"{line['kind']:10} {line['detector']:24} {line['help']} ({told})"
+        sha256 = ", ".join(f"{file} {digest[:12]}" for file, digest in weights["sha256"].items()) or "not known yet"
+        here = "here" if weights["here"] else f"not here: controlnet models pull {weights['name']}"
+        told += f"""
+{"":11}weights {weights["name"]}, {weights["bytes"] / 1e6:.0f} MB, {weights["licence"]}, {here}
+{"":11}from {weights["source"]}; sha256 {sha256}"""
+    return told
 
 
 ALL_HELP = "A map of every kind, by the default detectors."
@@ -135,7 +138,7 @@ def _command(default: Detector):
     learned = any(row.weights for row in DETECTORS[default.kind].values())
     return _typer_command(command, default.kind, default.help, [
         *COMMON, _parameter("detector", DetectorName, None), *own,
-        *[_parameter("weights", WeightsFolder, None), _parameter("offline", Offline, False)] * learned,
+        *[_parameter("weights", WeightsFolder, None)] * learned, _parameter("offline", Offline, False),
         *[_parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
     ])  # fmt: skip
 
@@ -173,27 +176,44 @@ def _typer_command(function, name: str, help_: str, parameters: list[inspect.Par
 def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, *, inputs, out, as_json, size, resize,
                recursive, overwrite, skip_existing, preview, quiet) -> None:  # fmt: skip
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    from controlnet.cli.maps import Job, expand, run
+    from controlnet.cli.bars import bytes_bar
+    from controlnet.cli.maps import Job, expand, is_points, run, write_preview
     from controlnet.preprocessors.geometry import RESIZES, parse_size
+    from controlnet.preprocessors.images import read_bytes
 
     wanted = parse_size(size)
     if resize not in RESIZES:
         raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
     sources = expand(inputs, recursive)
-    if out is not None and len(chosen) > 1 and not (out.endswith("/") or Path(out).is_dir()):
+    several = len(chosen) > 1
+    if several and (out == "-" or (out is None and "-" in sources)):
+        raise UsageError("several kinds of map do not go to standard output", "-o maps/")
+    if several and out is not None and not (out.endswith("/") or Path(out).is_dir()):
         raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {out}/")
-    failed = 0
+    if preview is not None and keeps(preview, overwrite, skip_existing):
+        preview = None
+    piped = read_bytes("-") if "-" in sources else b""  # once for all kinds
+
+    def read(source: str) -> bytes:
+        return piped if source == "-" else read_bytes(source)
+
+    failed, shown = 0, {}
     for detector, options in chosen:
-        sheet = preview and (preview.with_stem(f"{preview.stem}.{detector.kind}") if len(chosen) > 1 else preview)
         try:
-            make = detector.ready(options, weights, offline)
-            job = Job(detector, options, make, wanted, resize, overwrite, skip_existing)
-            failed += run(job, sources, out, as_json, keypoints, sheet, quiet)
+            make = None
+            if not all(is_points(detector.kind, source) for source in sources):
+                with bytes_bar(f"fetching {detector.weights}", quiet) as on_bytes:
+                    make = detector.ready(options, weights, offline, on_bytes)
+            job = Job(detector, options, make, wanted, resize, read, overwrite, skip_existing)
+            missed, shown[detector.kind] = run(job, sources, out, as_json, keypoints, preview is not None, quiet)
+            failed += missed
         except ControlNetError as error:
-            if len(chosen) == 1:
+            if not several:
                 raise
             failed += len(sources)
             say(f"error: {detector.kind}: {error}")
+    if preview is not None:
+        write_preview(preview, shown)
     if failed:
         say(f"{failed} of {len(sources) * len(chosen)} maps failed")
         raise typer.Exit(Exit.PARTIAL)

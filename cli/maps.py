@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,12 @@ class Job:
 
     detector: Detector
     options: Any
-    make: Maker
+    make: Maker | None
+    """None where there are only key points to draw."""
     size: tuple[int, int]
     resize: str
+    read: Callable[[str], bytes]
+    """The bytes of a source."""
     overwrite: bool = False
     skip_existing: bool = False
 
@@ -48,6 +51,11 @@ class Made:
     error: ControlNetError | None = None
 
 
+def is_points(kind: str, source: str) -> bool:
+    """Whether a source is key points to be drawn instead of a photo."""
+    return kind == "pose" and source.lower().endswith(".json")
+
+
 def targets_of(sources: list[str], out: str | None, kind: str) -> dict[str, Path | None]:
     """Where each map goes; None for standard output. Raises UsageError when two would go to one place."""
     targets = {}
@@ -55,7 +63,10 @@ def targets_of(sources: list[str], out: str | None, kind: str) -> dict[str, Path
         path = Path("stdin" if source == "-" else source)
         # Standard input has no folder of its own: its map goes to standard output unless -o names a place.
         place = "-" if source == "-" and out is None else out
-        targets[source] = output_path(place, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
+        target = output_path(place, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
+        if target is not None and target.suffix.lower() != ".png":
+            raise UsageError(f"-o {target}: maps are PNG files", f"-o {target.with_suffix('.png')}")
+        targets[source] = target
     places = list(targets.values())
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)
@@ -63,17 +74,26 @@ def targets_of(sources: list[str], out: str | None, kind: str) -> dict[str, Path
     return targets
 
 
-def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, preview: Path | None,
-        quiet: bool) -> int:  # fmt: skip
-    """Make a map of every source; how many failed. One bad photo of several is reported and the rest goes on; a single
-    bad one raises."""
+def points_of(sources: list[str], keypoints: Path | None, targets: dict[str, Path | None]) -> dict[str, Path | None]:
+    """Where the key points of each source go; None for nowhere. Raises UsageError when a place is taken twice."""
+    if keypoints is None:
+        return dict.fromkeys(sources)
+    folder = len(sources) > 1 or keypoints.is_dir()
+    points: dict[str, Path | None]
+    points = {s: keypoints / f"{Path(s).stem}.json" if folder else keypoints for s in sources}
+    if len(set(points.values())) < len(sources) or set(points.values()) & set(targets.values()):
+        raise UsageError(f"--keypoints {keypoints}: two results would be written to one place", "--keypoints points/")
+    return points
+
+
+def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool,
+        quiet: bool) -> tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]:  # fmt: skip
+    """Make a map of every source; how many failed, and with `previews` the first photos and their maps, small. One bad
+    photo of several is reported and the rest goes on; a single bad one raises."""
     targets = targets_of(sources, out, job.detector.kind)
-    folder = keypoints is not None and (len(sources) > 1 or keypoints.is_dir())
-    points = {s: keypoints / f"{Path(s).stem}.json" if keypoints and folder else keypoints for s in sources}
-    if preview is not None:
-        keeps(preview, job.overwrite, skip_existing=False)
+    points = points_of(sources, keypoints, targets)
     lock = Lock()
-    shown: list[tuple[np.ndarray, str]] = []
+    shown: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     failed = 0
 
     def work(source: str, wanted: bool) -> Made:
@@ -82,7 +102,7 @@ def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints:
         except ControlNetError as error:
             return Made({}, error=error)
 
-    for source, made in zip(sources, _in_order(work, sources, preview is not None, quiet), strict=True):
+    for source, made in zip(sources, _in_order(work, sources, previews, quiet), strict=True):
         if made.error is not None:
             if len(sources) == 1:
                 raise made.error
@@ -94,14 +114,27 @@ def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints:
         else:
             tell(made.fields, as_json)
         if made.preview is not None:
-            shown += [(made.preview[0], Path(source).name), (made.preview[1], job.detector.kind)]
-    if preview is not None and shown:
-        from controlnet.preprocessors.images import png_bytes, write_file
-        from controlnet.preprocessors.sheet import contact_sheet
+            shown[source] = made.preview
+    return failed, shown
 
-        write_file(preview, png_bytes(contact_sheet(shown, 4 if len(shown) > 2 else 2, 256)))
-        say(f"look at {preview}")
-    return failed
+
+def write_preview(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
+    """A contact sheet of what `run` has shown for each kind: every photo, and its maps beside it."""
+    from controlnet.preprocessors.images import png_bytes, write_file
+    from controlnet.preprocessors.sheet import contact_sheet
+
+    sources = list(dict.fromkeys(source for kind in shown.values() for source in kind))
+    if not sources:
+        return
+    cells: list[tuple[np.ndarray, str]] = []
+    for source in sources:
+        own = {kind: pictures[source] for kind, pictures in shown.items() if source in pictures}
+        cells.append((next(iter(own.values()))[0], Path(source).name))
+        blank = 0 * cells[-1][0] + 255
+        cells += [(own[kind][1], kind) if kind in own else (blank, f"no {kind}") for kind in shown]
+    columns = len(shown) + 1
+    write_file(path, png_bytes(contact_sheet(cells, 2 * columns if columns == 2 < len(cells) else columns, 256)))
+    say(f"look at {path}")
 
 
 def _in_order(work, sources: list[str], previews: bool, quiet: bool) -> Iterator[Made]:
@@ -129,24 +162,26 @@ def _in_order(work, sources: list[str], previews: bool, quiet: bool) -> Iterator
 def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock) -> Made:
     from controlnet.preprocessors.detect import detect, record, rgb
     from controlnet.preprocessors.geometry import fit
-    from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+    from controlnet.preprocessors.images import png_bytes, read_image, write_file
     from controlnet.preprocessors.keypoints import draw_json, to_json
     from controlnet.preprocessors.metadata import dump
 
     def told(size: tuple[int, int]) -> dict:
         return record(job.detector, job.options, size, job.resize, Path(source).name, data)
 
-    data = read_bytes(source)
+    data = job.read(source)
     if target is not None and target.exists() and job.skip_existing:
         before, size = _record_of(target)
-        if before is None or told(size).items() <= before.items():
+        same = before is None or told(size if job.resize == "keep" else job.size).items() <= before.items()
+        if same and (keypoints is None or keypoints.exists()):
             return Made({"output": str(target), "source": source, "kind": job.detector.kind, "skipped": True})
     elif target is not None:
         keeps(target, job.overwrite, skip_existing=False)
     image = None
-    if job.detector.kind == "pose" and source.endswith(".json"):
-        map_, fields = draw_json(data, source, job.size, job.resize)
+    if is_points(job.detector.kind, source):
+        map_, fields = draw_json(data, source, job.size, job.resize, job.options.allow_empty)
     else:
+        assert job.make is not None
         image, _ = read_image(data, source, warn)
         try:
             if job.detector.weights:
@@ -159,7 +194,8 @@ def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, pre
     made = told((map_.shape[1], map_.shape[0])) | fields
     png = png_bytes(map_, dump(made))
     if keypoints is not None:
-        keeps(keypoints, job.overwrite, skip_existing=False)
+        # With --skip-existing, a map that is made again makes its key points again.
+        keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)
         write_file(keypoints, to_json(fields["keypoints"], (map_.shape[1], map_.shape[0])))
     both = None
     if preview:
@@ -195,6 +231,8 @@ def expand(inputs: list[str], recursive: bool) -> list[str]:
     maps = tuple(f".{kind}.png" for kind in KINDS)
     sources: list[str] = []
     for name in inputs:
+        if not name:
+            raise UsageError("an empty name in place of a photo", "controlnet detect canny PHOTO")
         if name == "-" or not Path(name).is_dir():
             sources.append(name)
             continue

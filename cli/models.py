@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from controlnet.cli import formats
+from controlnet.cli.bars import bytes_bar
 from controlnet.cli.machine import silence_libraries
 from controlnet.cli.options import Json, Quiet, default_base, say, use_base
 from controlnet.preprocessors.errors import Exit, UsageError
@@ -95,7 +95,7 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
     from controlnet.preprocessors import weights
 
     if name in weights.WEIGHTS:
-        with progress(name, quiet) as on_bytes:
+        with bytes_bar(f"fetching {name}", quiet) as on_bytes:
             return weights.kept(name) or weights.pull(name, on_bytes)
     silence_libraries(bars=not quiet)
     from controlnet.model import hub
@@ -121,13 +121,17 @@ def _model(name: str) -> str:
 def verify(names: Names = None, as_json: Json = False) -> None:
     silence_libraries()
     from controlnet.model import hub
+    from controlnet.model.registry import NETS
     from controlnet.preprocessors import weights
 
-    known = [row["name"] for row in rows() if row["here"]]
-    fetched = {_model(name): name for name in known if name not in weights.WEIGHTS}
+    known = dict.fromkeys(row["name"] for row in rows() if row["here"])
+    fetched = {_model(name) for name in known if name not in weights.WEIGHTS}
+    damaged = [name for name in weights.WEIGHTS if weights.fetched(name) and weights.verify(name)]
     bad = False
-    for name in names or [*known, *(source for source in hub.lock() if source not in fetched)]:
-        wrong = weights.verify(name) if name in weights.WEIGHTS else _verify_model(_model(name))
+    for name in names or [*known, *damaged, *(source for source in hub.lock() if source not in fetched)]:
+        wrong = weights.verify(name) if name in weights.WEIGHTS else []
+        if name not in weights.WEIGHTS or name in NETS:
+            wrong += _verify_model(_model(name))
         bad = bad or bool(wrong)
         if as_json:
             print(json.dumps({"name": name, "whole": not wrong, "wrong": wrong}))
@@ -177,27 +181,3 @@ def use(
     source = BASES[name].source if name in BASES else name
     if not Path(source).exists() and not hub.kept(source):
         say(f"{name} is not on this machine yet: it is fetched at first use, or by controlnet models pull {name}")
-
-
-class progress:
-    """A bar of bytes on standard error when someone is watching; as a context it gives on_bytes(done, of)."""
-
-    def __init__(self, name: str, quiet: bool):
-        self.name, self.bar = name, None
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-
-    def __enter__(self):
-        if self.bar is None:
-            return lambda done, of: None
-        self.bar.start()
-        task = self.bar.add_task(f"fetching {self.name}", total=None)
-        return lambda done, of: self.bar.update(task, completed=done, total=of)
-
-    def __exit__(self, *_) -> None:
-        if self.bar is not None:
-            self.bar.stop()

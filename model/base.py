@@ -25,7 +25,7 @@ from controlnet.model.registry import BASES
 from controlnet.model.stored import BASE_PARTS, Stored, open_model
 from controlnet.model.tensors import read_json
 from controlnet.model.unet import BLOCKS
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.errors import ModelError, UsageError, reason
 from controlnet.preprocessors.images import write_file
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
@@ -237,8 +237,7 @@ def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises a dozen types for a broken file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{folder}: cannot be loaded: {reason[0]}", f"ls {folder}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {reason(error)}", f"ls {folder}") from error
 
 
 def write_tokenizer(folder: Path, cross_attention_dim: int) -> None:

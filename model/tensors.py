@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from controlnet.preprocessors.errors import ModelError, OutputError
+from controlnet.preprocessors.errors import ModelError, OutputError, reason
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -145,8 +145,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ModelError(f"{path}: cannot be read as weights ({reason})", "download the file again")
+    return ModelError(f"{path}: cannot be read as weights ({reason(error)})", "download the file again")
 
 
 def is_safetensors(path: Path) -> bool:

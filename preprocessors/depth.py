@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.errors import ModelError, UsageError, reason
 
 Nearness = Callable[[np.ndarray, Path], np.ndarray]
 """(picture (H, W, 3) uint8 RGB, folder of weights) -> (H, W) float that grows towards the viewer."""
@@ -30,10 +30,18 @@ class NormalOptions:
     strength: float = 1.0
     """How steep a rise over the whole shorter side from the farthest to the nearest point is: 1 is 45 degrees."""
 
+    def __post_init__(self):
+        if not 0 <= self.strength <= 100:
+            raise UsageError(
+                f"strength={self.strength}: expected 0 to 100",
+                "controlnet detect normal PHOTO --strength 1",
+            )
+
 
 def to_map(nearness: np.ndarray, options: DepthOptions) -> tuple[np.ndarray, dict]:
     """(H, W) numbers that grow towards the viewer -> the map (H, W), uint8 or uint16, from its least to its greatest
     number; and these two, for the PNG text. One flat distance is black."""
+    check_finite(nearness)
     low, high = float(nearness.min()), float(nearness.max())
     top = 65535 if options.raw else 255
     scaled = (nearness - low) / (high - low) if high > low else np.zeros(nearness.shape)
@@ -48,6 +56,7 @@ def to_normals(nearness: np.ndarray, options: NormalOptions) -> np.ndarray:
     The picture is taken for a relief: its height goes from 0 to 1, its shorter side is 1 long. Slopes are therefore
     relative, and a step between near and far shows as a steep rim.
     """
+    check_finite(nearness)
     span = np.ptp(nearness) or 1.0
     relief = (nearness.astype(np.float32) - nearness.min()) / span * (options.strength * min(nearness.shape))
     padded = np.pad(relief, 1, mode="edge")  # ends are halved below: outside, the relief is flat
@@ -57,14 +66,26 @@ def to_normals(nearness: np.ndarray, options: NormalOptions) -> np.ndarray:
     return np.rint((normals + 1) * 127.5).astype(np.uint8)
 
 
-def depth_and_normal(near: Nearness) -> tuple[Callable, Callable]:
-    """The depth detector and the normal detector of a network."""
+def check_finite(nearness: np.ndarray) -> None:
+    """Raises ModelError for what only damaged weights give."""
+    if not np.isfinite(nearness).all():
+        raise ModelError("the depth network gives NaN or infinite numbers: its weights are damaged", "--weights DIR")
+
+
+def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callable, Callable]:
+    """The depth detector and the normal detector of a network. A coarse one gives `numbers` a shorter side: their grain,
+    which depth hides and slopes show, is smoothed away for the normals."""
 
     def depth(image: np.ndarray, options: DepthOptions, weights: Path) -> tuple[np.ndarray, dict]:
         return to_map(near(image, weights), options)
 
     def normal(image: np.ndarray, options: NormalOptions, weights: Path) -> np.ndarray:
-        return to_normals(near(image, weights), options)
+        relief = near(image, weights)
+        if numbers is not None:
+            relief = cv2.GaussianBlur(
+                relief, (0, 0), 1.5 * min(relief.shape) / numbers, borderType=cv2.BORDER_REPLICATE
+            )
+        return to_normals(relief, options)
 
     return depth, normal
 
@@ -99,8 +120,7 @@ def _load_transformer(weights: Path):
         processor = AutoImageProcessor.from_pretrained(weights, local_files_only=True)
         return processor, AutoModelForDepthEstimation.from_pretrained(weights, local_files_only=True).eval()
     except Exception as error:  # transformers raises a dozen types for a folder of something else
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{weights}: holds no depth network ({reason})", "--weights DIR") from error
+        raise ModelError(f"{weights}: holds no depth network ({reason(error)[:200]})", "--weights DIR") from error
 
 
 def _midas(image: np.ndarray, weights: Path) -> np.ndarray:
@@ -118,6 +138,6 @@ def _midas(image: np.ndarray, weights: Path) -> np.ndarray:
     return cv2.resize(predicted, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-tiny_depth, tiny_normal = depth_and_normal(_tiny)
+tiny_depth, tiny_normal = depth_and_normal(_tiny, 80)
 transformer_depth, transformer_normal = depth_and_normal(_transformer)
 midas_depth, midas_normal = depth_and_normal(_midas)

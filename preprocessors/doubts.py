@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from controlnet.preprocessors.skeleton import COLOURS, JOINTS
+from controlnet.preprocessors.skeleton import COLOURS, LIMBS
 
 LINES = ("canny", "softedge", "scribble", "lineart", "mlsd")
 """Kinds that are white lines on black."""
@@ -21,9 +21,11 @@ STRETCH = 0.05
 """Aspects may differ by so much (natural logarithm of their ratio)."""
 GREY_SHARE = 0.35
 """Share of a line map's lit pixels that may be grey: resizing makes some."""
-EXCHANGED = (("nose", "left knee"), ("neck", "left hip"), ("right shoulder", "right ankle"),
-             ("right elbow", "right knee"))  # fmt: skip
-"""Joints whose colours are each other's with red and blue exchanged; the first one is mostly the higher one."""
+FAR_FROM_CANVAS = (0.5, 16)
+"""A map's shorter side over the canvas's: below, lines become blocks; above, they run together."""
+
+
+_DETECT_POSE = "controlnet detect pose PHOTO"
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,27 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
             Doubt("grey lines", f"{share:.0%} of its lines are grey; {kind} has white ones alone",
                   "kind=softedge if they are soft edges; else make the map again, as a PNG at its final size")
         )  # fmt: skip
-    if kind == "pose" and red_and_blue_exchanged(condition):
+    if kind == "pose" and not has_skeleton(condition):
+        found.append(Doubt("no skeleton", "not a coloured skeleton on black, which the kind pose is", _DETECT_POSE))
+    elif kind == "pose" and red_and_blue_exchanged(condition):
         found.append(
-            Doubt("red and blue exchanged", "head and legs have each other's colours: BGR was taken for RGB",
+            Doubt("red and blue exchanged", "its limbs do not lie between their joints: BGR was taken for RGB",
                   "exchange red and blue: image[..., ::-1]")
         )  # fmt: skip
+    if size is not None and not FAR_FROM_CANVAS[0] <= min(width, height) / min(size) <= FAR_FROM_CANVAS[1]:
+        found.append(Doubt("another size", f"{width}x{height} is far from the canvas {size[0]}x{size[1]}",
+                           f"--size {size[0]}x{size[1]} when the map is made"))  # fmt: skip
     if size is not None and abs(np.log(width / height * size[1] / size[0])) > STRETCH:
         found.append(Doubt("another aspect", f"{width}x{height} is stretched to the canvas {size[0]}x{size[1]}",
                            f"--size {size[0]}x{size[1]} when the map is made"))  # fmt: skip
     return found
+
+
+def has_skeleton(condition: np.ndarray) -> bool:
+    """Whether a map (H, W, 3) uint8 is mostly black and coloured where it is not."""
+    lit = condition.max(2) > 30
+    colour = np.ptp(condition[lit], axis=1).mean() if lit.any() else 255
+    return bool(lit.mean() < 0.5 and colour > 60)
 
 
 def grey_share(condition: np.ndarray) -> float:
@@ -69,16 +83,24 @@ def grey_share(condition: np.ndarray) -> float:
 
 def red_and_blue_exchanged(condition: np.ndarray) -> bool:
     """Whether a pose map (H, W, 3) uint8 has its colours as BGR. OpenPose's colours are a circle of hues, so exchanging
-    two channels gives the same set of colours; but then the nose lies below the knee."""
-    votes = 0
-    for upper, lower in EXCHANGED:
-        above, below = (_row_of(condition, COLOURS[JOINTS.index(name)]) for name in (upper, lower))
-        if above is not None and below is not None:
-            votes += 1 if above > below else -1
-    return votes > 0
+    two channels gives the same set of colours; but then limbs no longer lie between the joints that they join."""
+    off, found = _off_joints(condition)
+    off_exchanged, found_exchanged = _off_joints(condition[..., ::-1])
+    return found_exchanged >= 3 and (found < 3 or off > max(0.05, 3 * off_exchanged))
 
 
-def _row_of(condition: np.ndarray, colour: tuple[int, int, int]) -> float | None:
-    """Mean row of the pixels of a joint's colour; None where there are none."""
-    near = (np.abs(condition.astype(np.int16) - colour) <= 30).all(2)
-    return float(np.flatnonzero(near.any(1)).mean()) if near.any() else None
+def _off_joints(condition: np.ndarray) -> tuple[float, int]:
+    """How far limbs lie from the middle of their joints, on the mean in parts of the picture; and how many limbs."""
+    joints = [_place_of(condition, colour) for colour in COLOURS]
+    off = []
+    for (a, b), colour in zip(LIMBS, COLOURS, strict=False):
+        limb, one, other = _place_of(condition, tuple(0.6 * c for c in colour)), joints[a], joints[b]
+        if limb is not None and one is not None and other is not None:
+            off.append(float(np.abs(limb - (one + other) / 2).max()))
+    return float(np.mean(off)) if off else 0.0, len(off)
+
+
+def _place_of(condition: np.ndarray, colour: tuple[float, ...]) -> np.ndarray | None:
+    """Mean row and column of the pixels of a colour, as parts of the picture; None where there are none."""
+    near = (np.abs(condition.astype(np.int16) - np.rint(colour).astype(np.int16)) <= 20).all(2)
+    return np.argwhere(near).mean(0) / condition.shape[:2] if near.any() else None

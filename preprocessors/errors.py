@@ -44,6 +44,11 @@ class ControlNetError(Exception):
         self.hint = hint
 
 
+def reason(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UsageError(ControlNetError):
     code = Exit.USAGE
 

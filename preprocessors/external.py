@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
-from controlnet.preprocessors.errors import ModelError, NothingFoundError
+from controlnet.preprocessors.errors import InputError, ModelError, NothingFoundError, reason
 from controlnet.preprocessors.hed import SoftEdgeOptions
 from controlnet.preprocessors.skeleton import JOINTS, draw, to_text
 
@@ -38,11 +39,15 @@ def openpose(image: np.ndarray, options: OpenposeOptions, weights: Path) -> tupl
 
 def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) uint8: soft edges by PiDiNet."""
-    side = min(image.shape[:2])
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if side < 64:
+        raise InputError(f"{width}x{height} is too small for PiDiNet, expected at least 64 pixels a side", "--size 512")
     made = load_detector("PidiNetDetector", weights)(
         image, detect_resolution=side, image_resolution=side, output_type="np", safe=options.safe
     )
-    return np.ascontiguousarray(made[..., 0])
+    # It works at multiples of 64 pixels.
+    return cv2.resize(np.ascontiguousarray(made[..., 0]), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 @cache
@@ -54,5 +59,6 @@ def load_detector(name: str, weights: Path):
     try:
         return getattr(controlnet_aux, name).from_pretrained(str(weights))
     except Exception as error:  # whatever torch and the networks raise for another file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{weights}: are not the weights of {name} ({reason})", "--weights DIR") from error
+        raise ModelError(
+            f"{weights}: are not the weights of {name} ({reason(error)[:200]})", "--weights DIR"
+        ) from error

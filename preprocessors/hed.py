@@ -10,11 +10,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.errors import InputError, ModelError, UsageError, reason
 
 FILE = "ControlNetHED.pth"
 LAYERS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
 """(channels in, channels out, convolutions) of each block; every block but the first begins at half the size."""
+LEAST = 16
+"""Pixels a side that four halvings leave something of."""
 MEAN_RGB = (122.67891434, 116.66876762, 104.00698793)
 
 
@@ -68,6 +70,10 @@ def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
     import torch
 
     height, width = image.shape[:2]
+    if min(height, width) < LEAST:
+        raise InputError(
+            f"{width}x{height} is too small for HED, expected at least {LEAST} pixels a side", "--size 512 --resize pad"
+        )
     with torch.inference_mode():
         x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
         sides = _network(weights / FILE)(x.contiguous(memory_format=torch.channels_last))
@@ -78,15 +84,17 @@ def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
 @cache
 def _network(path: Path):
     """The network with its weights. Raises ModelError for a file of another one."""
-    import pickle
-
     import torch
 
     network = make_network()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path}: are not HED's weights ({str(error).splitlines()[0]})", "--weights DIR") from error
+    except Exception as error:  # torch and pickle raise a dozen types for a file of something else
+        raise ModelError(
+            f"{path}: are not HED's weights ({reason(error)})", "controlnet models pull hed, or --weights DIR"
+        ) from error
+    if not all(bool(p.isfinite().all()) for p in network.parameters()):
+        raise ModelError(f"{path}: holds NaN or infinite numbers", "controlnet models pull hed, or --weights DIR")
     return network.eval().to(memory_format=torch.channels_last)
 
 

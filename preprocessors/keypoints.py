@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import window
+from controlnet.preprocessors.images import MAX_PIXELS
 from controlnet.preprocessors.skeleton import cut_people, draw, from_text, to_text
+
+BODY_25 = [*range(8), *range(9, 19)]
+"""The 18 joints among OpenPose's 25: without the middle of the hips and the feet."""
 
 
 def to_json(people: list, size: tuple[int, int]) -> bytes:
@@ -20,24 +24,32 @@ def to_json(people: list, size: tuple[int, int]) -> bytes:
     return (json.dumps(file) + "\n").encode()
 
 
-def from_json(data: bytes, name: str) -> tuple[list[np.ndarray], tuple[int, int]]:
-    """(people, their canvas' (width, height)). Raises InputError for what is no such file, and for counts and numbers
-    that are wrong."""
+def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[list[np.ndarray], tuple[int, int]]:
+    """(people, their canvas' (width, height)); OpenPose's own files name no canvas, theirs is `size`. Raises InputError
+    for what is no such file, and for counts and numbers that are wrong."""
     try:
         file = json.loads(data)
-        width, height = int(file["canvas_width"]), int(file["canvas_height"])
+        width, height = int(file.get("canvas_width", size[0])), int(file.get("canvas_height", size[1]))
         rows = [np.asarray(person["pose_keypoints_2d"], np.float64) for person in file["people"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{name}: is not OpenPose's JSON ({type(error).__name__}: {error}); expected people with pose_keypoints_2d,"
             " canvas_width, canvas_height", "controlnet detect pose PHOTO --keypoints points.json makes one"
         ) from error  # fmt: skip
-    if width < 8 or height < 8:
-        raise InputError(f"{name}: canvas {width}x{height}, expected at least 8 on each side")
+    if not (width >= 8 and height >= 8 and width * height <= MAX_PIXELS):
+        raise InputError(
+            f"{name}: canvas {width}x{height}, expected at least 8 on each side and at most {MAX_PIXELS:,} pixels"
+        )
     people = []
     for row in rows:
-        if row.size != 54 or not np.isfinite(row).all():
-            raise InputError(f"{name}: a person of {row.size} numbers, expected 54 finite ones: 18 of x, y, confidence")
+        if row.size == 75:
+            row = row.reshape(25, 3)[BODY_25]
+        if row.size != 54:
+            raise InputError(
+                f"{name}: a person of {row.size} numbers, expected 54 (18 joints of x, y, confidence) or 75 (BODY_25)"
+            )
+        if not np.isfinite(row).all():
+            raise InputError(f"{name}: a person with NaN or infinite numbers")
         person = row.reshape(18, 3) / (width, height, 1)
         outside = (person[:, :2] < -1) | (person[:, :2] > 2)
         if (outside.any(1) & (person[:, 2] > 0)).any():
@@ -46,9 +58,15 @@ def from_json(data: bytes, name: str) -> tuple[list[np.ndarray], tuple[int, int]
     return people, (width, height)
 
 
-def draw_json(data: bytes, name: str, size: tuple[int, int], resize: str) -> tuple[np.ndarray, dict]:
-    """The pose map of such a file at another size, as `detect` would make it of the photo; and its key points."""
-    people, canvas = from_json(data, name)
+def draw_json(
+    data: bytes, name: str, size: tuple[int, int], resize: str, allow_empty: bool = False
+) -> tuple[np.ndarray, dict]:
+    """The pose map of such a file at another size, as `detect` would make it of the photo; and its key points. Raises
+    NothingFoundError where it has nobody, unless allow_empty."""
+    people, canvas = from_json(data, name, size)
+    people = [person for person in people if (person[:, 2] > 0).any()]
+    if not people and not allow_empty:
+        raise NothingFoundError(f"{name}: nobody in it", "--allow-empty makes a black map")
     left, top, width, height, size = window(canvas, size, resize)
     people = from_text({"keypoints": to_text(cut_people(people, left, top, width, height))}, name) or []
     return draw(people, size), {"keypoints": to_text(people)}

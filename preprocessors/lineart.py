@@ -17,9 +17,9 @@ class LineArtOptions:
     """Levels by which a pixel must be darker to count when the lines' usual strength is measured."""
 
     def __post_init__(self):
-        if not self.sigma > 0 or not 0 <= self.threshold <= 255:
+        if not 0 < self.sigma <= 100 or not 0 <= self.threshold <= 255:
             raise UsageError(
-                f"lineart sigma={self.sigma}, threshold={self.threshold}: expected sigma above 0, threshold 0 to 255",
+                f"lineart sigma={self.sigma}, threshold={self.threshold}: expected sigma to 100, threshold to 255",
                 "controlnet detect lineart PHOTO --sigma 6 --threshold 8",
             )
 

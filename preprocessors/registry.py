@@ -41,13 +41,15 @@ class Detector:
     def load_options(self) -> type:
         return _resolve(self.options)
 
-    def ready(self, options: Any, weights: Path | None = None, offline: bool = False) -> Maker:
+    def ready(
+        self, options: Any, weights: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None
+    ) -> Maker:
         """The function that makes maps with these options. Weights come from the folder `weights`, else from the cache,
         else they are fetched. Raises ModelError when they cannot be had."""
         from controlnet.preprocessors.weights import find  # here: it imports what reaches the network
 
         function = _resolve(self.function)
-        more = (find(self.weights, weights, offline),) if self.weights else ()
+        more = (find(self.weights, weights, offline, on_bytes),) if self.weights else ()
 
         def make(image: np.ndarray) -> tuple[np.ndarray, dict]:
             made = function(image, options, *more)

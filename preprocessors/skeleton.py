@@ -30,6 +30,8 @@ COLOURS = (
 """RGB of joint i and, times 0.6, of limb i."""
 MIRRORED = [JOINTS.index(j.replace("left", "R").replace("right", "left").replace("R", "right")) for j in JOINTS]
 """Joint i of a person is joint MIRRORED[i] of its mirror image."""
+FAR = 100
+"""Joints of someone outside the picture may lie so many pictures away."""
 WIDTH, PER = 4, 512
 """Half the width of a limb and the radius of a joint, in pixels for a shorter side of PER."""
 
@@ -83,8 +85,8 @@ def from_text(fields: dict, name: str) -> list[np.ndarray] | None:
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: its key points are no numbers ({error})") from error
     for person in people:
-        if person.shape != (len(JOINTS), 3) or not np.isfinite(person).all():
-            raise InputError(
-                f"{name}: key points of shape {person.shape}, expected ({len(JOINTS)}, 3) finite numbers a person"
-            )
+        if person.shape != (len(JOINTS), 3):
+            raise InputError(f"{name}: key points of shape {person.shape}, expected ({len(JOINTS)}, 3) a person")
+        if not (np.abs(person) <= FAR).all():
+            raise InputError(f"{name}: key points that are NaN or farther than {FAR} pictures away")
     return people

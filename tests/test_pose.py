@@ -152,11 +152,36 @@ def file_of(numbers, side=64):
 @pytest.mark.parametrize("text, told", [
     ("{}", "not OpenPose's JSON"), ("[1]", "not OpenPose's JSON"), ("nonsense", "not OpenPose's JSON"),
     (file_of(["x"] * 54), "not OpenPose's JSON"), (file_of(None, side=0), "at least 8"), (file_of([1, 2]), "2 numbers"),
-    (file_of([float("nan")] * 54), "54 finite"), (file_of([900] * 54), "far outside"),
+    (file_of([float("nan")] * 54), "NaN or infinite"), (file_of([900] * 54), "far outside"),
 ])  # fmt: skip
 def test_wrong_key_point_files_are_refused(text, told):
     with pytest.raises(InputError, match=told):
         from_json(text.encode(), "points.json")
+
+
+@pytest.mark.parametrize("text", ['{"people": [], "canvas_width": 1e999, "canvas_height": 9}', "[" * 100_000])
+def test_numbers_and_nesting_that_break_readers(text):
+    with pytest.raises(InputError, match="not OpenPose's JSON"):
+        from_json(text.encode(), "points.json")
+
+
+def test_openposes_own_files():
+    """25 joints and no canvas: pixels of the size that is asked for, the feet and the middle of the hips left out."""
+    row = [n for joint in range(25) for n in (joint, 2 * joint, 0.5)]
+    people, canvas = from_json(json.dumps({"people": [{"pose_keypoints_2d": row}]}).encode(), "x", (64, 128))
+    assert canvas == (64, 128)
+    assert (people[0][:, 0] * 64).round().tolist() == [*range(8), *range(9, 19)]
+    with pytest.raises(InputError, match="canvas 0x0"):
+        from_json(b'{"people": []}', "x")
+
+
+def test_key_points_are_drawn_without_weights_and_nobody_is_told(run, tmp_path):
+    (tmp_path / "a.json").write_text(file_of([10.0, 10.0, 1.0] * 18))
+    assert run("detect", "pose", tmp_path / "a.json", "--offline")[0] == 0
+    (tmp_path / "none.json").write_text('{"people": [], "canvas_width": 64, "canvas_height": 64}')
+    code, _, err = run("detect", "pose", tmp_path / "none.json")
+    assert code == Exit.NOTHING and "nobody in it" in err and not (tmp_path / "none.pose.png").exists()
+    assert run("detect", "pose", tmp_path / "none.json", "--allow-empty")[0] == 0
 
 
 def test_json_keeps_people():

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from controlnet.preprocessors import weights
 from controlnet.preprocessors.errors import Exit, ModelError, UsageError
+from controlnet.preprocessors.metadata import sha256
 from helpers import run
 
 
@@ -142,15 +143,37 @@ def test_unknown_names(capsys):
 
 def test_the_list_says_what_is_here(index, capsys):
     for here in (False, True):
+        folder, names = weights.cache_folder() / "weights", weights.names_of(weights.WEIGHTS["blazepose"])
         if here:
-            (weights.cache_folder() / "weights/blazepose").mkdir(parents=True)
-            for name in weights.names_of(weights.WEIGHTS["blazepose"]):
-                (weights.cache_folder() / "weights/blazepose" / name).touch()
+            (folder / "blazepose").mkdir(parents=True)
+            for name in names:
+                (folder / "blazepose" / name).touch()
+            (folder / "lock.json").write_text(json.dumps({"blazepose": dict.fromkeys(names, sha256(b""))}))
         assert run("detect", "--list", "--json") == 0
         rows = {row["kind"]: row for row in map(json.loads, capsys.readouterr().out.splitlines()) if row["default"]}
         assert rows["canny"]["weights"] is None
         told = rows["pose"]["weights"]
-        assert told["here"] == here and told["licence"] == "Apache-2.0" and len(told["sha256"]) == 64
+        assert told["here"] == here and told["licence"] == "Apache-2.0"
+        assert told["sha256"].keys() == {weights.WEIGHTS["blazepose"].file} | (set(names) if here else set())
+        assert {len(digest) for digest in told["sha256"].values()} == {64}
+    text = run("detect", "--list"), capsys.readouterr().out
+    assert "from mediapipe mediapipe-0.10.21" in text[1] and "sha256" in text[1]
+
+
+def test_a_damaged_file_is_not_used_and_fetched_again(index):
+    path = weights.find("eyes") / "a.tflite"
+    path.write_bytes(b"firsT")
+    assert weights.kept("eyes") is None
+    with pytest.raises(ModelError, match="--offline"):
+        weights.find("eyes", offline=True)
+    assert weights.find("eyes") == path.parent and path.read_bytes() == b"first"
+    path.write_bytes(b"")
+    assert run("models", "pull", "eyes") == 0 and path.read_bytes() == b"first"
+
+
+def test_what_is_shipped_is_what_the_table_says():
+    assert [row.name for row in weights.WEIGHTS.values() if row.source == "shipped"] == ["tiny-depth"]
+    assert weights.verify("tiny-depth") == []
 
 
 def test_what_comes_with_the_package_is_never_fetched(index, capsys, monkeypatch, tmp_path):

@@ -1,0 +1,42 @@
+"""Progress bars on standard error, shown when someone is watching."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def count_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Gives on_item(done)."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def bytes_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Gives on_bytes(done, of); nothing shows before the first call."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: list = []
+
+        def on_bytes(done: int, of: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(what, total=of))
+            bar.update(tasks[0], completed=done, total=of)
+
+        yield on_bytes
