@@ -12,21 +12,25 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 
 from controlnet.preprocessors.errors import Exit
 
+PARENT = "CONTROLNET_PARENT"
+"""The variable that tells a process who started it."""
 PATIENCE = 30.0
 """Seconds that processes get to end after a signal, or after another one of them has failed."""
 
 
-def launch(processes: int, args: list[str]) -> int:
+def launch(processes: int, args: list[str], lock: int = -1) -> int:
     """Run `controlnet ARGS` in `processes` processes, which find each other through Accelerate's environment; the exit
     code of the first one, or of the one that failed.
 
     The first process prints; what another one says on standard error is shown when it alone has failed. SIGTERM and
-    SIGINT are handed on; a second one kills.
+    SIGINT are handed on; a second one kills. `lock` is a handle that they hold too, so that what it locks stays locked
+    as long as one of them lives; they stop by themselves when we are gone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,7 +43,9 @@ def launch(processes: int, args: list[str]) -> int:
             subprocess.Popen(
                 command_of(args), stdin=subprocess.DEVNULL, stdout=error and subprocess.DEVNULL, stderr=error,
                 start_new_session=True,  # Ctrl-C in a terminal reaches us, and them through us alone
-                env={**os.environ, **shared, "OMP_NUM_THREADS": threads, "RANK": str(i), "LOCAL_RANK": str(i)},
+                env={**os.environ, **shared, "OMP_NUM_THREADS": threads, "RANK": str(i), "LOCAL_RANK": str(i),
+                     PARENT: str(os.getpid())},
+                pass_fds=(lock,) if lock >= 0 else (),
             )
             for i, error in enumerate(errors)
         ]  # fmt: skip
@@ -50,6 +56,20 @@ def launch(processes: int, args: list[str]) -> int:
             sys.stderr.write(error.read().decode(errors="replace"))
     code = children[failed].returncode
     return code if code >= 0 else 128 - code
+
+
+def stop_without_parent() -> None:
+    """In a process that `launch` started: stop as by SIGTERM, and save, when the one that started it is gone."""
+    parent = int(os.environ.get(PARENT, 0))
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def command_of(args: list[str]) -> list[str]:
@@ -66,7 +86,7 @@ def _hand_on_signals(children: list[subprocess.Popen]) -> None:
                 child.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
         asked = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, hand_on)
 
 

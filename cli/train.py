@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,12 +81,33 @@ def train(
         raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
     keeps(folder / "run.json", overwrite=True, skip_existing=False)
     settings_of = _config(folder if resume else None, config, set_ or [], base, seed, kind)
-    with claimed(folder, numbered=not (out or resume)) as folder:
+    with claimed(folder, numbered=not (out or resume)) as (folder, lock):
         if processes > 1 and "RANK" not in os.environ:
             from controlnet.cli.launch import launch
 
-            raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])]))
-        _train(found, folder, settings_of, resume, force, device, offline, as_json, strict, quiet)
+            raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])], lock))
+        from controlnet.cli.launch import stop_without_parent
+
+        stop_without_parent()
+        with _stoppable():
+            _train(found, folder, settings_of, resume, force, device, offline, as_json, strict, quiet)
+
+
+@contextmanager
+def _stoppable():
+    """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped before the first step; what is in the cache stays there")
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_folder(data: Path, resume: bool) -> Path:
@@ -99,12 +121,12 @@ def run_folder(data: Path, resume: bool) -> Path:
 
 @contextmanager
 def claimed(folder: Path, numbered: bool):
-    """The folder of a run, for this command alone while it lasts; a new one that stays empty goes away again. When
-    another command was quicker to take a `numbered` one, the next number."""
+    """The folder of a run, and the handle of its lock: for this command alone while it lasts; a new one that stays
+    empty goes away again. When another command was quicker to take a `numbered` one, the next number."""
     from controlnet.preprocessors.lock import locked
 
     if "RANK" in os.environ:  # one of several processes of a command that holds it
-        yield folder
+        yield folder, -1
         return
     while (new := not folder.is_dir()) or numbered:
         try:
@@ -114,8 +136,8 @@ def claimed(folder: Path, numbered: bool):
             stem, _, number = folder.name.rpartition("-")
             folder = folder.with_name(f"{stem}-{int(number) + 1}")
     try:
-        with locked(folder):
-            yield folder
+        with locked(folder) as lock:
+            yield folder, lock
     finally:
         for empty in (folder, folder.parent)[: 2 * new]:
             with suppress(OSError):
@@ -166,7 +188,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     with _watcher(quiet or not main, config.max_steps) as watcher:
         progress = run(found, config, folder, choose_device(device), resume, force, offline, watcher, strict)
     if main:
-        state = _state(folder)
+        state = _state(folder, at_work=False)
         for line in state["lines"]:
             say(line)
         if progress.step < config.max_steps:
@@ -208,10 +230,10 @@ def _watcher(quiet: bool, max_steps: int):
         yield Watcher(say=lambda text: console.print(text, highlight=False), on_item=on_item, on_step=on_step)
 
 
-def _state(folder: Path) -> dict:
+def _state(folder: Path, at_work: bool | None = None) -> dict:
     from controlnet.model.training.report import describe, read_run
 
-    run = read_run(folder)
+    run = read_run(folder, at_work)
     last = run.validations[-1] if run.validations else {}
     return {
         "state": run.state, "verdict": run.verdict.word, "converged_at": run.verdict.step, "lost_at": run.verdict.lost,

@@ -134,7 +134,7 @@ def find_base(name: str, offline: bool = False) -> Stored:
         raise UsageError(
             f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
             f" ({' '.join(hub.FILES)}) or a hub id",
-            'controlnet generate --base tiny --cond map.canny.png --prompt "..."',
+            "controlnet models list",
         )
     stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
     if stored.path.is_dir():

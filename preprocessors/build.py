@@ -20,7 +20,7 @@ from typing import Any
 
 import cv2
 from controlnet.preprocessors.detect import detect, record
-from controlnet.preprocessors.errors import ControlNetError, InputError
+from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
 from controlnet.preprocessors.metadata import dump, sha256
@@ -35,8 +35,10 @@ def build(
     jobs: int | None = None, on_pair: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[str]]:  # fmt: skip
     """Make the data set of photos in `out`, in parallel; pairs that are there already, made of the same photo with the
-    same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used."""
+    same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used,
+    UsageError when `out` holds another data set."""
     names = _names(found)
+    _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
     rows: dict[str, dict] = {}
     failed: list[str] = []
     work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
@@ -63,6 +65,20 @@ def build(
     }  # fmt: skip
     write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest, failed
+
+
+def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:
+    """Raises UsageError when the manifest in `out` tells of another kind, size, or of other photos alone."""
+    try:
+        before = json.loads((out / "manifest.json").read_text())
+        rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return
+    for what, then, now in (("kind", before.get("kind"), kind), ("size", before.get("size"), list(size))):
+        if then != now:
+            raise UsageError(f"{out}: holds pairs of {what} {then}, asked for is {now}", f"-o {out}-{kind}")
+    if rows and not names & {row.get("file_name") for row in rows}:
+        raise UsageError(f"{out}: holds {len(rows)} pairs of other photos", "another folder: -o DATA")
 
 
 def _names(found: Pairs) -> list[str]:

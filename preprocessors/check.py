@@ -19,6 +19,10 @@ ASPECT_TOLERANCE = 0.02
 """Relative difference of the aspects of picture and condition."""
 
 
+LEAST_PAIRS = 4
+"""Fewer cannot be trained on: some are held out."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """`level` is error (training would fail or learn nothing) or warning."""
@@ -90,6 +94,9 @@ def check_pairs(
             if len(shown) < SHOWN:
                 shown.append((preview, f"{wrong}: {pair.image.name}" if wrong else pair.caption or "(no caption)"))
         on_pair(done)
+    if len(found.pairs) < LEAST_PAIRS:
+        where = f"{found.folder}: {len(found.pairs)}, expected at least {LEAST_PAIRS}; hundreds are better"
+        problems.append(Problem("error", "too few pairs", where))
     counts = {
         "form": found.form, "kind": kind, "pairs": len(found.pairs),
         "sizes": {f"{w}x{h}": n for (w, h), n in sorted(sizes.items(), key=lambda s: -s[1])[:5]},

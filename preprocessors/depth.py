@@ -73,8 +73,8 @@ def check_finite(nearness: np.ndarray) -> None:
 
 
 def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callable, Callable]:
-    """The depth detector and the normal detector of a network. A coarse one gives `numbers` a shorter side: their grain,
-    which depth hides and slopes show, is smoothed away for the normals."""
+    """The depth detector and the normal detector of a network. A coarse one gives `numbers` a shorter side: their
+    grain, which depth hides and slopes show, is smoothed away for the normals."""
 
     def depth(image: np.ndarray, options: DepthOptions, weights: Path) -> tuple[np.ndarray, dict]:
         return to_map(near(image, weights), options)

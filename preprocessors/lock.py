@@ -16,13 +16,14 @@ except ImportError:  # Windows: no lock, and no run is told to be running
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder. Raises UsageError when another process does."""
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the folder; gives the handle, -1 where there are no locks. Raises UsageError when another process holds
+    it."""
     handle = _take(folder)
     if handle is None:
         raise UsageError(f"{folder}: another command is at work in it", f"controlnet status {folder}")
     try:
-        yield
+        yield handle
     finally:
         if handle >= 0:
             os.close(handle)

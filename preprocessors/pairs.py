@@ -138,7 +138,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: not UTF-8 (byte {error.start})", f"iconv -f latin1 -t utf-8 {path} -o {path}.utf8"
+            f"{path}: not UTF-8 (byte {error.start})", f"iconv -f latin1 -t utf-8 {path} > t && mv t {path}"
         ) from error
 
 

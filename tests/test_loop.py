@@ -9,6 +9,7 @@ import pytest
 import torch
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import ExplodedError, LoopConfig, fit
+from controlnet.preprocessors.errors import ModelError
 from torch import nn
 
 CONFIG = LoopConfig(max_steps=30, learning_rate=1e-2, warmup_steps=3, log_every=5, save_every=1e-9)
@@ -68,6 +69,19 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, at):
     assert list((tmp_path / "cut").rglob("*.tmp")) == []
     whole, cut = ([(row["step"], row["loss"]) for row in log_of(tmp_path / n)] for n in ("whole", "cut"))
     assert whole == cut
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    net, loss_of = setup()
+    fit(net, loss_of, replace(CONFIG, keep=2), tmp_path / "whole")
+    folder = Checkpoints(tmp_path / "whole/checkpoints")
+    good = folder.load()
+    assert folder.steps() == [29, 30] and good["progress"]["step"] == 30
+    folder.path(30).write_bytes(folder.path(30).read_bytes()[:500])
+    assert folder.load()["progress"]["step"] == 29
+    folder.path(29).write_bytes(b"")
+    with pytest.raises(ModelError, match="no checkpoint in it can be read"):
+        folder.load()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

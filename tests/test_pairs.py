@@ -268,6 +268,24 @@ def test_build_makes_pairs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert manifest["options"]["low"] == 20 and manifest["pairs"] == 6
 
 
+def test_build_keeps_what_another_data_set_holds(tmp_path, capsys):
+    for name in ("a", "b"):
+        for i in range(5):
+            write_file(tmp_path / name / f"{name}{i}.png", png_bytes(picture(i)))
+    build = ("dataset", "build", "-o", tmp_path / "out", "--size", "64", "-j", "1")
+    assert run(*build, tmp_path / "a") == 0
+    before = (tmp_path / "out/metadata.jsonl").read_bytes()
+    for more, told in (((tmp_path / "b",), "5 pairs of other photos"), ((tmp_path / "a", "--size", "32"), "of size"),
+                       ((tmp_path / "a", "--kind", "lineart"), "of kind canny")):  # fmt: skip
+        assert run(*build[:4], "--size", "64", *more) == Exit.USAGE and told in capsys.readouterr().err
+    assert (tmp_path / "out/metadata.jsonl").read_bytes() == before
+    assert run("dataset", "check", tmp_path / "a", "-o", tmp_path / "s.png") == 0
+    for i in range(3):
+        (tmp_path / f"a/a{i}.png").unlink()
+    assert run("dataset", "check", tmp_path / "a", "-o", tmp_path / "s.png") == Exit.INPUT
+    assert "too few pairs" in capsys.readouterr().out
+
+
 def test_build_holds_out_some_and_is_read_as_an_imagefolder(tmp_path):
     for i in range(10):
         write_file(tmp_path / "photos" / f"{i}.png", png_bytes(picture(i % 6, (48 + i, 64))))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.training.checkpoints import Checkpoints
+from controlnet.model.training.report import read_run
 from controlnet.model.training.run import train
 from controlnet.preprocessors.errors import Exit, OutputError
 from controlnet.preprocessors.lock import is_locked
@@ -89,6 +90,37 @@ def test_a_signal_reaches_all_processes_and_saves(data, config, tmp_path, number
     assert process.returncode == Exit.INTERRUPTED, err
     (step,) = Checkpoints(folder / "checkpoints").steps()
     assert step >= 5 and err.count(f"stopped at step {step}, saved") == 1 and not is_locked(folder)
+
+
+def test_processes_end_with_the_one_that_started_them(data, config, tmp_path):
+    """kill -9 of the command: its processes save and stop, and until then nobody else gets the folder."""
+    folder = tmp_path / "run"
+    process = start(data, config, folder, "--set=max_steps=100000", "--set=save_every=1e9", "--processes", "2")
+    wait_for(lambda: (folder / "log.jsonl").is_file() and len(losses(folder)) >= 5, process)
+    process.kill()
+    process.communicate()
+    assert is_locked(folder)
+    end = time.monotonic() + 60
+    while is_locked(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_locked(folder) and Checkpoints(folder / "checkpoints").steps()
+
+
+def test_sigterm_before_the_first_step(data, config, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(300):
+        for name in (f"{i % 12}.png", f"{i % 12}.txt"):
+            (photos / f"{i}{name[-4:]}").write_bytes((data / name).read_bytes() + b" " * (i * name.endswith("txt")))
+    folder = tmp_path / "run"
+    process = start(photos, config, folder, "--set=crops=60")
+    wait_for(lambda: (folder / "run.json").is_file(), process)
+    assert read_run(folder).state == "preparing"
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == Exit.INTERRUPTED and "stopped before the first step" in err and not folder.exists(), (
+        err
+    )
 
 
 def test_an_error_of_one_or_all_processes_is_told_once(data, config, tmp_path):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from controlnet.cli.train import claimed, run_folder
+from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import TrainConfig, read_config, to_toml
+from controlnet.model.training.data import split
 from controlnet.model.training.run import Watcher, train
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, TrainingError, UsageError
@@ -31,7 +33,7 @@ def test_two_words_are_enough_and_status_tells(data, config, tmp_path, monkeypat
             {"max_steps": 4, "batch_size": 2, "validate_every": 2, "held_out": 2}.items()]  # fmt: skip
     assert run("train", data, *sets) == 0
     out, err = capsys.readouterr()
-    assert out == "runs/photos-1\n"
+    assert out == "runs/photos-1\n" and "step 4 of 4, finished" in err
     assert "kind canny (made from the photos by our detector)" in err and "4 steps" in err
     assert run("status", "runs/photos-1") == 0
     assert "step 4 of 4, finished" in capsys.readouterr().out
@@ -157,7 +159,10 @@ def test_a_folder_is_one_commands_alone(data, config, tmp_path, capsys, monkeypa
         assert run("train", data, "--base", config.base, "-o", ".") == Exit.USAGE
     assert "another command is at work in it" in capsys.readouterr().err and not is_locked(tmp_path)
     folder = run_folder(data, resume=False)
-    with claimed(folder, numbered=True) as first, claimed(folder, numbered=True) as second:  # chosen at the same time
+    with (
+        claimed(folder, numbered=True) as (first, _),
+        claimed(folder, numbered=True) as (second, _),
+    ):  # at the same time
         assert (str(first), str(second)) == ("runs/photos-1", "runs/photos-2")
     assert not (tmp_path / "runs").exists()
 
@@ -211,3 +216,57 @@ def test_the_world_as_photos(tmp_path, monkeypatch):
     found = find_pairs(dataset.world_photos(tmp_path / "world", 3, 32))
     assert [p.caption for p in found.pairs] == made.captions
     assert np.array_equal(read_image(found.pairs[1].image.read_bytes(), "")[0], made.images[1])
+
+
+def test_what_fails_before_the_first_step_leaves_no_run(data, config, tmp_path, capsys):
+    """Bad pictures are told, and the same command may be given again."""
+    photos = shutil.copytree(data, tmp_path / "photos")
+    for name in ("3.png", "7.png"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:60])
+    flags = ("train", photos, "--base", config.base, "-o", tmp_path / "run", "--set", "max_steps=2")
+    for _ in range(2):
+        assert run(*flags) == Exit.INPUT
+        err = capsys.readouterr().err
+        assert "cut off" in err and "hint:" in err, err
+        assert not (tmp_path / "run").exists()
+    assert run("train", data, "--config", tmp_path) == Exit.INPUT
+    assert "cannot be read" in capsys.readouterr().err
+    assert run("train", data, "--set", "lr=3") == Exit.USAGE and "--set learning_rate" in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_in_the_middle_loses_nothing(data, config, tmp_path):
+    found = find_pairs(shutil.copytree(data, tmp_path / "photos"))
+    config = replace(config, cache=False, max_steps=40, validate_every=100)
+    seen = []
+
+    def spoil(progress):
+        seen.append(progress.step)
+        if progress.step == 3:
+            for path in (tmp_path / "photos").glob("*.png"):
+                path.write_bytes(b"no picture any more")
+
+    with pytest.raises(InputError):
+        train(found, config, tmp_path / "run", CPU, watcher=Watcher(on_step=spoil))
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [seen[-1]] and seen[-1] >= 3
+
+
+def test_a_photo_without_anyone_is_named(data, config, tmp_path, monkeypatch):
+    from controlnet.preprocessors.errors import NothingFoundError
+    from controlnet.preprocessors.registry import Detector
+
+    def nobody(image):
+        raise NothingFoundError("nobody found", "--allow-empty")
+
+    monkeypatch.setattr(Detector, "ready", lambda *args, **options: nobody)
+    with pytest.raises(NothingFoundError, match=r"\d+\.png: nobody found") as caught:
+        train(find_pairs(data), replace(config, kind="pose"), tmp_path / "run", CPU)
+    assert "controlnet dataset build" in caught.value.hint
+
+
+def test_few_held_out_pairs_are_filled_up(data, config):
+    """A data set's own split of two says nothing: chance looks like control."""
+    pairs = [replace(pair, held_out=i in (4, 5)) for i, pair in enumerate(find_pairs(data).pairs)]
+    found = replace(find_pairs(data), pairs=pairs)
+    training, held_out = split(found, config)
+    assert len(held_out) == 3 and {pairs[4].image, pairs[5].image} <= {p.image for p in held_out}
+    assert len(training) == 9 and not {p.image for p in training} & {p.image for p in held_out}

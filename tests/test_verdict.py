@@ -127,5 +127,18 @@ def test_status_of_no_run(tmp_path, capsys):
     assert "is not a training run" in capsys.readouterr().err
 
 
+def test_a_run_that_exploded_says_so_first(run):
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 400, "ended": "exploded"}\n')
+    assert describe(read_run(run, at_work=False))[0].startswith("exploded at step 400; before that: ")
+
+
+def test_a_record_that_is_broken(run, capsys):
+    (run / "run.json").write_text("{")
+    with pytest.raises(SystemExit) as stopped:
+        main(["status", str(run)])
+    assert stopped.value.code == Exit.INPUT and "not valid JSON" in capsys.readouterr().err
+
+
 def test_durations():
     assert [duration(s) for s in (40, 720, 7500)] == ["40 s", "12 min", "2 h 05 min"]

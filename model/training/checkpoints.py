@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from controlnet.preprocessors.errors import ModelError
 
 
 def save_atomic(obj: object, path: Path) -> None:
@@ -49,6 +52,12 @@ class Checkpoints:
                 self.path(old).unlink()
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The last state; None when there is none."""
-        steps = self.steps()
-        return torch.load(self.path(steps[-1]), weights_only=True, map_location=device) if steps else None
+        """The last state that is whole; None when there is none. Raises ModelError where all are damaged."""
+        for step in reversed(self.steps()):
+            with suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError):
+                return torch.load(self.path(step), weights_only=True, map_location=device)
+        if self.steps():
+            raise ModelError(
+                f"{self.folder}: no checkpoint in it can be read", "start anew, from its network: --set start_from=RUN"
+            )
+        return None

@@ -13,6 +13,8 @@ from controlnet.model.registry import BASES
 from controlnet.model.training.loop import LoopConfig
 from controlnet.preprocessors.errors import InputError, UsageError
 
+ALIASES = {"lr": "learning_rate", "steps": "max_steps", "bs": "batch_size", "gradient_accumulation": "accumulation"}
+"""What other trainers call a setting."""
 CHOICES = {
     "copy": ("full", "lite"),
     "convolutions": ("zero", "gaussian"),
@@ -97,8 +99,8 @@ def read_config(paths: list[Path], assignments: list[str], default_base: str = "
     for path in paths:
         try:
             values |= tomllib.loads(Path(path).read_text())
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such file", f"ls {Path(path).parent}") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})", f"ls {Path(path).parent}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid TOML ({error})") from error
     for text in assignments:
@@ -119,10 +121,10 @@ def _convert(name: str, value: Any) -> Any:
     """A value of the field's type, from TOML or text."""
     types = {f.name: str(f.type) for f in fields(TrainConfig)}
     if name not in types:
-        near = difflib.get_close_matches(name, types, 1, 0.4)
-        raise UsageError(
-            f"unknown setting {name!r}", f"--set {(near or ['max_steps'])[0]}=..., see controlnet train --help"
-        )
+        if isinstance(value, dict):
+            raise UsageError(f"a table [{name}] in the settings", "key = value, without tables")
+        near = difflib.get_close_matches(ALIASES.get(name, name), types, 1, 0.5)
+        raise UsageError(f"unknown setting {name!r}", f"--set {near[0]}=..." if near else "controlnet train --settings")
     wanted = types[name]
     if wanted == "bool":
         if str(value).lower() in ("true", "false"):

@@ -12,11 +12,11 @@ from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
+from controlnet.preprocessors.check import LEAST_PAIRS
 from controlnet.preprocessors.doubts import LINES, doubts
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.pairs import Pair, Pairs
 
-LEAST_PAIRS = 4
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
 }  # fmt: skip
@@ -24,26 +24,25 @@ FREE_TO_CHANGE = {
 
 
 def split(found: Pairs, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs): by the data's own split, else by chance from the seed."""
+    """(training pairs, held-out pairs): by the data's own split, and by chance from the seed where it holds out fewer
+    than the settings ask for: on three pairs, chance looks like control."""
     if len(found.pairs) < LEAST_PAIRS:
         raise InputError(
             f"{found.folder}: {len(found.pairs)} of at least {LEAST_PAIRS} pairs; hundreds are better",
             f"controlnet dataset check {found.folder}",
         )
-    own = [pair for pair in found.pairs if pair.held_out]
-    if len(own) >= 2 and len(found.pairs) - len(own) >= 2:
-        return [pair for pair in found.pairs if not pair.held_out], own[: max(2, config.held_out)]
+    own = [index for index, pair in enumerate(found.pairs) if pair.held_out]
     count = max(2, min(config.held_out, len(found.pairs) // 4))
-    chosen = set(np.random.default_rng(config.seed).permutation(len(found.pairs))[:count].tolist())
-    parts: tuple[list[Pair], list[Pair]] = ([], [])
-    for index, pair in enumerate(found.pairs):
-        parts[index in chosen].append(pair)
-    return parts
+    by_chance = np.random.default_rng(config.seed).permutation(len(found.pairs)).tolist()
+    chosen = set(list(dict.fromkeys(own + by_chance))[:count])
+    training = [pair for index, pair in enumerate(found.pairs) if index not in chosen and not pair.held_out]
+    return training, [pair for index, pair in enumerate(found.pairs) if index in chosen]
 
 
-def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None]) -> dict[str, float]:
+def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], check: str) -> dict[str, float]:
     """What the first conditions are like: their mean brightness where they are line maps, and how much they differ.
     What looks wrong is warned of. Raises InputError when all are of one flat colour, and for every doubt when strict.
+    `check` is the command that looks at the data.
     """
     maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
     spread = float(np.stack([m.astype(np.float32) for m in maps]).std(0).mean() / 255)
@@ -52,7 +51,7 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None]) 
         raise InputError(
             "nothing to learn: every condition is "
             + ("white; lines must be white on black, these are inverted" if inverted else "one flat colour"),
-            "controlnet dataset check DATA",
+            check,
         )
     found = [doubt for m in maps for doubt in doubts(m, sets[0].config.kind)]
     if np.mean([m.mean() for m in maps]) <= 127:  # on a small canvas, some dense but right line maps are mostly white

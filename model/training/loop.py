@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.precision import PRECISIONS
+from controlnet.preprocessors.errors import ControlNetError
 from torch import Tensor, nn
 
 EXPLODED = 4.0
@@ -241,6 +242,10 @@ def fit(
             processes.wait_for_everyone()
     except ExplodedError:
         ended = "exploded"
+        raise
+    except ControlNetError:  # a picture that cannot be read, met in the middle: what was trained is kept
+        if progress.step and all(bool(p.isfinite().all()) for p in parameters):
+            save()
         raise
     finally:
         if ended:

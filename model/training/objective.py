@@ -12,6 +12,7 @@ import torch
 from controlnet.model.controlnet import ControlNet
 from controlnet.model.unet import denoise
 from diffusers import UNet2DConditionModel
+from scipy.stats import t
 from torch import Tensor
 
 
@@ -86,8 +87,9 @@ def control_gap(
 
     losses_of gives one loss a sample. Each batch, fixed noise and timesteps included, comes with conditions of other
     pairs (B, 3, H, W). The samples are all pairs at a first timestep, then all at a second, `looks` times. A fresh
-    ControlNet has a gap of exactly 0. `band` is twice the standard error of the gap's mean over the pairs, as a pair's
-    gaps at several timesteps are not independent; `validation_loss` is the loss with the true conditions.
+    ControlNet has a gap of exactly 0. `band` is the half-width of the 95 % confidence interval of the gap's mean over
+    the pairs (Student's t), as a pair's gaps at several timesteps are not independent; `validation_loss` is the loss
+    with the true conditions.
     """
     true, other = [], []
     for batch, others in batches:
@@ -97,5 +99,5 @@ def control_gap(
     return {
         "validation_loss": float(torch.cat(true).mean()),
         "control_gap": float(gaps.mean()),
-        "band": float(2 * gaps.std() / len(gaps) ** 0.5),
+        "band": float(t.ppf(0.975, len(gaps) - 1) * gaps.std() / len(gaps) ** 0.5),
     }

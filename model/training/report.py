@@ -17,7 +17,7 @@ from controlnet.preprocessors.lock import is_locked
 @dataclass(frozen=True)
 class RunState:
     """What the files of a run tell. `steps` are the log's training lines, `validations` the looks at held-out pairs.
-    `state` is running, finished, exploded or stopped; a stopped one may be gone on with."""
+    `state` is preparing, running, finished, exploded or stopped; a stopped one may be gone on with."""
 
     folder: Path
     record: dict[str, Any]
@@ -37,12 +37,16 @@ class RunState:
         return pace * (self.record["settings"]["max_steps"] - self.step)
 
 
-def read_run(folder: Path) -> RunState:
-    """Raises InputError for a folder that is no run."""
+def read_run(folder: Path, at_work: bool | None = None) -> RunState:
+    """Raises InputError for a folder that is no run. `at_work` says whether a process trains in it; else its lock
+    does."""
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise InputError(f"{folder}: is not a training run (no run.json)", "controlnet status runs/DATA-1")
-    record = json.loads((folder / "run.json").read_text())
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except ValueError as error:
+        raise InputError(f"{folder / 'run.json'}: not valid JSON ({error})", "start the run anew") from error
     rows = []
     if (folder / "log.jsonl").is_file():
         for line in (folder / "log.jsonl").read_text().splitlines():
@@ -53,7 +57,8 @@ def read_run(folder: Path) -> RunState:
     validations = [row for row in rows if "control_gap" in row]
     steps = [row for row in rows if "lr" in row]
     ended = rows[-1].get("ended") if rows else None
-    state = "running" if is_locked(folder) else ended or "stopped"
+    running = is_locked(folder) if at_work is None else at_work
+    state = ("running" if rows else "preparing") if running else ended or "stopped"
     judged = verdict(validations, record["settings"], record["facts"], ended == "finished" and state != "running")
     step = max((row["step"] for row in rows), default=0)
     return RunState(folder, record, steps, validations, judged, state, step)
@@ -71,7 +76,11 @@ def describe(run: RunState) -> list[str]:
     """A line each: the verdict; the step and the time left, or how it ended; gap and loss; causes that are worth a
     look."""
     settings = run.record["settings"]
+    if run.state == "preparing":
+        return [f"preparing: latents, texts and conditions of {run.record['data']['pairs']:,} pairs, once for all runs"]
     lines = [run.verdict.text, f"step {run.step:,} of {settings['max_steps']:,}"]
+    if run.state == "exploded":
+        lines[0] = f"exploded at step {run.step:,}; before that: {run.verdict.text}"
     if run.state != "running":
         lines[-1] += f", {run.state}"
     elif run.step < settings["max_steps"] and run.seconds_left is not None:

@@ -30,7 +30,7 @@ from controlnet.model.controlnet import ControlNet
 from controlnet.model.generate import to_pixels
 from controlnet.model.hashes import model_hash
 from controlnet.model.hint import SD_WIDTHS
-from controlnet.model.registry import TINY_HINT_WIDTHS
+from controlnet.model.registry import BASES, TINY_HINT_WIDTHS
 from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import make_scheduler
 from controlnet.model.training.cache import Cache
@@ -40,7 +40,7 @@ from controlnet.model.training.loop import ExplodedError, Progress, fit
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
 from controlnet.model.training.precision import PRECISIONS, attention, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
-from controlnet.model.training.samples import VALIDATION_TIMES, Samples
+from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
 from controlnet.preprocessors.errors import ModelError, OutputError, TrainingError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
 from controlnet.preprocessors.mirror import FLIP_KINDS
@@ -86,6 +86,8 @@ def train(
         raise UsageError(
             f"flip=true with kind {config.kind!r}: a mirrored map would say something else", "--set flip=false"
         )
+    if config.tensorboard:
+        _tensorboard()
     torch.manual_seed(config.seed)
     with explained(config, folder):
         base = load_base(config.base, device, torch.float32, offline)
@@ -94,7 +96,8 @@ def train(
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
         samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
-        facts = look_at((samples, validation), strict, lambda text: watcher.say(f"warning: {text}"))
+        samples.check = validation.check = check_command(found.folder, config.kind)
+        facts = look_at((samples, validation), strict, lambda text: watcher.say(f"warning: {text}"), samples.check)
         record = {
             "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts,
             "data": {"name": str(found.folder), "form": found.form, "pairs": len(found.pairs),
@@ -102,9 +105,10 @@ def train(
         }  # fmt: skip
         if resume:
             check_resumed(folder, record, force)
-        prepare(samples, validation, processes, watcher)
         if processes.is_main_process:
             begin(folder, record, config)
+        with forgotten(folder, not resume and processes.is_main_process):
+            prepare(samples, validation, processes, watcher)
         if config.cache:
             base.unload()
             gc.collect()
@@ -123,9 +127,12 @@ def explained(config: TrainConfig, folder: Path) -> Iterator[None]:
     try:
         yield
     except ExplodedError as error:
+        kept = f"; the checkpoints before are kept in {folder}" if any(folder.glob("checkpoints/*.pt")) else ""
+        known = BASES.get(config.base)
+        usual = known.training.get("learning_rate", TrainConfig.learning_rate) if known else TrainConfig.learning_rate
+        lower = min(config.learning_rate / 3, max(usual, config.learning_rate / 100))
         raise TrainingError(
-            f"{error}; the checkpoints before are kept in {folder}",
-            f"a lower rate from the start: --set learning_rate={config.learning_rate / 3:.1g}",
+            f"{error}{kept}", f"a lower rate from the start: --set learning_rate={lower:.1g}; {usual:g} is usual"
         ) from error
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -140,8 +147,9 @@ def explained(config: TrainConfig, folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             raise
-        raise OutputError(f"{error.filename or folder}: cannot be written ({error.strerror}); the last checkpoint is "
-                          "whole", "free some disk, then the same command with --resume") from error  # fmt: skip
+        whole = "; the last checkpoint is whole" if any(folder.glob("checkpoints/*.pt")) else ""
+        raise OutputError(f"{error.filename or folder}: cannot be written ({error.strerror}){whole}",
+                          "free some disk, then the same command with --resume") from error  # fmt: skip
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -157,9 +165,22 @@ def begin(folder: Path, record: dict[str, Any], config: TrainConfig) -> None:
     write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
+@contextmanager
+def forgotten(folder: Path, new: bool) -> Iterator[None]:
+    """A `new` run that fails inside leaves no trace: the same command may be given again."""
+    try:
+        yield
+    except BaseException:
+        if new:
+            for name in ("run.json", "config.toml"):
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
 def prepare(samples: Samples, validation: Samples, processes: PartialState, watcher: Watcher) -> None:
     """Fill the cache; each process makes its part."""
     if samples.cache.folder is not None:
+        watcher.say(f"preparing {len(samples.pairs) + len(validation.pairs):,} pairs; what is in the cache is quick")
         for what, one in (("pairs", samples), ("held-out pairs", validation)):
             rows = range(processes.process_index, len(one.pairs), processes.num_processes)
             one.prepare(rows, partial(watcher.on_item, what, len(rows)))
@@ -207,7 +228,8 @@ class _Training:
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
         self.held_out: list[tuple[Batch, Tensor]] = []
-        self.board = _tensorboard(folder) if config.tensorboard and processes.is_main_process else None
+        writes = config.tensorboard and processes.is_main_process
+        self.board = _tensorboard()(str(folder / "tensorboard")) if writes else None
 
     def _batch(self, k: int) -> Batch:
         """Batch k; the next one is read while it is computed."""
@@ -305,9 +327,10 @@ class _Training:
         write_file(self.folder / "samples.png", png_bytes(contact_sheet(cells, len(shots) + 2, 128)))
 
 
-def _tensorboard(folder: Path):
+def _tensorboard() -> type:
+    """Its writer. Raises UsageError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("tensorboard=true: the package is not installed", "pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

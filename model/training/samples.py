@@ -19,7 +19,7 @@ from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.objective import Batch
 from controlnet.preprocessors.check import same_aspect
 from controlnet.preprocessors.detect import detect, rgb
-from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load
@@ -44,22 +44,33 @@ class Samples:
 
     def __init__(self, pairs: list[Pair], config: TrainConfig, base: Base, base_hash: str, cache: Cache):
         self.pairs, self.config, self.base, self.base_hash, self.cache = pairs, config, base, base_hash, cache
+        self.check = check_command(pairs[0].image.parent if pairs else Path("DATA"), config.kind)
         self.size = config.size or base.native_size
         self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
         self.latent = dict(base.vae.config)
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
-        """Put everything that the pairs in `rows` can ask for into the cache."""
+        """Put everything that the pairs in `rows` can ask for into the cache. Raises InputError that tells how many
+        pairs cannot be used, and why the first one cannot."""
+        failed: list[InputError] = []
         for done, index in enumerate(rows, 1):
-            for flip in (False, True)[: 1 + self.config.flip]:
-                self.text(self.caption(index, flip))
-                for crop in range(self.config.crops):
-                    self.moments(index, crop, flip)
-                    self.condition(index, crop, flip)
+            try:
+                for flip in (False, True)[: 1 + self.config.flip]:
+                    self.text(self.caption(index, flip))
+                    for crop in range(self.config.crops):
+                        self.moments(index, crop, flip)
+                        self.condition(index, crop, flip)
+            except InputError as error:
+                failed.append(error)
             on_item(done)
         self.text("")
         self.cache.remember()
+        if len(failed) > 1:
+            first = failed[0]
+            raise type(first)(f"{len(failed)} of {len(rows)} pairs cannot be used, the first: {first}", first.hint)
+        if failed:
+            raise failed[0]
 
     def caption(self, index: int, flip: bool) -> str:
         caption = self.pairs[index].caption
@@ -98,7 +109,15 @@ class Samples:
             # Detected as `detect` does it, at 512 pixels; then brought to the canvas as `generate` does it.
             side = max(512, self.size)
             photo = fit(cut(_read(str(pair.image)), crop, place_of(pair.image)), (side, side), "stretch")
-            map_, fields = detect(photo, self.detector.ready(self.detector.load_options()()), (side, side), "stretch")
+            make = self.detector.ready(self.detector.load_options()())
+            try:
+                map_, fields = detect(photo, make, (side, side), "stretch")
+            except NothingFoundError as error:
+                raise NothingFoundError(
+                    f"{pair.image}: {error}",
+                    f"controlnet dataset build {pair.image.parent} --kind {self.config.kind} -o DATA leaves such photos"
+                    " out; then: controlnet train DATA"
+                ) from error  # fmt: skip
             map_, people = rgb(map_), from_text(fields, str(pair.image))
         else:
             map_, text = read_image(read_bytes(str(pair.condition)), str(pair.condition))
@@ -107,7 +126,7 @@ class Samples:
             if not same_aspect((map_.shape[1], map_.shape[0]), (width, height)):
                 raise InputError(
                     f"{pair.condition}: {map_.shape[1]}x{map_.shape[0]} for a picture of {width}x{height}",
-                    "controlnet dataset check DATA lists all such pairs",
+                    f"{self.check} lists all such pairs",
                 )
             if people is not None:
                 people = cut_people(people, *_window(map_, crop, place_of(pair.image)))
@@ -198,6 +217,11 @@ class Samples:
             part = slice(i, i + self.config.batch_size)
             batches.append((self._collate(samples[part]), torch.stack([condition_tensor(c) for c in others[part]])))
         return batches
+
+
+def check_command(folder: Path, kind: str) -> str:
+    """The command that looks at training data."""
+    return f"controlnet dataset check {folder}" + (f" --kind {kind}" if kind else "")
 
 
 def _read(path: str) -> np.ndarray:
