@@ -275,7 +275,7 @@ def test_build_keeps_what_another_data_set_holds(tmp_path, capsys):
     build = ("dataset", "build", "-o", tmp_path / "out", "--size", "64", "-j", "1")
     assert run(*build, tmp_path / "a") == 0
     before = (tmp_path / "out/metadata.jsonl").read_bytes()
-    for more, told in (((tmp_path / "b",), "5 pairs of other photos"), ((tmp_path / "a", "--size", "32"), "of size"),
+    for more, told in (((tmp_path / "b",), "5 pairs of other photos"), ((tmp_path / "a", "--size", "128"), "of size"),
                        ((tmp_path / "a", "--kind", "lineart"), "of kind canny")):  # fmt: skip
         assert run(*build[:4], "--size", "64", *more) == Exit.USAGE and told in capsys.readouterr().err
     assert (tmp_path / "out/metadata.jsonl").read_bytes() == before

@@ -98,12 +98,13 @@ def test_processes_end_with_the_one_that_started_them(data, config, tmp_path):
     process = start(data, config, folder, "--set=max_steps=100000", "--set=save_every=1e9", "--processes", "2")
     wait_for(lambda: (folder / "log.jsonl").is_file() and len(losses(folder)) >= 5, process)
     process.kill()
-    process.communicate()
+    process.wait()
     assert is_locked(folder)
     end = time.monotonic() + 60
     while is_locked(folder) and time.monotonic() < end:
         time.sleep(0.1)
     assert not is_locked(folder) and Checkpoints(folder / "checkpoints").steps()
+    process.communicate()
 
 
 def test_sigterm_before_the_first_step(data, config, tmp_path):

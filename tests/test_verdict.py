@@ -129,7 +129,7 @@ def test_status_of_no_run(tmp_path, capsys):
 
 def test_a_run_that_exploded_says_so_first(run):
     with open(run / "log.jsonl", "a") as file:
-        file.write('{"step": 400, "ended": "exploded"}\n')
+        file.write('\n{"step": 400, "ended": "exploded"}\n')
     assert describe(read_run(run, at_work=False))[0].startswith("exploded at step 400; before that: ")
 
 
