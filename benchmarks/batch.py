@@ -102,6 +102,11 @@ def first(program: str, photos: Path, work: Path, hed: Path) -> None:
     one = work / "one"
     one.mkdir()
     (one / photo.name).symlink_to(photo)
+    imports = [[sys.executable, "-W", "ignore", "-c", f"import {name}"]
+               for name in ("controlnet.cli.detect, controlnet.preprocessors.canny", "controlnet_aux")]  # fmt: skip
+    times = [[timed(command, 2) for command in imports] for _ in range(ROUNDS + 1)][1:]
+    ours_s, aux_s = (statistics.median(t[i] for t in times) for i in (0, 1))
+    print(f"| import of the canny detector | {ours_s:.2f} | {aux_s:.2f} |", flush=True)
     for kind in ("canny", "lineart", "softedge", "scribble", "pose", "depth", "normal"):
         aux = [sys.executable, "-W", "ignore", "-c", AUX, kind, str(one), str(work), str(hed)]
         ours = [program, "detect", kind, str(photo), "-o", f"{work}/first.png", "--overwrite"]

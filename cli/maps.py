@@ -192,7 +192,7 @@ def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, pre
         except NothingFoundError as error:
             raise NothingFoundError(f"{source}: {error}", error.hint) from error
     made = told((map_.shape[1], map_.shape[0])) | fields
-    png = png_bytes(map_, dump(made))
+    png = png_bytes(map_, dump(made), two_levels=job.detector.kind in ("canny", "scribble"))
     if keypoints is not None:
         # With --skip-existing, a map that is made again makes its key points again.
         keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)

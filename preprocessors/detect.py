@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import asdict
+from functools import cache
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.registry import Detector, Maker
 
 
+@cache
 def version() -> str:
     """Of this package; 'unknown' when it runs from a plain folder."""
     try:

