@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench bench-batch bench-train convergence torture wheel clean
+.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench parity bench-batch bench-train convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +62,12 @@ tiny-depth: env ## Train the embedded depth network (an hour on 2 cores; resumes
 card: env ## Measure the embedded model again and write its card
 	$(BIN)/python -u -m controlnet.model.tiny.card
 
-bench: env ## Time the command line against what one would use instead
+bench: env ## Time the command line, and SD 1.5 with a ControlNet, against what one would use instead (20 GB, half an hour)
 	$(BIN)/python benchmarks/detect.py
+	$(BIN)/python benchmarks/generate.py
+
+parity: env ## Compare schedulers, modes and families with diffusers' pipeline; writes benchmarks/parity.md
+	$(BIN)/python benchmarks/parity.py
 
 bench-batch: env ## Time many photos beside controlnet_aux; memory over 10,000 files (minutes)
 	$(BIN)/python benchmarks/batch.py

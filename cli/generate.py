@@ -75,6 +75,12 @@ LowMemory = Annotated[
         "decoding in tiles. Slower.",
     ),
 ]
+KeepBest = Annotated[
+    int | None,
+    typer.Option(
+        "--keep-best", metavar="N", help="Write only the N of a job's images that keep best to their conditions."
+    ),
+]
 Jobs = Annotated[
     Path | None,
     typer.Option(
@@ -89,7 +95,7 @@ def generate(
     seed: Seed = None, mode: Mode = "balanced", control_on: ControlOn = None, weighting: Weighting = None,
     jobs: Jobs = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
     skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
-    low_memory: LowMemory = False,
+    low_memory: LowMemory = False, keep_best: KeepBest = None,
 ) -> None:  # fmt: skip
     from controlnet.cli.images import Studio, progress, targets
 
@@ -110,28 +116,64 @@ def generate(
             say(f"hint: {error.hint}")
 
     todo = _jobs(jobs, defaults, failed)
+    if keep_best is not None:
+        _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
     wanted = targets(todo, overwrite, skip_existing, as_json, failed)
     if wanted:
         studio = Studio(device, dtype, offline, strict, low_memory)
         with progress(len(wanted), quiet) as on_step:
-            for one, png, made in studio.make(wanted, failed, on_step):
+            made_images = studio.make(wanted, failed, on_step)
+            if keep_best is not None:
+                made_images = _best(made_images, keep_best, studio, offline)
+            for one, png, made in made_images:
                 _write(one.path, png, made, as_json)
     if failures:
         say(f"{failures} jobs failed; the others are done")
         raise typer.Exit(Exit.PARTIAL)
 
 
+def _check_keep_best(count: int, jobs: list, skip_existing: bool) -> None:
+    if skip_existing:
+        raise UsageError("--keep-best writes other images each time, and --skip-existing leaves some", "--overwrite")
+    for job in jobs:
+        if not 1 <= count <= job.num:
+            raise UsageError(f"--keep-best {count} of {job.num} images: expected 1 to --num", "--num 8 --keep-best 1")
+        if not job.cond:
+            raise UsageError("--keep-best: the job has no condition to keep to", "--cond map.canny.png")
+
+
+def _best(made_images, count: int, studio, offline: bool):
+    """Of each job's images the `count` whose conditions are found on them best, in the order of their seeds; the score
+    is the mean over the conditions of the one that tells most of its kind."""
+    from itertools import groupby
+
+    from controlnet.cli.score import Scorer
+    from controlnet.preprocessors.images import read_image
+
+    scorer = Scorer(offline)
+
+    def score(one, png: bytes) -> float:
+        image, _ = read_image(png, "the image")
+        reads = [studio.read(flag) for flag in one.job.cond]
+        scores = [scorer.compare(image, read.map, read.kind, read.made, flag.path, "the image").main
+                  for flag, read in zip(one.job.cond, reads, strict=True)]  # fmt: skip
+        return sum(scores) / len(scores)
+
+    for _, group in groupby(made_images, lambda made: id(made[0].job)):
+        images = [(one, png, made | {"score": round(score(one, png), 4)}) for one, png, made in group]
+        chosen = sorted(images, key=lambda image: -image[2]["score"])[:count]
+        yield from sorted(chosen, key=lambda image: image[0].seed)
+
+
 def _jobs(path: Path | None, defaults: dict[str, Any], failed) -> list:
     """(name, Job) of all that is asked for; the name is empty for a job that stands alone, whose errors end it all."""
-    from controlnet.cli.jobs import make_job, read_jobs, spread
-    from controlnet.preprocessors.images import read_bytes
+    from controlnet.cli.jobs import make_job, read_jobs_file, spread
 
     if path is None:
         alone = spread(make_job({}, defaults))
         return [(job.cond[0].path if len(alone) > 1 else "", job) for job in alone]
     jobs = []
-    empty = path.is_file() and path.stat().st_size == 0
-    for name, given in read_jobs(str(path), b"" if empty else read_bytes(str(path))):
+    for name, given in read_jobs_file(path):
         try:
             if isinstance(given, UsageError):
                 raise given

@@ -32,6 +32,8 @@ class Read:
     kind: str
     map: np.ndarray
     record: dict
+    made: dict
+    """What the map's PNG text says of its making."""
 
 
 @dataclass
@@ -312,14 +314,14 @@ class Studio:
             kind = _kind(flag, text)
             if kind == "pose" and (keypoints := load(text).get("keypoints")) is not None:
                 fields["keypoints"] = keypoints
-            return Read(kind, image, fields)
+            return Read(kind, image, fields, load(text))
         detector, options, make = self.detector(flag.detect)
         # The map keeps the photo's aspect, with the shorter side at 512 as `detect` has it.
         ratio = 512 / min(image.shape[:2])
         size = tuple(round(side * ratio / STEP) * STEP for side in (image.shape[1], image.shape[0]))
         map_, found = detect(image, make, size, "crop")
         fields |= {"detect": record(detector, options, size, "crop", flag.path, data)} | found
-        return Read(flag.kind or flag.detect, rgb(map_), fields)
+        return Read(flag.kind or flag.detect, rgb(map_), fields, fields["detect"] | found)
 
     def _placed(self, flag: ConditionFlag, size: tuple[int, int]) -> np.ndarray:
         """The condition's map on the canvas; what looks wrong with it is said, or an error when strict."""

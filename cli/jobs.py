@@ -135,6 +135,14 @@ def _number(key: str, value: Any, reader: type) -> int | float:
         raise UsageError(f"{key}: {value!r}, expected {kind}", f"{key}=1") from None
 
 
+def read_jobs_file(path: Path) -> list[tuple[str, dict[str, Any] | UsageError]]:
+    """`read_jobs` of a file."""
+    from controlnet.preprocessors.images import read_bytes
+
+    empty = path.is_file() and path.stat().st_size == 0
+    return list(read_jobs(str(path), b"" if empty else read_bytes(str(path))))
+
+
 def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | UsageError]]:
     """(where, what is given) for every job of a file: JSON Lines, or CSV with the keys in its first line, several
     conditions of a job between |. A line that is no job gives its error. Raises InputError for a file without jobs."""

@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
-from controlnet.cli import dataset, detect, generate, models, replay, train
+from controlnet.cli import dataset, detect, generate, models, replay, score, train
 from controlnet.preprocessors.errors import ControlNetError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.add_typer(detect.app, name="detect")
 app.command("generate", help=generate.HELP)(generate.generate)
 app.command("replay", help=replay.HELP)(replay.replay)
+app.command("score", help=score.HELP)(score.score)
 app.command("train", help=train.HELP)(train.train)
 app.command("status", help=train.STATUS_HELP)(train.status)
 app.add_typer(dataset.app, name="dataset")

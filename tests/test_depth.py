@@ -155,8 +155,8 @@ def test_midas_is_controlnet_auxs(photo, tmp_path):
 
 def test_the_embedded_network_sees_a_room(tmp_path):
     """A drawn room, never trained on, through the command, without any network: near is white, and in order."""
-    from controlnet.model.tiny.fidelity import rank_correlation
     from controlnet.model.tiny.rooms import draw_rooms
+    from controlnet.preprocessors.agreement import rank_correlation
 
     images, depth = draw_rooms([20_000_003, 20_000_004, 20_000_005], 128)
     found = []

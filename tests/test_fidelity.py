@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.tiny.dataset import World
-from controlnet.model.tiny.fidelity import JointReader, edge_f1, measures, pck, pose_of, rank_correlation
+from controlnet.model.tiny.fidelity import JointReader, measures, pose_of
 from controlnet.model.tiny.render import render
 from controlnet.model.tiny.scenes import make_scene
+from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
 from hypothesis import given
 from hypothesis import strategies as st
 

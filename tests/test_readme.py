@@ -45,7 +45,7 @@ def test_links_and_pictures_exist():
 
 
 def commands() -> list[str]:
-    names = "detect|generate|replay|train|status|dataset|models"
+    names = "detect|generate|replay|score|train|status|dataset|models"
     lines = re.findall(rf"^    (?:cat \S+ \| )?(controlnet (?:{names}) .*)$", README, re.MULTILINE)
     return [re.sub(r"\s+(#|>).*", "", line) for line in lines]
 

@@ -55,7 +55,7 @@ def run(base, net, condition, dtype=torch.float64, scheduler="ddim", seeds=(5, 6
     )
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "unipc"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_parity_with_diffusers_pipeline(small_base_folder, condition, scheduler):
     """Latents after 10 steps in float64, two images, guidance 7.5."""
     folder = small_base_folder
@@ -67,10 +67,11 @@ def test_parity_with_diffusers_pipeline(small_base_folder, condition, scheduler)
     base = load_base(str(folder / "base"), dtype=torch.float64)
     net = load_controlnet(folder / "net", torch.float64)
     pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
-    noise, _ = draw_noise([5, 6], (4, 8, 8))
+    noise, generators = draw_noise([5, 6], (4, 8, 8))
     with torch.no_grad():
         theirs = pipeline(
             [PROMPT] * 2, image=condition_tensor(condition)[None].double(), latents=noise.double(), guidance_scale=7.5,
+            generator=generators,
             num_inference_steps=10, controlnet_conditioning_scale=0.8, output_type="latent", height=64, width=64,
         ).images  # fmt: skip
         ours = run(base, net, condition, scheduler=scheduler, scale=0.8)

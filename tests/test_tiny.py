@@ -12,11 +12,12 @@ from controlnet.model.generate import Request, generate
 from controlnet.model.registry import TINY
 from controlnet.model.strength import Strength
 from controlnet.model.tiny.dataset import HELD_OUT
-from controlnet.model.tiny.fidelity import edge_f1, pose_of, user_canny, user_depth
+from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
 from controlnet.model.tiny.render import render
 from controlnet.model.tiny.scenes import make_scene
 from controlnet.model.tiny.train import parse_minutes
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
+from controlnet.preprocessors.agreement import edge_f1
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from safetensors import safe_open

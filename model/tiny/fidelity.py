@@ -19,6 +19,7 @@ from controlnet.model.canvas import to_canvas
 from controlnet.model.tiny.dataset import World
 from controlnet.model.training.loop import LoopConfig, fit
 from controlnet.model.training.precision import autocast
+from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.depth import DepthOptions, tiny_depth
 from controlnet.preprocessors.geometry import fit as fit_size
@@ -46,35 +47,6 @@ def user_depth(image: np.ndarray) -> np.ndarray:
 def pose_of(joints: np.ndarray, size: int) -> np.ndarray:
     """The pose map (size, size, 3) uint8 of joints (18, 3) in pixels and visibility."""
     return draw([joints / (size, size, 1)], (size, size))
-
-
-def edge_f1(found: np.ndarray, true: np.ndarray, tolerance: int) -> float:
-    """F1 of two line maps (H, W) in {0, 255}: a pixel counts as matched when the other map has one within `tolerance`
-    (in the maximum norm). 1 for two empty maps."""
-    kernel = np.ones((2 * tolerance + 1,) * 2, np.uint8)
-    near_true, near_found = cv2.dilate(true, kernel) > 0, cv2.dilate(found, kernel) > 0
-    found, true = found > 0, true > 0
-    if not found.any() or not true.any():
-        return float(found.any() == true.any())
-    precision, recall = near_true[found].mean(), near_found[true].mean()
-    return float(2 * precision * recall / max(precision + recall, 1e-9))
-
-
-def pck(found: np.ndarray, true: np.ndarray, share: float = 0.1) -> float:
-    """The share of the visible joints of `true` (18, 3) that `found` (18, 2 or more), in the same unit, has within
-    `share` of the longer side of their bounding box (PCK, Yang and Ramanan 2013)."""
-    seen = true[:, 2] > 0
-    longer = np.ptp(true[seen, :2], axis=0).max()
-    return float((np.linalg.norm(found[seen, :2] - true[seen, :2], axis=1) <= share * longer).mean())
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, of all pixels; 0 where one is flat."""
-    from scipy.stats import spearmanr
-
-    if not np.ptp(a) or not np.ptp(b):
-        return 0.0
-    return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
 class JointReader:

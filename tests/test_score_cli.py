@@ -1,0 +1,149 @@
+"""`controlnet score`, and `generate --keep-best`."""
+
+import json
+
+import numpy as np
+import pytest
+from controlnet.cli.score import interval
+from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.errors import Exit
+from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.metadata import dump
+from controlnet.preprocessors.skeleton import draw, to_text
+from PIL import Image
+from test_skeleton import standing
+
+
+@pytest.fixture
+def files(tmp_path, photo, run):
+    """A photo, its canny and depth map at its size, and another photo."""
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(photo[::-1, ::-1]).save(tmp_path / "other.png")
+    for kind in ("canny", "depth"):
+        assert run("detect", kind, tmp_path / "photo.png", "--size", "128x96", "--offline")[0] == 0
+    return tmp_path
+
+
+def told(run, *args):
+    code, out, err = run("score", *args, "--json", "--offline")
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_an_image_that_is_its_own_condition_is_perfect_and_another_is_not(run, files):
+    (own,) = told(run, files / "photo.png", "--cond", files / "photo.canny.png")
+    assert (own["kind"], own["f1"], own["f1_near"], own["ssim"]) == ("canny", 1, 1, 1)
+    (other,) = told(run, files / "other.png", "--cond", files / "photo.canny.png")
+    assert other["f1"] < other["f1_near"] < 0.9 and other["ssim"] < 0.9
+    both = told(run, files / "photo.png", "--cond", files / "photo.canny.png", "--cond", files / "photo.depth.png")
+    assert [row["kind"] for row in both] == ["canny", "depth"]
+    assert both[1]["rank_correlation"] == pytest.approx(1, abs=1e-3) and both[1]["rmse"] < 1
+    assert told(run, files / "other.png", "--cond", files / "photo.depth.png")[0]["rmse"] > 10
+
+
+def test_the_maps_own_options_are_used(run, files):
+    run(
+        "detect",
+        "canny",
+        files / "photo.png",
+        "--size",
+        "128x96",
+        "--low",
+        10,
+        "--high",
+        20,
+        "-o",
+        files / "m.canny.png",
+    )
+    assert told(run, files / "photo.png", "--cond", files / "m.canny.png")[0]["f1"] == 1
+
+
+def test_table_and_overlay(run, files):
+    code, out, _ = run("score", files / "other.png", "--cond", files / "photo.canny.png", "--overlay", files / "o.png")
+    assert code == 0 and "f1 near" in out and "photo.canny.png (canny)" in out
+    sheet, _ = read_image((files / "o.png").read_bytes(), "o")
+    assert (sheet == (255, 0, 0)).all(2).any() and (sheet == (0, 0, 255)).all(2).any()
+    assert run("score", files / "other.png", "--cond", files / "photo.canny.png", "--overlay", files / "o.png")[0] == 4
+
+
+def test_poses(run, tmp_path, monkeypatch):
+    """With a detector that finds a given pose: the same one is perfect, one beside it is not, nobody is 0."""
+    from controlnet.preprocessors.registry import Detector
+
+    people = [standing()]
+    text = dump({"kind": "pose", "keypoints": to_text(people)})
+    write_file(tmp_path / "m.pose.png", png_bytes(draw(people, (128, 128)), text))
+    Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(tmp_path / "i.png")
+    fields = {"keypoints": []}
+    monkeypatch.setattr(Detector, "ready", lambda *args, **options: lambda image: (image, fields))
+    fields["keypoints"] = to_text(people)
+    flags = (tmp_path / "i.png", "--cond", tmp_path / "m.pose.png")
+    assert [told(run, *flags)[0][key] for key in ("oks", "pck", "people", "found")] == [1, 1, 1, 1]
+    fields["keypoints"] = to_text([people[0] + (0.03, 0, 0), people[0] + (0.4, 0, 0)])
+    near = told(run, *flags, "--overlay", tmp_path / "o.png")[0]
+    assert 0.2 < near["oks"] < 0.99 and near["pck"] == 1 and near["found"] == 2
+    fields["keypoints"] = []
+    assert [told(run, *flags)[0][key] for key in ("oks", "pck")] == [0, 0]
+
+
+def test_jobs_give_means_with_intervals(run, files):
+    cond = str(files / "photo.canny.png")
+    lines = [{"image": str(files / name), "cond": cond} for name in ("photo.png", "other.png")]
+    (files / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"image": "gone.png"}]))
+    code, out, err = run("score", "--jobs", files / "jobs.jsonl", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == Exit.PARTIAL and "line 3" in err and "1 of 3 lines failed" in err
+    mean = next(row for row in rows if row.get("score") == "f1")
+    assert mean["n"] == 2 and mean["low"] <= mean["mean"] <= mean["high"]
+    assert mean["mean"] == pytest.approx((rows[0]["f1"] + rows[1]["f1"]) / 2, abs=1e-4)
+
+
+def test_the_interval_is_the_normal_ones_for_many():
+    values = np.random.default_rng(1).normal(3, 2, 400).tolist()
+    mean, low, high = interval(values)
+    assert mean == pytest.approx(np.mean(values))
+    half = 1.96 * np.std(values) / 20
+    assert (mean - low) == pytest.approx(half, rel=0.1) and (high - mean) == pytest.approx(half, rel=0.1)
+    assert interval(values) == (mean, low, high)
+
+
+@pytest.mark.parametrize("args, code, said", [
+    (("{f}/photo.png", "--cond", "{f}/wide.canny.png"), Exit.INPUT, "another aspect"),
+    (("{f}/photo.png", "--cond", "{f}/photo.png"), Exit.USAGE, "its kind is told neither"),
+    (("{f}/photo.png", "--cond", "{f}/photo.png,kind=seg"), Exit.USAGE, "has no score"),
+    (("{f}/photo.png", "--cond", "{f}/empty.canny.png"), Exit.INPUT, "one flat colour"),
+    (("{f}/photo.png", "--cond", "{f}/plain.pose.png"), Exit.INPUT, "no key points"),
+    (("{f}/photo.png",), Exit.INPUT, "names no condition"),
+    ((), Exit.USAGE, "give an image"),
+    (("--jobs", "{f}/none.jsonl"), Exit.INPUT, "no jobs in it"),
+])  # fmt: skip
+def test_mistakes_are_told(run, files, photo, args, code, said):
+    Image.fromarray(canny(photo)[:48]).save(files / "wide.canny.png")
+    Image.fromarray(np.zeros((96, 128), np.uint8)).save(files / "empty.canny.png")
+    Image.fromarray(draw([standing()], (128, 96))).save(files / "plain.pose.png")
+    (files / "none.jsonl").write_text("")
+    found, _, err = run("score", *(a.format(f=files) for a in args))
+    assert found == code and said in err and "hint:" in err
+
+
+def test_the_best_of_several_images_are_kept(run, small_base_folder, tmp_path, monkeypatch):
+    """The kept ones are those with the highest scores of all, and say so; the others are not written."""
+    monkeypatch.chdir(tmp_path)
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20] = lines[:, 30] = 255
+    Image.fromarray(lines).save("map.canny.png")
+    job = ("generate", "--base", small_base_folder / "base", "--cond", f"map.canny.png,net={small_base_folder}/net",
+           "-p", "a red cube", "--steps", 1, "--seed", 1, "--num", 4)  # fmt: skip
+    assert run(*job, "-o", "all/")[0] == 0
+    scores = {p.name: told(run, p)[0]["f1_near"] for p in sorted((tmp_path / "all").iterdir())}
+    code, out, err = run(*job, "--keep-best", 2, "-o", "best/", "--json")
+    assert code == 0, err
+    rows = {row["output"].split("/")[1]: row["score"] for row in map(json.loads, out.splitlines())}
+    assert rows.keys() == {p.name for p in (tmp_path / "best").iterdir()} and len(rows) == 2
+    assert sorted(rows.values()) == pytest.approx(sorted(scores.values())[-2:], abs=1e-4)
+    for flags, said in ((("--keep-best", 5), "of 4 images"), (("--keep-best", 0), "of 4 images"),
+                        (("--keep-best", 1, "--skip-existing"), "--skip-existing")):  # fmt: skip
+        code, _, err = run(*job, *flags, "-o", "no/")
+        assert code == Exit.USAGE and said in err
+    code, _, err = run("generate", "--base", small_base_folder / "base", "-p", "x", "--num", 2, "--keep-best", 1)
+    assert code == Exit.USAGE and "no condition" in err and not (tmp_path / "no").exists()
