@@ -1,0 +1,176 @@
+"""What control does, in pictures: sheets made by `tiny` from photos and from held-out scenes of its world.
+
+    python examples/gallery.py [examples/gallery]
+
+Equal on the same machine each time: float32, fixed seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from controlnet.model.base import load_base
+from controlnet.model.canvas import to_canvas
+from controlnet.model.checkpoint import load_controlnet
+from controlnet.model.generate import Request, generate
+from controlnet.model.registry import TINY
+from controlnet.model.strength import Strength
+from controlnet.model.tiny.dataset import HELD_OUT
+from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
+from controlnet.model.tiny.render import render
+from controlnet.model.tiny.scenes import make_scene
+from controlnet.preprocessors.detect import detect, rgb
+from controlnet.preprocessors.images import png_bytes, write_file
+from controlnet.preprocessors.registry import find_detector
+from controlnet.preprocessors.sheet import contact_sheet
+
+Cells = list[tuple[np.ndarray, str]]
+OBJECTS, PEOPLE = (3, 7, 13), (2, 5, 8)
+"""Of the held-out scenes of each sort, the ones that are shown."""
+
+
+class Studio:
+    def __init__(self):
+        self.base = load_base("tiny")
+        self.size = self.base.native_size
+        self.nets = {kind: load_controlnet(TINY / f"controlnet-{kind}") for kind in ("canny", "pose", "depth")}
+        scenes = [make_scene(HELD_OUT + i) for i in range(80)]
+        sorts = {sort: [s for s in scenes if s.sort == sort] for sort in ("objects", "person")}
+        self.shown = [sorts["objects"][i] for i in OBJECTS] + [sorts["person"][i] for i in PEOPLE]
+        drawn = render(self.shown, self.size)
+        self.pictures, self.joints = drawn.images.numpy(), drawn.joints.numpy()
+
+    def condition(self, scene: int, kind: str) -> np.ndarray:
+        if kind == "pose":
+            return pose_of(self.joints[scene], self.size)
+        return {"canny": user_canny, "depth": user_depth}[kind](self.pictures[scene])
+
+    def of_photo(self, name: str, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """(a photo that comes with scikit-image, its map on the canvas)."""
+        import skimage.data
+
+        photo = getattr(skimage.data, name)()
+        row = find_detector(kind)
+        options = row.load_options()(**({"auto": True} if kind == "canny" else {}))
+        map_, _ = detect(photo, row.ready(options), (512, 512), "crop")
+        return photo, to_canvas(rgb(map_), kind, (self.size, self.size))
+
+    def image(self, prompt: str, seed: int = 0, acting: dict[str, np.ndarray] | None = None, **strength) -> np.ndarray:
+        acting = acting or {}
+        nets = [(self.nets[kind], Strength(**strength)) for kind in acting]
+        return next(generate(self.base, [Request(prompt, seed, tuple(acting.values()))], nets))
+
+
+def prompts(studio: Studio) -> Cells:
+    """One condition, six prompts."""
+    condition = studio.condition(0, "canny")
+    cells: Cells = [(studio.pictures[0], "a held-out scene"), (condition, "its canny edges")]
+    scene = studio.shown[0].caption
+    texts = [scene, "a large red sphere, white floor, black wall", "a yellow cube, blue floor, pink wall",
+             "a green cylinder, orange floor, cyan wall", "a poster of circles in purple and white", ""]  # fmt: skip
+    return cells + [(studio.image(text, 1, {"canny": condition}), text or "(no prompt)") for text in texts]
+
+
+def conditions(studio: Studio) -> Cells:
+    """One prompt, six conditions."""
+    text = "a person standing in a red shirt and blue trousers, grey floor, white wall"
+    cells: Cells = []
+    for scene in (3, 4, 5):
+        for kind in ("pose", "canny"):
+            condition = studio.condition(scene, kind)
+            cells += [(condition, kind), (studio.image(text, 2, {kind: condition}), text)]
+    return cells
+
+
+def photos(studio: Studio) -> Cells:
+    """From real photos: edges and depth of what `tiny` has never seen."""
+    asked = {
+        ("rocket", "canny"): "a person standing in a white shirt and grey trousers, red floor, black wall",
+        ("coffee", "depth"): "a large yellow cylinder, grey floor, green wall",
+        ("chelsea", "canny"): "a poster of shapes in orange, brown and white",
+        ("astronaut", "depth"): "a person standing in an orange shirt, blue wall",
+    }
+    cells: Cells = []
+    for (name, kind), text in asked.items():
+        photo, condition = studio.of_photo(name, kind)
+        cells += [(photo, name), (condition, kind), (studio.image(text, 3, {kind: condition}), text)]
+        cells.append((studio.image(text, 3), "without control"))
+    return cells
+
+
+def composition(studio: Studio) -> Cells:
+    """A pose and the depth of a scene, alone and added."""
+    cells: Cells = []
+    for scene in (3, 5):
+        text = studio.shown[scene].caption
+        both = {kind: studio.condition(scene, kind) for kind in ("pose", "depth")}
+        cells += [(both["pose"], "pose"), (both["depth"], "depth")]
+        for name in (("pose",), ("depth",), ("pose", "depth")):
+            cells.append((studio.image(text, 4, {kind: both[kind] for kind in name}), " + ".join(name)))
+    return cells
+
+
+def scales(studio: Studio) -> Cells:
+    condition, text = studio.condition(3, "pose"), studio.shown[3].caption
+    cells: Cells = [(condition, text)]
+    return cells + [
+        (studio.image(text, 5, {"pose": condition}, scale=s), f"scale {s:g}") for s in (0, 0.25, 0.5, 0.75, 1, 1.5, 2)
+    ]
+
+
+def windows(studio: Studio) -> Cells:
+    condition, text = studio.condition(1, "canny"), studio.shown[1].caption
+    cells: Cells = [(condition, text)]
+    for start, end in ((0, 1), (0, 0.25), (0, 0.5), (0, 0.75), (0.25, 1), (0.5, 1), (0.75, 1)):
+        image = studio.image(text, 6, {"canny": condition}, start=start, end=end)
+        cells.append((image, f"acts from {start:.0%} to {end:.0%}"))
+    return cells
+
+
+def weightings(studio: Studio) -> Cells:
+    """Empty prompts: the map must do."""
+    cells: Cells = []
+    for scene, kind in ((0, "canny"), (4, "pose")):
+        condition = studio.condition(scene, kind)
+        cells.append((condition, f"{kind}, no prompt"))
+        for name, way in {
+            "balanced": {}, "prompt": {"weighting": "soft"},
+            "control": {"control_on": "cond", "weighting": "resolution"},
+            "guess": {"control_on": "cond", "weighting": "soft"},
+        }.items():  # fmt: skip
+            cells.append((studio.image("", 7, {kind: condition}, **way), f"--mode {name}"))
+    return cells
+
+
+SHEETS: dict[str, tuple[Callable[[Studio], Cells], int, str]] = {
+    "photos": (photos, 4, "Photos to maps to images: `tiny` paints coarse regions of that shape"),
+    "prompts": (prompts, 4, "One condition, six prompts"),
+    "conditions": (conditions, 6, "One prompt, six conditions"),
+    "composition": (composition, 5, "Two conditions, alone and added"),
+    "scales": (scales, 4, "A pose from scale 0 to 2"),
+    "windows": (windows, 4, "Control in a part of the sampling"),
+    "weightings": (weightings, 5, "No prompt: the four modes"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("examples/gallery"))
+    parser.add_argument("--sheets", default=",".join(SHEETS))
+    args = parser.parse_args()
+    studio = Studio()
+    page = ["# Gallery", "", "Made by `make gallery` with the embedded model, 20 steps, on a CPU.", ""]
+    for name in args.sheets.split(","):
+        cells, columns, title = SHEETS[name]
+        write_file(args.folder / f"{name}.png", png_bytes(contact_sheet(cells(studio), columns, 128)))
+        page += [f"## {title}", "", f"![{title}]({name}.png)", ""]
+        print(args.folder / f"{name}.png", flush=True)
+    page += ["## When control began", "", "![held-out pictures over the steps of a training](../strip.png)", ""]
+    write_file(args.folder / "README.md", "\n".join(page).encode())
+
+
+if __name__ == "__main__":
+    main()
