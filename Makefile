@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench parity bench-batch bench-train convergence torture wheel clean
+.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench parity bench-batch bench-train paper gallery convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,12 @@ bench-batch: env ## Time many photos beside controlnet_aux; memory over 10,000 f
 
 bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
 	$(BIN)/python benchmarks/train.py
+
+paper: env ## Tables of the paper's claims on the embedded model (half an hour on 2 cores)
+	$(BIN)/python benchmarks/paper.py
+
+gallery: env ## Pictures of what control does, into examples/gallery/
+	$(BIN)/python examples/gallery.py
 
 convergence: env ## Train three ControlNets on tiny: when does control begin? (half an hour on 2 cores)
 	$(BIN)/python benchmarks/convergence.py

@@ -28,7 +28,9 @@ name, folder, out = sys.argv[1:4]
 detector = {"canny": CannyDetector, "lineart": LineartStandardDetector}[name]() if name != "softedge" else \
     HEDdetector.from_pretrained(sys.argv[4])
 for path in sorted(Path(folder).iterdir()):
-    detector(Image.open(path), detect_resolution=512, image_resolution=512).save(f"{out}/{path.stem}.png")
+    sizes = {"detect_resolution": 512} | ({} if name == "lineart" else {"image_resolution": 512})
+    map_ = detector(Image.open(path), **sizes, output_type="pil")
+    map_.save(f"{out}/{path.stem}.png")
 """
 
 
