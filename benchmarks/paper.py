@@ -36,7 +36,7 @@ class Bench:
         self.held_out: World = world(runs / "world", 4 * scenes, self.base.native_size, HELD_OUT)
         self.colours = Colours(world(runs / "world", 1500, self.base.native_size, 0), range(1500))
         self.measures: dict[str, Measure] = {m.kind: m for m in measures(trained_reader(self.base, runs))}
-        self.nets = {kind: load_controlnet(TINY / f"controlnet-{kind}") for kind in self.measures}
+        self.nets = {kind: load_controlnet(TINY / f"controlnet-{kind}", self.base.dtype) for kind in self.measures}
 
     def rows(self, kind: str) -> np.ndarray:
         return self.measures[kind].rows(self.held_out)[: self.scenes]

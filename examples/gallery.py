@@ -36,7 +36,9 @@ class Studio:
     def __init__(self):
         self.base = load_base("tiny")
         self.size = self.base.native_size
-        self.nets = {kind: load_controlnet(TINY / f"controlnet-{kind}") for kind in ("canny", "pose", "depth")}
+        self.nets = {
+            kind: load_controlnet(TINY / f"controlnet-{kind}", self.base.dtype) for kind in ("canny", "pose", "depth")
+        }
         scenes = [make_scene(HELD_OUT + i) for i in range(80)]
         sorts = {sort: [s for s in scenes if s.sort == sort] for sort in ("objects", "person")}
         self.shown = [sorts["objects"][i] for i in OBJECTS] + [sorts["person"][i] for i in PEOPLE]

@@ -19,7 +19,8 @@ class LineArtOptions:
     def __post_init__(self):
         if not 0 < self.sigma <= 100 or not 0 <= self.threshold <= 255:
             raise UsageError(
-                f"lineart sigma={self.sigma}, threshold={self.threshold}: expected sigma to 100, threshold to 255",
+                f"lineart sigma={self.sigma}, threshold={self.threshold}: expected sigma above 0, at most 100,"
+                " and threshold 0 to 255",
                 "controlnet detect lineart PHOTO --sigma 6 --threshold 8",
             )
 
