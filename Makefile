@@ -78,7 +78,7 @@ bench-train: env ## Time and memory of a training step beside diffusers' and pla
 paper: env ## Tables of the paper's claims on the embedded model (half an hour on 2 cores)
 	$(BIN)/python benchmarks/paper.py
 
-gallery: env ## Pictures of what control does, into examples/gallery/
+gallery: env ## Pictures of what control does, into out/gallery/
 	$(BIN)/python examples/gallery.py
 
 convergence: env ## Train three ControlNets on tiny: when does control begin? (half an hour on 2 cores)

@@ -40,3 +40,19 @@ def bytes_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
             bar.update(tasks[0], completed=done, total=of)
 
         yield on_bytes
+
+
+@contextmanager
+def images_bar(total: int, quiet: bool) -> Iterator[Callable[[float], None]]:
+    """A bar over images with the time left; gives on_step(images), parts of them included."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda images: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    count = TextColumn("{task.completed:.1f}/{task.total}")
+    columns = (TextColumn("generate"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generate", total=total)
+        yield lambda images: bar.update(task, completed=images)

@@ -97,7 +97,9 @@ def generate(
     skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
     low_memory: LowMemory = False, keep_best: KeepBest = None,
 ) -> None:  # fmt: skip
-    from controlnet.cli.images import Studio, progress, targets
+    from controlnet.cli.bars import images_bar
+    from controlnet.cli.images import Studio
+    from controlnet.cli.jobs import targets
 
     defaults = {
         "cond": cond, "prompt": prompt, "negative": negative, "out": out, "num": num, "steps": steps,
@@ -121,7 +123,7 @@ def generate(
     wanted = targets(todo, overwrite, skip_existing, as_json, failed)
     if wanted:
         studio = Studio(device, dtype, offline, strict, low_memory)
-        with progress(len(wanted), quiet) as on_step:
+        with images_bar(len(wanted), quiet) as on_step:
             made_images = studio.make(wanted, failed, on_step)
             if keep_best is not None:
                 made_images = _best(made_images, keep_best, studio, offline)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlnet.cli.conditions import ConditionFlag, scale_text, weighting_text
-from controlnet.cli.jobs import Job
+from controlnet.cli.jobs import Job, Wanted
 from controlnet.cli.machine import choose_device, choose_dtype, silence_libraries
-from controlnet.cli.options import keeps, output_path, say, tell, warn
-from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, OutputError, UsageError
+from controlnet.cli.options import say, warn
+from controlnet.cli.sources import Sources
+from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,16 +47,6 @@ class Setup:
     scheduler: str | None
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """An image to be made: where it goes (None: standard output), and what of."""
-
-    name: str
-    job: Job
-    seed: int
-    path: Path | None
-
-
 @dataclass
 class Prepared:
     """A wanted image with all that it is made from. Images of equal `shared` are sampled together."""
@@ -68,37 +56,6 @@ class Prepared:
     setup: Setup
     request: Request
     record: dict
-
-
-def targets(jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, as_json: bool,
-            failed: Callable[[str, ControlNetError], None]) -> list[Wanted]:  # fmt: skip
-    """The images to be made, after what is there has been told of. An output that is in the way fails its job."""
-    wanted: list[Wanted] = []
-    taken: dict[Path | None, str] = {}
-    several = sum(job.num for _, job in jobs) > 1
-    for name, job in jobs:
-        try:
-            seeded = job.seeded()
-            assert seeded.seed is not None
-            images = []
-            for seed in range(seeded.seed, seeded.seed + job.num):
-                default = Path("out") / f"{seed}-{job.stem}.png"
-                alone = job.num == 1 and (not several or (job.out or "").endswith(".png"))
-                path = output_path(job.out, default, not alone)
-                if job.seed is None and skip_existing and path is not None and path.name == default.name:
-                    raise UsageError("without a seed its images have new names each time", "--seed 1")
-                if path in taken:
-                    raise OutputError(f"{path}: {taken[path]} is written there too", "a seed or an out of its own")
-                if path is not None and keeps(path, overwrite, skip_existing):
-                    tell({"output": str(path), "seed": seed, "skipped": True}, as_json)
-                else:
-                    images.append(Wanted(name, seeded, seed, path))
-                if path is not None:
-                    taken[path] = name
-            wanted += images
-        except ControlNetError as error:
-            failed(name, error)
-    return wanted
 
 
 class Studio:
@@ -112,9 +69,7 @@ class Studio:
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.base = cache(self._base)
         self.net = cache(self._net)
-        self.source = cache(self._source)
-        self.missing = cache(self._missing)
-        self.fits = cache(self._fits)
+        self.sources = Sources(offline)
         self.detector = cache(self._detector)
         self.read = lru_cache(8)(self._read)
         self.placed = lru_cache(8)(self._placed)
@@ -160,10 +115,10 @@ class Studio:
 
         job = one.job
         if self.offline:
-            self._check_here(job)
+            self.sources.check_here(job, lambda flag: self.read(flag).kind)
         reads = [self.read(flag) for flag in job.cond]
         for flag, read in zip(job.cond, reads, strict=True):
-            self.fits(job.base, self.source(job.base, flag, read.kind))
+            self.sources.fits(job.base, self.sources.source(job.base, flag, read.kind))
         base, memory = self.base(job.base)
         own = make_scheduler(base.scheduler, job.scheduler)
         size = job.size or canvas_size(base, (reads[0].map.shape[1], reads[0].map.shape[0]) if reads else None)
@@ -192,7 +147,7 @@ class Studio:
         from controlnet.model.strength import Strength
         from controlnet.preprocessors.metadata import sha256
 
-        source = self.source(job.base, flag, read.kind)
+        source = self.sources.source(job.base, flag, read.kind)
         net, net_hash = self.net(base.name, source)
         map_ = self.placed(flag, size)
         weighting = job.weighting_of(flag)
@@ -214,81 +169,13 @@ class Studio:
         say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
         return base, Memory()
 
-    def _source(self, base_name: str, flag: ConditionFlag, kind: str) -> str:
-        """The folder, file or hub id of a condition's ControlNet: its own, or the table's for the base's family."""
-        from controlnet.model.registry import NETS, net_for
-
-        if flag.net:
-            return NETS[flag.net].source if flag.net in NETS and not Path(flag.net).exists() else flag.net
-        family = self._family(base_name)
-        if net := net_for(family, kind):
-            return net.source
-        has = ", ".join(net.kind for net in NETS.values() if net.family == family)
-        raise ModelError(
-            f"{flag.path}: no ControlNet is known for kind {kind!r} on base {base_name}"
-            + (f"; there are some for: {has}" if has else ""),
-            f"--cond {flag.path},net=FOLDER",
-        )
-
-    def _family(self, base_name: str) -> str:
-        from controlnet.model.base import find_base
-        from controlnet.model.families import family_name
-        from controlnet.model.registry import BASES
-
-        if base_name in BASES:
-            return BASES[base_name].family
-        return family_name(find_base(base_name, self.offline).config("unet").get("cross_attention_dim"))
-
-    def _missing(self, job: Job) -> list[tuple[str, str]]:
-        """(name to pull, what it is) of all that a job needs and this machine lacks."""
-        from controlnet.model import hub
-        from controlnet.model.registry import BASES, NETS
-        from controlnet.preprocessors.registry import find_detector
-        from controlnet.preprocessors.weights import kept
-
-        lacking = {}
-        base = BASES[job.base].source if job.base in BASES else job.base
-        absent = hub.is_hub_id(base) and not Path(base).exists() and not hub.kept(base)
-        if absent:
-            lacking[job.base] = f"base {job.base}"
-        for flag in job.cond:
-            kind = flag.kind or flag.detect or ""
-            if flag.detect and (weights := find_detector(flag.detect).weights) and not kept(weights):
-                lacking[weights] = f"detector's weights {weights}"
-            if not flag.net and absent and job.base not in BASES:
-                continue  # nobody knows yet which ControlNet would fit
-            source = self.source(job.base, flag, kind or self.read(flag).kind)
-            if hub.is_hub_id(source) and not Path(source).exists() and not hub.kept(source):
-                name = next((name for name, net in NETS.items() if net.source == source), source)
-                lacking[name] = f"ControlNet {name}"
-        return list(lacking.items())
-
-    def _check_here(self, job: Job) -> None:
-        """Raises ModelError that lists all that a job needs and this machine lacks."""
-        if lacking := self.missing(job):
-            raise ModelError(
-                f"not on this machine, and --offline is given: {', '.join(what for _, what in lacking)}",
-                f"with a network: controlnet models pull {' '.join(name for name, _ in lacking)}",
-            )
-
-    def _fits(self, base_name: str, source: str) -> None:
-        """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
-        from controlnet.model.base import find_base
-        from controlnet.model.checkpoint import check_family
-        from controlnet.model.hub import find
-        from controlnet.model.stored import open_model
-
-        stored = open_model(find(source, self.offline, _NET))
-        check_family(stored, find_base(base_name, self.offline).config("unet"), base_name)
-
     def _net(self, base_name: str, source: str):
         """A ControlNet that fits the base, and its hash."""
         from controlnet.model.checkpoint import load_controlnet
         from controlnet.model.hashes import model_hash
-        from controlnet.model.hub import find
 
         base, _ = self.base(base_name)
-        path = find(source, self.offline, _NET)
+        path = self.sources.find(source)
         net = load_controlnet(path, base.dtype, base.unet.config, base.name)
         net = net if self.low_memory else net.to(base.device)
         return net, model_hash(path)
@@ -377,7 +264,6 @@ def _tell_step(on_step: Callable[[float], None], before: int, images: float) -> 
     on_step(before + images)
 
 
-_NET = "--cond map.png,net=FOLDER"
 _ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
 """What a condition's record says of how it acts."""
 
@@ -421,19 +307,3 @@ def _versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
-
-
-@contextlib.contextmanager
-def progress(total: int, quiet: bool) -> Iterator[Callable[[float], None]]:
-    """A bar over images with the time left, on standard error, when someone is watching; gives on_step."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda images: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    count = TextColumn("{task.completed:.1f}/{task.total}")
-    columns = (TextColumn("generate"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("generate", total=total)
-        yield lambda images: bar.update(task, completed=images)

@@ -8,14 +8,15 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from controlnet.cli.conditions import ConditionFlag, parse_condition, parse_weighting
+from controlnet.cli.options import keeps, output_path, tell
 from controlnet.model.modes import CONTROL_ON, MODES
-from controlnet.preprocessors.errors import InputError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, InputError, OutputError, UsageError
 from controlnet.preprocessors.metadata import KINDS
 
 MAX_NUM = 10_000
@@ -211,3 +212,44 @@ def spread(job: Job) -> list[Job]:
             flags[k] = replace(flag, path=stems[stem])
         jobs.append(replace(job, cond=tuple(flags)))
     return jobs
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An image to be made: where it goes (None: standard output), and what of."""
+
+    name: str
+    job: Job
+    seed: int
+    path: Path | None
+
+
+def targets(jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, as_json: bool,
+            failed: Callable[[str, ControlNetError], None]) -> list[Wanted]:  # fmt: skip
+    """The images to be made, after what is there has been told of. An output that is in the way fails its job."""
+    wanted: list[Wanted] = []
+    taken: dict[Path | None, str] = {}
+    several = sum(job.num for _, job in jobs) > 1
+    for name, job in jobs:
+        try:
+            seeded = job.seeded()
+            assert seeded.seed is not None
+            images = []
+            for seed in range(seeded.seed, seeded.seed + job.num):
+                default = Path("out") / f"{seed}-{job.stem}.png"
+                alone = job.num == 1 and (not several or (job.out or "").endswith(".png"))
+                path = output_path(job.out, default, not alone)
+                if job.seed is None and skip_existing and path is not None and path.name == default.name:
+                    raise UsageError("without a seed its images have new names each time", "--seed 1")
+                if path in taken:
+                    raise OutputError(f"{path}: {taken[path]} is written there too", "a seed or an out of its own")
+                if path is not None and keeps(path, overwrite, skip_existing):
+                    tell({"output": str(path), "seed": seed, "skipped": True}, as_json)
+                else:
+                    images.append(Wanted(name, seeded, seed, path))
+                if path is not None:
+                    taken[path] = name
+            wanted += images
+        except ControlNetError as error:
+            failed(name, error)
+    return wanted

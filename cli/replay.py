@@ -48,7 +48,8 @@ def replay(
     image: Image, cond: Cond = None, out: Out = None, device: Device = None, as_json: Json = False,
     overwrite: Overwrite = False, offline: Offline = False,
 ) -> None:  # fmt: skip
-    from controlnet.cli.images import Studio, Wanted
+    from controlnet.cli.images import Studio
+    from controlnet.cli.jobs import Wanted
     from controlnet.preprocessors.images import read_bytes, read_image, write_file
     from controlnet.preprocessors.metadata import load
 

@@ -1,0 +1,96 @@
+"""Where the models of a job come from: the tables, folders, files, hub ids; and what of them is not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from controlnet.cli.conditions import ConditionFlag
+from controlnet.cli.jobs import Job
+from controlnet.preprocessors.errors import ModelError
+
+
+class Sources:
+    """Answers once for equal questions."""
+
+    def __init__(self, offline: bool):
+        self.offline = offline
+        self.source = cache(self._source)
+        self.fits = cache(self._fits)
+        self._checked: set[Job] = set()
+
+    def _source(self, base_name: str, flag: ConditionFlag, kind: str) -> str:
+        """The folder, file or hub id of a condition's ControlNet: its own, or the table's for the base's family."""
+        from controlnet.model.registry import NETS, net_for
+
+        if flag.net:
+            return NETS[flag.net].source if flag.net in NETS and not Path(flag.net).exists() else flag.net
+        family = self._family(base_name)
+        if net := net_for(family, kind):
+            return net.source
+        has = ", ".join(net.kind for net in NETS.values() if net.family == family)
+        raise ModelError(
+            f"{flag.path}: no ControlNet is known for kind {kind!r} on base {base_name}"
+            + (f"; there are some for: {has}" if has else ""),
+            f"--cond {flag.path},net=FOLDER",
+        )
+
+    def _family(self, base_name: str) -> str:
+        from controlnet.model.base import find_base
+        from controlnet.model.families import family_name
+        from controlnet.model.registry import BASES
+
+        if base_name in BASES:
+            return BASES[base_name].family
+        return family_name(find_base(base_name, self.offline).config("unet").get("cross_attention_dim"))
+
+    def missing(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> list[tuple[str, str]]:
+        """(name to pull, what it is) of all that a job needs and this machine lacks."""
+        from controlnet.model import hub
+        from controlnet.model.registry import BASES, NETS
+        from controlnet.preprocessors.registry import find_detector
+        from controlnet.preprocessors.weights import kept
+
+        lacking = {}
+        base = BASES[job.base].source if job.base in BASES else job.base
+        absent = hub.is_hub_id(base) and not Path(base).exists() and not hub.kept(base)
+        if absent:
+            lacking[job.base] = f"base {job.base}"
+        for flag in job.cond:
+            kind = flag.kind or flag.detect or ""
+            if flag.detect and (weights := find_detector(flag.detect).weights) and not kept(weights):
+                lacking[weights] = f"detector's weights {weights}"
+            if not flag.net and absent and job.base not in BASES:
+                continue  # nobody knows yet which ControlNet would fit
+            source = self.source(job.base, flag, kind or kind_of(flag))
+            if hub.is_hub_id(source) and not Path(source).exists() and not hub.kept(source):
+                name = next((name for name, net in NETS.items() if net.source == source), source)
+                lacking[name] = f"ControlNet {name}"
+        return list(lacking.items())
+
+    def check_here(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> None:
+        """Raises ModelError that lists all that a job needs and this machine lacks."""
+        if job in self._checked:
+            return
+        if lacking := self.missing(job, kind_of):
+            raise ModelError(
+                f"not on this machine, and --offline is given: {', '.join(what for _, what in lacking)}",
+                f"with a network: controlnet models pull {' '.join(name for name, _ in lacking)}",
+            )
+        self._checked.add(job)
+
+    def find(self, source: str) -> Path:
+        """A ControlNet's folder or file, fetched if it is not here and may be."""
+        from controlnet.model.hub import find
+
+        return find(source, self.offline, "--cond map.png,net=FOLDER")
+
+    def _fits(self, base_name: str, source: str) -> None:
+        """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
+        from controlnet.model.base import find_base
+        from controlnet.model.checkpoint import check_family
+        from controlnet.model.stored import open_model
+
+        stored = open_model(self.find(source))
+        check_family(stored, find_base(base_name, self.offline).config("unet"), base_name)
