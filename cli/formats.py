@@ -88,8 +88,9 @@ def convert(
         raise OutputError(f"{out}: exists already", "add --overwrite to replace it")
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
         raise OutputError(f"{out}: is the model itself, or holds it", "another place for the result")
-    if to == "diffusers" and out.is_dir() and not any((out / f).is_file() for f in ("model_index.json", "config.json")):
-        raise OutputError(f"{out}: a folder that holds no model; it is not replaced", f"{out}/NAME")
+    is_model = any((out / name).is_file() for name in ("model_index.json", "config.json"))
+    if to == "diffusers" and out.is_dir() and (not is_model or (out / "run.json").is_file()):
+        raise OutputError(f"{out}: a folder that holds more than a model; it is not replaced", f"{out}/NAME")
     write(source, out, to, prediction)
     say(f"{source} -> {out}, {to} layout")
     tell({"output": str(out), "source": str(source), "to": to}, as_json)

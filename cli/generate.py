@@ -123,10 +123,12 @@ def generate(
     wanted = targets(todo, overwrite, skip_existing, as_json, failed)
     if wanted:
         studio = Studio(device, dtype, offline, strict, low_memory)
+        if keep_best is not None:
+            wanted = _scorable(wanted, studio, failed)
         with images_bar(len(wanted), quiet) as on_step:
             made_images = studio.make(wanted, failed, on_step)
             if keep_best is not None:
-                made_images = _best(made_images, keep_best, studio, offline)
+                made_images = _best(made_images, keep_best, studio, offline, failed)
             for one, png, made in made_images:
                 _write(one.path, png, made, as_json)
     if failures:
@@ -144,7 +146,23 @@ def _check_keep_best(count: int, jobs: list, skip_existing: bool) -> None:
             raise UsageError("--keep-best: the job has no condition to keep to", "--cond map.canny.png")
 
 
-def _best(made_images, count: int, studio, offline: bool):
+def _scorable(wanted: list, studio, failed) -> list:
+    """The wanted images whose conditions an image can be held against; the others' jobs fail before they are made."""
+    from controlnet.cli.score import Scorer
+
+    bad: set[int] = set()
+    for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
+        try:
+            for flag in job.cond:
+                read = studio.read(flag)
+                Scorer.check(read.map, read.kind, read.made, flag.path)
+        except ControlNetError as error:
+            bad.add(id(job))
+            failed(name, error)
+    return [one for one in wanted if id(one.job) not in bad]
+
+
+def _best(made_images, count: int, studio, offline: bool, failed):
     """Of each job's images the `count` whose conditions are found on them best, in the order of their seeds; the score
     is the mean over the conditions of the one that tells most of its kind."""
     from itertools import groupby
@@ -162,7 +180,12 @@ def _best(made_images, count: int, studio, offline: bool):
         return sum(scores) / len(scores)
 
     for _, group in groupby(made_images, lambda made: id(made[0].job)):
-        images = [(one, png, made | {"score": round(score(one, png), 4)}) for one, png, made in group]
+        images = list(group)
+        try:
+            images = [(one, png, made | {"score": round(score(one, png), 4)}) for one, png, made in images]
+        except ControlNetError as error:
+            failed(images[0][0].name, error)
+            continue
         chosen = sorted(images, key=lambda image: -image[2]["score"])[:count]
         yield from sorted(chosen, key=lambda image: image[0].seed)
 

@@ -173,7 +173,7 @@ def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, pre
     if target is not None and target.exists() and job.skip_existing:
         before, size = _record_of(target)
         same = before is None or told(size if job.resize == "keep" else job.size).items() <= before.items()
-        if same and (keypoints is None or keypoints.exists()):
+        if before is None or (same and (keypoints is None or keypoints.exists())):
             return Made({"output": str(target), "source": source, "kind": job.detector.kind, "skipped": True})
     elif target is not None:
         keeps(target, job.overwrite, skip_existing=False)

@@ -103,7 +103,8 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
     source = _model(name)
     if Path(source).is_dir():
         return Path(source)
-    return (None if update else hub.kept(source) if source in hub.lock() else None) or hub.pull(source, update)
+    whole = not update and source in hub.lock() and not hub.verify(source)
+    return (hub.kept(source) if whole else None) or hub.pull(source, update)
 
 
 def _model(name: str) -> str:
@@ -124,7 +125,8 @@ def verify(names: Names = None, as_json: Json = False) -> None:
     from controlnet.model.registry import NETS
     from controlnet.preprocessors import weights
 
-    known = dict.fromkeys(row["name"] for row in rows() if row["here"])
+    locked = hub.lock()
+    known = dict.fromkeys(row["name"] for row in rows() if row["here"] and _is_checked(row["name"], locked))
     fetched = {_model(name) for name in known if name not in weights.WEIGHTS}
     damaged = [name for name in weights.WEIGHTS if weights.fetched(name) and weights.verify(name)]
     bad = False
@@ -140,6 +142,13 @@ def verify(names: Names = None, as_json: Json = False) -> None:
     if bad:
         say("hint: controlnet models pull NAME fetches what is damaged again")
         raise typer.Exit(Exit.MODEL)
+
+
+def _is_checked(name: str, locked: dict) -> bool:
+    """Not what another program has put into the hub's cache: nobody knows what it was."""
+    from controlnet.preprocessors.weights import WEIGHTS
+
+    return name in WEIGHTS or Path(_model(name)).is_dir() or _model(name) in locked
 
 
 def _verify_model(source: str) -> list[str]:

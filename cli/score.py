@@ -143,10 +143,26 @@ class Scorer:
         from controlnet.preprocessors.metadata import load
 
         image, text = read_image(read_bytes(path), path)
-        conditions = conditions or [_recorded(c, path) for c in load(text).get("conditions", [])]
-        if not conditions:
+        if conditions:
+            return [(cond, self.of(image, path, cond)) for cond in conditions]
+        recorded = load(text).get("conditions", [])
+        if not recorded:
             raise InputError(f"{path}: its record names no condition", f"controlnet score {path} --cond MAP")
-        return [(cond, self.of(image, path, cond)) for cond in conditions]
+        return [self.of_record(image, path, condition) for condition in recorded]
+
+    def of_record(self, image: np.ndarray, name: str, condition: dict) -> tuple[str, Scored]:
+        """The scores for a condition of the image's own record; where it was made of a photo, it is made again."""
+        from controlnet.preprocessors.detect import detect, rgb
+        from controlnet.preprocessors.images import read_bytes, read_image
+
+        path = _recorded_path(condition, name)
+        made = condition.get("detect")
+        if made is None:
+            return path, self.of(image, name, f"{path},kind={condition['kind']}")
+        photo, _ = read_image(read_bytes(path), path)
+        make = self.make(made["kind"], made["detector"], json.dumps(made["options"]))
+        map_, found = detect(photo, make, tuple(made["size"]), made["resize"])
+        return path, self.compare(image, rgb(map_), condition["kind"], made | found, path, name)
 
     def of(self, image: np.ndarray, name: str, cond: str) -> Scored:
         """The scores of an image (H, W, 3) uint8 for one condition, PATH[,kind=KIND]."""
@@ -166,8 +182,7 @@ class Scorer:
 
     def compare(self, image: np.ndarray, map_: np.ndarray, kind: str, record: dict, path: str, name: str) -> Scored:
         """The scores of an image (H, W, 3) uint8 for a map of a kind whose PNG text says `record`."""
-        if kind not in SCORED:
-            raise UsageError(f"{path}: kind {kind!r} has no score; expected {', '.join(SCORED)}", f"{path},kind=canny")
+        self.check(map_, kind, record, path)
         ratio = map_.shape[1] / map_.shape[0] * image.shape[0] / image.shape[1]
         if abs(ratio - 1) > ASPECT:
             raise InputError(
@@ -175,10 +190,21 @@ class Scorer:
                 f" {image.shape[1]}x{image.shape[0]}",
                 "the map that the image was made from",
             )
-        if kind != "pose" and int(map_.max()) - int(map_.min()) < 8:
-            raise InputError(f"{path}: one flat colour, there is nothing to keep to", "make the map again")
         scorer = {"depth": _depth, "pose": _pose}.get(kind, _lines)
         return scorer(self, image, map_, kind, record, path)
+
+    @staticmethod
+    def check(map_: np.ndarray, kind: str, record: dict, path: str) -> None:
+        """Raises UsageError or InputError for a map that no image can be held against."""
+        if kind not in SCORED:
+            raise UsageError(f"{path}: kind {kind!r} has no score; expected {', '.join(SCORED)}", f"{path},kind=canny")
+        if kind == "pose" and "keypoints" not in record:
+            raise InputError(
+                f"{path}: carries no key points in its PNG text",
+                "a map of controlnet detect pose, or its --keypoints file",
+            )
+        if kind != "pose" and int(map_.max()) - int(map_.min()) < 8:
+            raise InputError(f"{path}: one flat colour, there is nothing to keep to", "make the map again")
 
     def found(self, image: np.ndarray, map_: np.ndarray, kind: str, record: dict) -> tuple[np.ndarray, dict]:
         """What the map's own detector and options find on the image, looked at in the map's size."""
@@ -235,11 +261,7 @@ def _pose(scorer: Scorer, image, map_, kind: str, record: dict, path: str) -> Sc
     from controlnet.preprocessors.skeleton import draw, from_text
 
     size = (image.shape[1], image.shape[0])
-    true = from_text(record, path)
-    if true is None:
-        raise InputError(
-            f"{path}: carries no key points in its PNG text", "a map of controlnet detect pose, or its --keypoints file"
-        )
+    true = from_text(record, path) or []
     people = [p * (*size, 1) for p in true if (p[:, 2] > 0).sum() >= 3]
     if not people:
         raise InputError(f"{path}: nobody in it", "a map with people")
@@ -271,11 +293,13 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return float(sample.mean()), float(low), float(high)
 
 
-def _recorded(condition: dict, image: str) -> str:
-    """A condition of an image's record, where it is now."""
+def _recorded_path(condition: dict, image: str) -> str:
+    """Where a condition of an image's record is now."""
     path = Path(condition["path"])
+    if condition["path"] == "-":
+        raise InputError(f"{image}: its condition came from standard input", f"controlnet score {image} --cond MAP")
     beside = Path(image).parent / path.name
-    return f"{beside if not path.is_file() and beside.is_file() else path},kind={condition['kind']}"
+    return str(beside if not path.is_file() and beside.is_file() else path)
 
 
 def _rounded(fields: dict[str, Any]) -> dict[str, Any]:

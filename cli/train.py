@@ -89,12 +89,12 @@ def train(
         from controlnet.cli.launch import stop_without_parent
 
         stop_without_parent()
-        with _stoppable():
+        with _stoppable(folder):
             _train(found, folder, settings_of, resume, force, device, offline, as_json, strict, quiet)
 
 
 @contextmanager
-def _stoppable():
+def _stoppable(folder: Path):
     """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first."""
 
     def stop(number: int, frame: object) -> None:
@@ -104,7 +104,10 @@ def _stoppable():
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped before the first step; what is in the cache stays there")
+        if (folder / "log.jsonl").exists():
+            say(f"stopped at once, without saving; from the last checkpoint on: --resume -o {folder}")
+        else:
+            say("stopped before the first step; what is in the cache stays there")
         raise typer.Exit(Exit.INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,19 @@ def convert(source: Path, out: Path, to: str, prediction: str | None = None) -> 
         return
     if out.suffix in (".safetensors", ".ckpt", ".pth"):
         raise UsageError(f"{out}: diffusers' layout is a folder", f"--to original, or {out.with_suffix('')}")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = None
     try:
-        _write_folder(stored, temporary, prediction)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        _write_folder(stored, temporary / "new", prediction)
         if out.is_dir():
-            shutil.rmtree(out)
-        temporary.replace(out)
+            out.rename(temporary / "old")
+        (temporary / "new").rename(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error})", "free some disk, or another place") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_folder(stored: Stored, folder: Path, prediction: str | None) -> None:
@@ -99,7 +102,7 @@ def _original(stored: Stored, prediction: str | None) -> tuple[dict[str, Tensor]
         tensors |= _original_part(part, configs[part], stored.state(part))
     metadata = {CONFIGS: json.dumps(configs, sort_keys=True)}
     if "scheduler" in configs:
-        metadata["modelspec.prediction_type"] = configs["scheduler"]["prediction_type"]
+        metadata["modelspec.prediction_type"] = configs["scheduler"].get("prediction_type", "epsilon")
     return tensors, metadata
 
 

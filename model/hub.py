@@ -6,7 +6,9 @@ first, and the sha256 of its files as they were then. Of a repository nothing is
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from controlnet.model.hashes import file_sha256
 from controlnet.model.stored import BASE_PARTS, STEMS
 from controlnet.model.tensors import shards_of, weights_among
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
 from controlnet.preprocessors.images import write_file
 from controlnet.preprocessors.weights import cache_folder
 from huggingface_hub import HfApi, snapshot_download
@@ -29,7 +31,9 @@ _NETWORK: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is of the form OWNER/NAME, and not a file's."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and Path(name).suffix not in FILES
+    parts = name.split("/")
+    well = len(parts) == 2 and all(re.fullmatch(r"\w([\w.-]*\w)?", part) for part in parts)
+    return well and ".." not in name and "--" not in name and Path(name).suffix not in FILES
 
 
 def find(name: str, offline: bool, example: str) -> Path:
@@ -85,6 +89,11 @@ def pull(name: str, update: bool = False) -> Path:
             f"{name}: the model hub has no such model, or it is not public", "controlnet models list"
         ) from error
     except _NETWORK as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise OutputError(
+                f"{name}: cannot be kept ({os.strerror(error.errno)})",  # type: ignore[attr-defined]
+                "free some disk, or HF_HOME=DIR for another place",
+            ) from error
         if not (locked or update) and (there := kept(name)):
             return there
         raise ModelError(
@@ -135,9 +144,10 @@ def complete(files: Iterable[str]) -> bool:
     for part in BASE_PARTS if is_base else ("controlnet",):
         folder = f"{part}/" if is_base else ""
         inside = [f.removeprefix(folder) for f in files if f.startswith(folder)]
-        if "config.json" not in inside or weights_among(inside, STEMS[part]) is None:
+        first = weights_among(inside, STEMS[part])
+        if "config.json" not in inside or first is None or (first.endswith(".json") and not shards_of(inside, first)):
             return False
-    return True
+    return not is_base or all(any(f.startswith(f"{part}/") for f in files) for part in ("tokenizer", "scheduler"))
 
 
 def lock() -> dict[str, Any]:

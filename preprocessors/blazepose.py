@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import cv2
 import numpy as np
@@ -27,6 +28,8 @@ SHAPES = {
     LANDMARKS: [(1, 256, 256, 3), (1, 195), (1, 1)],
 }
 """Of each network's input and its first two outputs."""
+_ONE_AT_A_TIME = Lock()
+"""LiteRT's interpreter belongs to one thread at a time."""
 _PULL = "controlnet models pull blazepose, or --weights DIR"
 ANCHORS = ((8, 2), (16, 2), (32, 6))
 """(stride, anchors a cell) of the detector's outputs."""
@@ -234,9 +237,10 @@ def _silence() -> Iterator[None]:
 
 def _run(network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The first two outputs, without the batch."""
-    network.set_tensor(network.get_input_details()[0]["index"], pixels[None].astype(np.float32))
-    network.invoke()
-    first, second = (network.get_tensor(o["index"]).copy() for o in network.get_output_details()[:2])
+    with _ONE_AT_A_TIME:
+        network.set_tensor(network.get_input_details()[0]["index"], pixels[None].astype(np.float32))
+        network.invoke()
+        first, second = (network.get_tensor(o["index"]).copy() for o in network.get_output_details()[:2])
     return first[0], second[0]
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from controlnet.preprocessors.errors import InputError, OutputError
 from PIL import Image, ImageOps, PngImagePlugin
 
-MAX_PIXELS = 250_000_000
 RUN_LENGTHS = 3
 """zlib's strategy Z_RLE."""
+MAX_PIXELS = 250_000_000
 """Pictures beyond this are refused from their header."""
 MIN_SIDE = 8
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")

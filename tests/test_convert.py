@@ -239,6 +239,16 @@ def test_families_are_told_apart_before_weights_are_read(narrow, run, tmp_path):
     assert code == 5 and family.name in err and other.name in err
 
 
+def test_a_scheduler_that_says_nothing_predicts_epsilon(narrow, tmp_path):
+    """As the configs of SD 1.x's first repositories are."""
+    _, folder = narrow
+    shutil.copytree(folder, tmp_path / "old")
+    path = tmp_path / "old/scheduler/scheduler_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "prediction_type"}))
+    convert(tmp_path / "old", tmp_path / "old.safetensors", "original")
+    assert open_model(tmp_path / "old.safetensors").prediction() == "epsilon"
+
+
 def test_an_sd2_file_must_be_told_its_prediction(narrow, tmp_path):
     family, folder = narrow
     convert(folder, tmp_path / "told.safetensors", "original")
@@ -266,7 +276,12 @@ def test_the_command_converts_and_leaves_what_is_there(small_base_folder, run, t
     (tmp_path / "full/letter.txt").write_text("mine")
     assert convert(out, tmp_path / "full", "--to", "diffusers", "--overwrite")[0] == 4
     assert (tmp_path / "full/letter.txt").is_file()
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+    assert convert(out, tmp_path / "again", "--to", "diffusers")[0] == 0
+    (tmp_path / "again/run.json").write_text("{}")
+    assert convert(out, tmp_path / "again", "--to", "diffusers", "--overwrite")[0] == 4
+    (tmp_path / "again/run.json").unlink()
+    assert convert(out, tmp_path / "again", "--to", "diffusers", "--overwrite")[0] == 0
     code, _, err = convert(small_base_folder / "base", tmp_path / "b.safetensors", "--to", "original")
     assert code == 5 and "text features of width 16" in err
 

@@ -118,6 +118,21 @@ def test_unwritable_folder(run, folder):
     assert run("detect", "canny", folder / "one.png", "-o", f"{folder}/locked/")[0] == Exit.OUTPUT
 
 
+def test_skip_existing_looks_at_the_size_and_leaves_foreign_maps(run, folder):
+    assert run("detect", "canny", folder / "one.png")[0] == 0
+    for size, skipped in (("512", True), ("256", False), ("256", True)):
+        code, out, _ = run("detect", "canny", folder / "one.png", "--skip-existing", "--size", size, "--json")
+        assert code == 0 and bool(json.loads(out).get("skipped")) == skipped
+    foreign = folder / "points.pose.png"
+    Image.new("RGB", (64, 64)).save(foreign)
+    before = foreign.read_bytes()
+    (folder / "points.json").write_text(json.dumps({
+        "people": [{"pose_keypoints_2d": [10.0, 10.0, 1.0] * 18}], "canvas_width": 64, "canvas_height": 64
+    }))  # fmt: skip
+    assert run("detect", "pose", folder / "points.json", "--skip-existing", "--keypoints", folder / "k.json")[0] == 0
+    assert foreign.read_bytes() == before
+
+
 def test_skip_existing_looks_at_photo_and_options(run, folder):
     assert run("detect", "canny", folder)[0] == 0
     before = {p: p.read_bytes() for p in folder.glob("*.canny.png")}

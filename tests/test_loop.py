@@ -79,6 +79,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert folder.steps() == [29, 30] and good["progress"]["step"] == 30
     folder.path(30).write_bytes(folder.path(30).read_bytes()[:500])
     assert folder.load()["progress"]["step"] == 29
+    assert folder.steps() == [29]  # the damaged file no longer counts
     folder.path(29).write_bytes(b"")
     with pytest.raises(ModelError, match="no checkpoint in it can be read"):
         folder.load()

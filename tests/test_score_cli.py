@@ -141,6 +141,28 @@ def test_the_best_of_several_images_are_kept(run, small_base_folder, tmp_path, m
     rows = {row["output"].split("/")[1]: row["score"] for row in map(json.loads, out.splitlines())}
     assert rows.keys() == {p.name for p in (tmp_path / "best").iterdir()} and len(rows) == 2
     assert sorted(rows.values()) == pytest.approx(sorted(scores.values())[-2:], abs=1e-4)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    photo.save("photo.png")
+    made = (
+        "generate",
+        "--base",
+        small_base_folder / "base",
+        "--cond",
+        f"photo.png,detect=canny,net={small_base_folder}/net",
+    )
+    assert run(*made, "-p", "x", "--steps", 1, "--seed", 1, "-o", "of-photo.png")[0] == 0
+    run("detect", "canny", "photo.png")
+    (again,), (own,) = told(run, "of-photo.png"), told(run, "of-photo.png", "--cond", "photo.canny.png")
+    assert again["f1"] == own["f1"] and again["kind"] == "canny"  # the photo's map, not the photo
+    Image.new("RGB", (64, 64)).save("flat.canny.png")
+    lines = [{"cond": f"{c}.canny.png,net={small_base_folder}/net", "prompt": "x", "seed": i, "num": 2, "out": f"o{i}/"}
+             for i, c in enumerate(("map", "flat", "map"))]  # fmt: skip
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = run(
+        "generate", "--base", small_base_folder / "base", "--jobs", "jobs.jsonl", "--keep-best", 1, "--steps", 1
+    )
+    assert batch[0] == Exit.PARTIAL and "line 2: flat.canny.png: one flat colour" in batch[2]
+    assert [len(list((tmp_path / f"o{i}").glob("*.png"))) for i in (0, 2)] == [1, 1]
     for flags, said in ((("--keep-best", 5), "of 4 images"), (("--keep-best", 0), "of 4 images"),
                         (("--keep-best", 1, "--skip-existing"), "--skip-existing")):  # fmt: skip
         code, _, err = run(*job, *flags, "-o", "no/")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +50,28 @@ class Checkpoints:
                 self.path(old).unlink()
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The last state that is whole; None when there is none. Raises ModelError where all are damaged."""
+        """The last state that is whole; None when there is none. A damaged file gets the ending `.damaged`. Raises
+        ModelError where all are damaged."""
+        damaged = False
         for step in reversed(self.steps()):
-            with suppress(RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError):
-                return torch.load(self.path(step), weights_only=True, map_location=device)
-        if self.steps():
+            try:
+                state = torch.load(self.path(step), weights_only=True)
+            except Exception:  # bytes that are not what they were fail in a dozen ways
+                damaged = True
+                self.path(step).rename(self.path(step).with_suffix(".damaged"))
+                continue
+            return _to(state, device)
+        if damaged:
             raise ModelError(
                 f"{self.folder}: no checkpoint in it can be read", "start anew, from its network: --set start_from=RUN"
             )
         return None
+
+
+def _to(state: Any, device: torch.device | str) -> Any:
+    """Its tensors on a device."""
+    if isinstance(state, dict):
+        return {key: _to(value, device) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_to(value, device) for value in state)
+    return state.to(device) if isinstance(state, torch.Tensor) else state

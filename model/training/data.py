@@ -35,6 +35,8 @@ def split(found: Pairs, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     count = max(2, min(config.held_out, len(found.pairs) // 4))
     by_chance = np.random.default_rng(config.seed).permutation(len(found.pairs)).tolist()
     chosen = set(list(dict.fromkeys(own + by_chance))[:count])
+    if len(own) == len(found.pairs):
+        raise InputError(f"{found.folder}: its split holds every pair out, none is left to train on", "split: train")
     training = [pair for index, pair in enumerate(found.pairs) if index not in chosen and not pair.held_out]
     return training, [pair for index, pair in enumerate(found.pairs) if index in chosen]
 
