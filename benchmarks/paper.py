@@ -10,6 +10,8 @@ intervals.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +136,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where drawn scenes are kept")
     parser.add_argument("--parts", default=",".join(PARTS))
     args = parser.parse_args()
-    bench = Bench(args.scenes, args.runs)
+    with contextlib.redirect_stdout(sys.stderr):  # scenes that are drawn, a reader that is trained
+        bench = Bench(args.scenes, args.runs)
     print(f"{args.scenes} held-out scenes a kind, {STEPS} steps, guidance {bench.base.guidance:g}, "
           f"torch {torch.__version__}\n")  # fmt: skip
     for name in args.parts.split(","):
