@@ -86,7 +86,7 @@ def _hand_on_signals(children: list[subprocess.Popen]) -> None:
                 child.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
         asked = True
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
 
 

@@ -7,7 +7,6 @@ first, and the sha256 of its files as they were then. Of a repository nothing is
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -18,8 +17,7 @@ from controlnet.model.hashes import file_sha256
 from controlnet.model.stored import BASE_PARTS, STEMS
 from controlnet.model.tensors import shards_of, weights_among
 from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
-from controlnet.preprocessors.images import write_file
-from controlnet.preprocessors.weights import cache_folder
+from controlnet.preprocessors.weights import add_to_lock, cache_folder, read_lock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -105,8 +103,8 @@ def pull(name: str, update: bool = False) -> Path:
             f"{name}: {wrong[0]} is not the file that it was when it was fetched first",
             f"controlnet models pull --update {name}, if a newer one is wanted",
         )
-    row = {"revision": info.sha, "files": {file: file_sha256(folder / file) for file in files}}
-    write_file(_lock_file(), (json.dumps(lock() | {name: row}, indent=2, sort_keys=True) + "\n").encode())
+    digests = {file: file_sha256(folder / file) for file in files}
+    add_to_lock(_lock_file(), name, {"revision": info.sha, "files": digests})
     return folder
 
 
@@ -152,12 +150,7 @@ def complete(files: Iterable[str]) -> bool:
 
 def lock() -> dict[str, Any]:
     """hub id -> revision and files with their sha256."""
-    try:
-        return dict(json.loads(_lock_file().read_text()))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ModelError(f"{_lock_file()}: not valid JSON ({error})", f"rm {_lock_file()}") from error
+    return read_lock(_lock_file())
 
 
 def _lock_file() -> Path:

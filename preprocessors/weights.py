@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.images import write_file
@@ -171,19 +172,27 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
         files = getattr(importlib.import_module(module), function)(files)
     for file, content in files.items():
         write_file(folder / file, content)
-    lock = _lock() | {name: {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}}
-    write_file(_lock_file(), (json.dumps(lock, indent=2, sort_keys=True) + "\n").encode())
+    add_to_lock(_lock_file(), name, {file: hashlib.sha256(data).hexdigest() for file, data in files.items()})
     return folder
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """What a lock file says of each name; nothing where there is no file. Raises ModelError for one that is broken."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})", f"rm {path}") from error
+
+
+def add_to_lock(path: Path, name: str, row: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(read_lock(path) | {name: row}, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _lock() -> dict[str, dict[str, str]]:
     """Weights -> file -> sha256 of its first download."""
-    try:
-        return dict(json.loads(_lock_file().read_text()))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ModelError(f"{_lock_file()}: not valid JSON ({error})", f"rm {_lock_file()}") from error
+    return read_lock(_lock_file())
 
 
 def _lock_file() -> Path:
