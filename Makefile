@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench parity bench-batch bench-train paper gallery convergence torture wheel clean
+.PHONY: help env demo test check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-train paper ablations gallery convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench: env ## Time the command line, and SD 1.5 with a ControlNet, against what 
 parity: env ## Compare schedulers, modes and families with diffusers' pipeline; writes benchmarks/parity.md
 	$(BIN)/python benchmarks/parity.py
 
+bench-tiny: env ## Where the time of an image by tiny goes (a minute)
+	$(BIN)/python benchmarks/first_image.py
+
 bench-batch: env ## Time many photos beside controlnet_aux; memory over 10,000 files (minutes)
 	$(BIN)/python benchmarks/batch.py
 
@@ -78,7 +81,10 @@ bench-train: env ## Time and memory of a training step beside diffusers' and pla
 paper: env ## Tables of the paper's claims on the embedded model (half an hour on 2 cores)
 	$(BIN)/python benchmarks/paper.py
 
-gallery: env ## Pictures of what control does, into out/gallery/
+ablations: env ## Train ControlNets on tiny with other prompts and data, and judge them (an hour on 2 cores)
+	$(BIN)/python benchmarks/ablations.py
+
+gallery: env ## Pictures of what control does, into examples/gallery/
 	$(BIN)/python examples/gallery.py
 
 convergence: env ## Train three ControlNets on tiny: when does control begin? (half an hour on 2 cores)

@@ -1,8 +1,9 @@
 """What control does, in pictures: sheets made by `tiny` from photos and from held-out scenes of its world.
 
-    python examples/gallery.py [out/gallery]
+    python examples/gallery.py [examples/gallery] [--person PHOTO]
 
-Equal on the same machine each time: float32, fixed seeds.
+Equal on the same machine each time: float32, fixed seeds. The photos come with scikit-image; of a person it has a
+portrait alone, whose pose is drawn as if one had stepped back. --person takes a photo of a whole person instead.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
 from controlnet.model.tiny.render import MAIN, render
 from controlnet.model.tiny.scenes import make_scene
 from controlnet.preprocessors.detect import detect, rgb
-from controlnet.preprocessors.images import png_bytes, write_file
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import png_bytes, read_image, write_file
 from controlnet.preprocessors.registry import find_detector
 from controlnet.preprocessors.sheet import contact_sheet
+from controlnet.preprocessors.skeleton import cut_people, draw, from_text
 
 Cells = list[tuple[np.ndarray, str]]
 SCENES, SHOWN = 60, 3
@@ -33,7 +36,8 @@ SCENES, SHOWN = 60, 3
 
 
 class Studio:
-    def __init__(self):
+    def __init__(self, person: Path | None):
+        self.person = person
         self.base = load_base("tiny")
         self.size = self.base.native_size
         self.nets = {
@@ -60,6 +64,18 @@ class Studio:
         options = row.load_options()(**({"auto": True} if kind == "canny" else {}))
         map_, _ = detect(photo, row.ready(options), (512, 512), "crop")
         return photo, to_canvas(rgb(map_), kind, (self.size, self.size))
+
+    def of_person(self) -> tuple[np.ndarray, np.ndarray]:
+        """(a photo of a person, their pose on the canvas)."""
+        import skimage.data
+
+        photo = read_image(self.person.read_bytes(), str(self.person))[0] if self.person else skimage.data.astronaut()
+        row = find_detector("pose")
+        square = fit(photo, (512, 512), "crop")
+        _, found = detect(square, row.ready(row.load_options()()), (512, 512), "crop")
+        people = from_text(found, "the photo") or []
+        people = people if self.person else cut_people(people, -0.5, -0.15, 2, 2)
+        return square, draw(people, (self.size, self.size))
 
     def image(self, prompt: str, seed: int = 0, acting: dict[str, np.ndarray] | None = None, **strength) -> np.ndarray:
         acting = acting or {}
@@ -89,13 +105,16 @@ def conditions(studio: Studio) -> Cells:
 
 
 def photos(studio: Studio) -> Cells:
-    """From real photos: edges and depth of what `tiny` has never seen."""
+    """From real photos: a pose, and edges and depth of what `tiny` has never seen."""
     asked = {
         ("rocket", "canny"): "a person standing in a white shirt and grey trousers, red floor, black wall",
         ("coffee", "depth"): "a large yellow cylinder, grey floor, green wall",
         ("astronaut", "depth"): "a person standing in an orange shirt, blue wall",
     }
-    cells: Cells = []
+    photo, pose = studio.of_person()
+    text = "a person standing in a yellow shirt and blue trousers, green floor, white wall"
+    cells: Cells = [(photo, "photo"), (pose, "pose"), (studio.image(text, 3, {"pose": pose}), text)]
+    cells.append((studio.image(text, 3), "without control"))
     for (name, kind), text in asked.items():
         photo, condition = studio.of_photo(name, kind)
         cells += [(photo, name), (condition, kind), (studio.image(text, 3, {kind: condition}), text)]
@@ -160,10 +179,11 @@ SHEETS: dict[str, tuple[Callable[[Studio], Cells], int, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("out/gallery"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "gallery")
+    parser.add_argument("--person", type=Path, help="a photo of a whole person")
     parser.add_argument("--sheets", default=",".join(SHEETS))
     args = parser.parse_args()
-    studio = Studio()
+    studio = Studio(args.person)
     page = ["# Gallery", "", "Made by `make gallery` with the embedded model, 20 steps, on a CPU.", ""]
     for name in args.sheets.split(","):
         cells, columns, title = SHEETS[name]

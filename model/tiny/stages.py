@@ -155,7 +155,8 @@ def train_text(
             y = model["sketch"](model["text"](wordings[int(rng.integers(4)), rows].to(device)).last_hidden_state)
         return F.mse_loss(y.float(), sketches[rows].to(device))
 
-    progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, report)
+    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3)
+    progress = fit(model, loss_of, config, folder, report)
     return model["text"], progress
 
 
@@ -181,7 +182,8 @@ def train_base(
             prediction = denoise(model["unet"], z, t, text)
         return diffusion.loss(prediction, z0, eps, t).mean()
 
-    progress = fit(model, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, report)
+    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=4e-3)
+    progress = fit(model, loss_of, config, folder, report)
     return model["unet"].eval(), model["text"].eval(), progress
 
 
@@ -258,7 +260,7 @@ def train_control(
         batch = draw_batch(0, 5, 64, 1.0)
         return control_gap(losses_of, [(batch, batch.condition.roll(1, 0))])
 
-    config = LoopConfig(minutes=minutes, learning_rate=5e-4)
+    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3)
     progress = fit(
         controlnet, lambda k: losses_of(draw_batch(k, 4, batch, 0.5)).mean(), config, folder, report, validate
     )

@@ -1,9 +1,10 @@
 """`make tiny`: trains the embedded model from nothing, on this machine, and writes it as diffusers folders.
 
-    python -m controlnet.model.tiny.train --minutes vae=20,text=5,base=200,canny=60,pose=40,depth=40
+    python -m controlnet.model.tiny.train --minutes vae=20,text=4,base=44,canny=14,pose=9,depth=10
 
 Every stage goes on where it was interrupted, and is skipped once its minutes are used up. CUDA is used if present.
-`--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing.
+`--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing;
+`--keep vae` takes no more than the VAE from there.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention
 
 STAGES = ("vae", "text", "base", *CONDITIONS)
-MINUTES = "vae=20,text=5,base=200,canny=60,pose=40,depth=40"
+MINUTES = "vae=20,text=4,base=44,canny=14,pose=9,depth=10"
 MAX_SHARD = "14MB"
 
 
 def parse_minutes(text: str) -> dict[str, float]:
-    """`30` for every stage, or `vae=20,text=5,base=200,canny=60,pose=40,depth=40`."""
+    """`30` for every stage, or `vae=20,text=4,base=44,canny=14,pose=9,depth=10`."""
     if "=" not in text:
         return dict.fromkeys(STAGES, float(text))
     minutes = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
@@ -73,9 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
     parser.add_argument("--start", type=Path, help="weights to begin with: the folder that --out was")
+    parser.add_argument("--keep", default=",".join(STAGES), help="what of --start is taken")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
     args = parser.parse_args(arguments)
-    minutes = parse_minutes(args.minutes)
+    minutes, kept = parse_minutes(args.minutes), args.keep.split(",")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = args.runs / str(args.size)
     data = world(args.runs / "world", args.scenes, args.size, device=device.type)
@@ -86,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         for kind in CONDITIONS:
             if (folder := args.start / f"controlnet-{kind}").is_dir():
                 begun[kind] = load_controlnet(folder, torch.float32)
+        begun = {name: network if name in kept else None for name, network in begun.items()}
         shutil.copytree(args.start / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         tokenizer = base.tokenizer
         for network in filter(None, begun.values()):
@@ -127,7 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     stages = {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()}
     if args.start:
         for name, before in json.loads((args.start / "training.json").read_text())["stages"].items():
-            stages[name] = {key: round(stages[name][key] + value, 1) for key, value in before.items()}
+            if name in kept:
+                stages[name] = {key: round(stages[name][key] + value, 1) for key, value in before.items()}
 
     args.out.mkdir(parents=True, exist_ok=True)
     save_base(args.out, vae, unet, text_encoder, run / "tokenizer")

@@ -19,7 +19,6 @@ CHOICES = {
     "copy": ("full", "lite"),
     "convolutions": ("zero", "gaussian"),
     "hint": ("released", "paper"),
-    "precision": ("float32", "bfloat16", "float16"),
 }
 
 

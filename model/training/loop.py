@@ -1,5 +1,5 @@
-"""The training loop that every network of this project is trained with: AdamW, accumulation, EMA, checkpoints, exact
-resume, several processes.
+"""The training loop that every network of this project is trained with: optimiser, accumulation, EMA, checkpoints,
+exact resume, several processes.
 
 Knows neither what is trained nor on what data: it is given a module and a function from the number of a batch to a
 loss. That function draws all its randomness from the number, so a resumed run repeats an uninterrupted one, and there
@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from controlnet.model.training.checkpoints import Checkpoints
+from controlnet.model.training.optimizers import OPTIMIZERS, make_optimizer
 from controlnet.model.training.precision import PRECISIONS
 from controlnet.preprocessors.errors import ControlNetError
 from torch import Tensor, nn
@@ -45,14 +46,16 @@ class LoopConfig:
     """Training time of all runs into the same folder together; 0 takes what is there."""
     accumulation: int = 1
     """Batches whose gradients are averaged in one optimiser step."""
+    optimizer: str = "adamw"
+    """adamw, or muon for matrices and adamw for the rest."""
     learning_rate: float = 1e-4
-    """Of AdamW, after the warm-up."""
+    """After the warm-up."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from zero."""
     decay_fraction: float = 0.25
     """The last part of the run, over which the learning rate falls linearly to zero."""
     weight_decay: float = 1e-2
-    """Of AdamW."""
+    """Share of the weights that a step takes off, times the learning rate."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient."""
     ema_decay: float = 0.999
@@ -78,8 +81,9 @@ class LoopConfig:
         for name in ("decay_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name, choices in {"precision": PRECISIONS, "optimizer": OPTIMIZERS}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -133,9 +137,7 @@ def fit(
     processes = PartialState(cpu=device.type == "cpu")
     checkpoints = Checkpoints(folder / "checkpoints", config.keep)
     log = Log(folder / "log.jsonl", write=processes.is_main_process)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(module, config.optimizer, config.learning_rate, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     ema = [p.detach().clone() for p in parameters]
     progress = Progress()

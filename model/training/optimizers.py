@@ -1,0 +1,82 @@
+"""The optimisers of training: AdamW, and Muon, which learns faster a step (Jordan et al. 2024, kellerjordan.github.io/
+posts/muon; learning rates as AdamW's by the rule of Liu et al. 2025, arXiv 2502.16982, 2.2)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "muon")
+BETAS = (0.9, 0.99)
+MOMENTUM = 0.95
+SMALLEST = 16
+"""A matrix with fewer rows or columns (the first and last convolutions, say) is AdamW's."""
+
+
+def make_optimizer(module: nn.Module, name: str, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """An optimiser of OPTIMIZERS for what of a module requires gradients."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    matrices = [p for p in parameters if p.ndim in (2, 4) and min(_matrix(p).shape) >= SMALLEST]
+    return Muon(parameters, matrices, **options)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but `matrices` among the parameters, (M, N) or convolutions (M, N, h, w), move by their momentum with all
+    singular values made about equal. One learning rate serves both: updates have the size that AdamW's have."""
+
+    def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], **options: Any):
+        super().__init__(parameters, **options)
+        self.matrices = matrices
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for p in self.matrices:
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+            momentum = self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
+            update = _matrix(p.grad.lerp(momentum, MOMENTUM))
+            alike[update.shape].append((p, update))
+            p.grad = None  # not for AdamW
+        for shape, pairs in alike.items():
+            updates = orthogonal(torch.stack([update for _, update in pairs]))
+            for (p, _), update in zip(pairs, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(_shaped(update, p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+        super().step()
+
+
+def _matrix(p: Tensor) -> Tensor:
+    """(M, N) as it is; a convolution (M, N, h, w) as (M, h w N)."""
+    return p.permute(0, 2, 3, 1).flatten(1) if p.ndim == 4 else p
+
+
+def _shaped(matrix: Tensor, like: Tensor) -> Tensor:
+    """The way back from `_matrix`."""
+    if like.ndim == 2:
+        return matrix
+    _, columns, height, width = like.shape
+    return matrix.unflatten(1, (height, width, columns)).permute(0, 3, 1, 2)
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (K, M, N) with the same singular vectors and singular values of about 0.7 to 1.2: a Newton-Schulz
+    iteration in bfloat16, with Jordan's coefficients."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
