@@ -12,13 +12,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cv2
 from controlnet.preprocessors.detect import detect, record
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
 from controlnet.preprocessors.geometry import fit
@@ -26,6 +24,7 @@ from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, w
 from controlnet.preprocessors.metadata import dump, sha256
 from controlnet.preprocessors.pairs import Pair, Pairs
 from controlnet.preprocessors.registry import find_detector
+from controlnet.preprocessors.workers import workers
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
 
@@ -42,9 +41,7 @@ def build(
     rows: dict[str, dict] = {}
     failed: list[str] = []
     work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
-    with ProcessPoolExecutor(
-        jobs or os.cpu_count(), get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)
-    ) as pool:
+    with workers(jobs) as pool:
         for done, future in enumerate(as_completed([pool.submit(_build_pair, *one) for one in work]), 1):
             try:
                 row = future.result()

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from controlnet.model.tiny.render import render
 from controlnet.model.tiny.scenes import WORLD_VERSION, make_scene
 from controlnet.preprocessors.images import png_bytes, write_file
+from controlnet.preprocessors.workers import workers
 
 SHARD = 250
 HELD_OUT = 10_000_000
@@ -64,11 +63,8 @@ def world(folder: Path, scenes: int, size: int, first_seed: int = 0, device: str
     paths = [folder / f"{start:08d}.npz" for start in starts]
     missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
     if missing and device == "cpu":
-        workers = ProcessPoolExecutor(
-            os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        )
-        with workers:
-            jobs = [workers.submit(draw_shard, path, start, size) for path, start in missing]
+        with workers() as pool:
+            jobs = [pool.submit(draw_shard, path, start, size) for path, start in missing]
             for i, job in enumerate(jobs):
                 job.result()
                 if i % 10 == 9 or i + 1 == len(jobs):

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -24,6 +22,7 @@ from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.precision import attention, autocast
 from controlnet.preprocessors.tiny_depth import Dense
 from controlnet.preprocessors.weights import SHIPPED
+from controlnet.preprocessors.workers import workers
 from torch import Tensor, nn
 
 HELD_OUT = 10_000_000
@@ -46,10 +45,8 @@ def rooms(folder: Path, count: int, size: int, first: int = 0, report=print) -> 
     folder = folder / f"v{_ROOMS_VERSION}-{size}"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first, first + count, SHARD)
-    with ProcessPoolExecutor(
-        os.cpu_count(), get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as workers:
-        jobs = [workers.submit(draw_shard, folder / f"{start:08d}.npz", start, size) for start in starts]
+    with workers() as pool:
+        jobs = [pool.submit(draw_shard, folder / f"{start:08d}.npz", start, size) for start in starts]
         shards = []
         for i, job in enumerate(jobs):
             with np.load(job.result()) as shard:
