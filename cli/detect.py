@@ -197,6 +197,8 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
     def read(source: str) -> bytes:
         return piped if source == "-" else read_bytes(source)
 
+    if several and len(sources) == 1:
+        read(sources[0])  # not there: told once, not for every kind
     failed, shown = 0, {}
     for detector, options in chosen:
         try:

@@ -169,6 +169,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
             world_photos(cache_folder() / "world" / f"{WORLD_SCENES}-128", WORLD_SCENES, 128, report=say)
         )
     kind, reason = kind_of_pairs(found, config.kind)
+    reason = "the run's" if resume else reason
     config = replace(config, kind=kind)
     without = sum(not pair.caption for pair in found.pairs)
     main = int(os.environ.get("RANK", 0)) == 0

@@ -172,6 +172,8 @@ def test_a_map_of_every_kind(run, folder):
     assert np.asarray(Image.open(folder / "s.png")).shape[1] > 5 * 256  # the photo, and a column for each map
     assert run("detect", "all", "-")[0] == Exit.USAGE
     assert run("detect", "all", folder / "one.png", "-o", folder / "x.png")[0] == Exit.USAGE
+    code, _, told = run("detect", "all", folder / "none.png")
+    assert code == Exit.INPUT and told.count("no such file") == 1
 
 
 def test_options_of_another_detector(run, folder):
