@@ -85,12 +85,15 @@ class Studio:
 
 def prompts(studio: Studio) -> Cells:
     """One condition, six prompts."""
-    condition = studio.condition(0, "canny")
-    cells: Cells = [(studio.pictures[0], "a held-out scene"), (condition, "its canny edges")]
-    scene = studio.shown[0].caption
-    texts = [scene, "a large red sphere, white floor, black wall", "a yellow cube, blue floor, pink wall",
-             "a green cylinder, orange floor, cyan wall", "a poster of circles in purple and white", ""]  # fmt: skip
-    return cells + [(studio.image(text, 1, {"canny": condition}), text or "(no prompt)") for text in texts]
+    pose = studio.condition(3, "pose")
+    cells: Cells = [(studio.pictures[3], "a held-out scene"), (pose, "its pose")]
+    texts = [
+        studio.shown[3].caption, "a person standing in a red shirt and blue trousers, white floor, black wall",
+        "a person standing in a yellow shirt and black trousers, blue floor, pink wall",
+        "a person walking in a green shirt and white trousers, orange floor, cyan wall",
+        "a person in a purple shirt and grey trousers, brown floor, white wall", "",
+    ]  # fmt: skip
+    return cells + [(studio.image(text, 1, {"pose": pose}), text or "(no prompt)") for text in texts]
 
 
 def conditions(studio: Studio) -> Cells:
@@ -109,7 +112,6 @@ def photos(studio: Studio) -> Cells:
     asked = {
         ("rocket", "canny"): "a person standing in a white shirt and grey trousers, red floor, black wall",
         ("coffee", "depth"): "a large yellow cylinder, grey floor, green wall",
-        ("astronaut", "depth"): "a person standing in an orange shirt, blue wall",
     }
     photo, pose = studio.of_person()
     text = "a person standing in a yellow shirt and blue trousers, green floor, white wall"
