@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         condition = Path(name) / "scene.canny.png"
         condition.write_bytes(png_bytes(user_canny(render([scene], 128).images[0].numpy())))
-        asked = ["generate", "--cond", str(condition), "--prompt", scene.caption, "-o", str(Path(name) / "image.png"),
+        asked = ["generate", "--cond", str(condition), "--prompt", scene.caption, "-o", f"{name}/out/",
                  "--seed", "0", "--overwrite", "--quiet"]  # fmt: skip
         program = [sys.executable, "-m", "controlnet.cli.main", *asked]
         commands = {
