@@ -21,10 +21,11 @@ VARIANTS = {
 }
 
 
-def run_of(name: str, changes: list[str], folder: Path, steps: int) -> Path:
+def run_of(name: str, changes: list[str], folder: Path, steps: int, data: str = "world") -> Path:
     """The run's folder, trained to its end."""
     run = folder / name.split()[0].lower()
-    command = [sys.executable, "-m", "controlnet.cli.main", "train", "world", "--base", "tiny", "-o", str(run)]
+    command = [sys.executable, "-m", "controlnet.cli.main", "train", data, "-o", str(run)]
+    command += ["--kind", "canny", "--base", "tiny"]
     sets = [f"--set={text}" for text in (f"max_steps={steps}", *changes)]
     there = ["--resume"] if (run / "run.json").is_file() else []
     subprocess.run([*command, *sets, *there], check=True, stdout=subprocess.DEVNULL)

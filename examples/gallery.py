@@ -9,6 +9,7 @@ portrait alone, whose pose is drawn as if one had stepped back. --person takes a
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,9 +193,8 @@ def main() -> None:
         write_file(args.folder / f"{name}.png", png_bytes(contact_sheet(cells(studio), columns, 128)))
         page += [f"## {title}", "", f"![{title}]({name}.png)", ""]
         print(args.folder / f"{name}.png", flush=True)
-    strip = Path(__file__).parent / "strip.png"
-    write_file(args.folder / strip.name, strip.read_bytes())
-    page += ["## When control began", "", f"![held-out pictures over the steps of a training]({strip.name})", ""]
+    strip = os.path.relpath(Path(__file__).parent / "strip.png", args.folder)
+    page += ["## When control began", "", f"![held-out pictures over the steps of a training]({strip})", ""]
     write_file(args.folder / "README.md", "\n".join(page).encode())
 
 

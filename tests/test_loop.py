@@ -220,3 +220,17 @@ def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path, number):
     net, loss_of = setup()
     fit(net, loss_of, CONFIG, tmp_path / "cut")
     assert torch.equal(net.weight, expected)
+
+
+@pytest.mark.parametrize("before, after", [("adamw", "muon"), ("muon", "adamw")])
+def test_another_optimizer_goes_on_without_the_moments_of_the_first(tmp_path, before, after):
+    torch.manual_seed(0)
+    net = nn.Linear(20, 16)
+
+    def loss_of(step):
+        x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))
+        return (net(x) - x[:, :16]).square().mean()
+
+    first = fit(net, loss_of, replace(CONFIG, optimizer=before), tmp_path)
+    progress = fit(net, loss_of, replace(CONFIG, optimizer=after, max_steps=60), tmp_path)
+    assert progress.step == 60 and progress.loss < first.loss

@@ -29,7 +29,7 @@ def make_vae(width: int = 32) -> AutoencoderTiny:
 
 def make_unet(size: int) -> UNet2DConditionModel:
     """9.3 M parameters; attention at the second and third level. Most channels are where objects are told apart, 8 x 8
-    at 128 pixels; a wide last level, 2 x 2 there, costs weights and sees nothing new."""
+    at 128 pixels; a wide last level, 2 x 2 there, would cost many weights."""
     return UNet2DConditionModel(
         sample_size=size // 8, block_out_channels=(64, 128, 112, 64), layers_per_block=2, norm_num_groups=16,
         cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,

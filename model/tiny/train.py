@@ -78,6 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
     args = parser.parse_args(arguments)
     minutes, kept = parse_minutes(args.minutes), args.keep.split(",")
+    if unknown := set(kept) - set(STAGES):
+        parser.error(f"--keep: unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = args.runs / str(args.size)
     data = world(args.runs / "world", args.scenes, args.size, device=device.type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ def fingerprint(found: Pairs, hashes: Cache) -> dict[str, str]:
 def check_resumed(folder: Path, record: dict[str, Any], force: bool) -> None:
     """Raises UsageError that says what differs from the run that is to go on."""
     before = read_run(folder).record
+    settings = asdict(TrainConfig()) | before["settings"]  # one that came later had its default
     free = FREE_TO_CHANGE - ({"max_steps", "minutes"} if record["settings"]["decay_fraction"] else set())
     changes = [
-        f"{name} was {before['settings'].get(name)!r}, is {value!r}"
+        f"{name} was {settings[name]!r}, is {value!r}"
         for name, value in record["settings"].items()
-        if name not in free and before["settings"].get(name) != value
+        if name not in free and settings[name] != value
     ]
     if before["base_sha256"] != record["base_sha256"]:
         changes.append(f"the weights of base {record['settings']['base']} are others")

@@ -144,7 +144,8 @@ def fit(
     if state := checkpoints.load(device):
         torch._foreach_copy_([p.data for p in parameters], state["parameters"])
         torch._foreach_copy_(ema, state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state.get("optimizer_is", "adamw") == config.optimizer:  # else another one's moments are of no use
+            optimizer.load_state_dict(state["optimizer"])
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay
         scaler.load_state_dict(state["scaler"])
@@ -157,7 +158,8 @@ def fit(
     def save() -> None:
         if processes.is_main_process:
             state = {"parameters": [p.detach() for p in parameters], "ema": ema, "optimizer": optimizer.state_dict(),
-                     "scaler": scaler.state_dict(), "progress": asdict(progress)}  # fmt: skip
+                     "optimizer_is": config.optimizer, "scaler": scaler.state_dict(),
+                     "progress": asdict(progress)}  # fmt: skip
             checkpoints.save(state, progress.step, progress.best_step)
 
     def check() -> bool:
