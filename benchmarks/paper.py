@@ -1,10 +1,11 @@
 """The paper's claims about inference, on the embedded model and held-out scenes of its world.
 
-    python benchmarks/paper.py [--scenes 100] [--runs runs/tiny] [--parts fidelity,prompts,composition,weightings]
+    python benchmarks/paper.py [--scenes 100] [--runs runs/tiny]
+                               [--parts fidelity,prompts,composition,weightings,trained]
 
 Scores are the card's (model/tiny/fidelity.py): F1 of edges found again, PCK of joints, rank correlation of depth;
 colours are right where the prompt's colour is read from floor, wall and main object. Means with 95 % bootstrap
-intervals.
+intervals. "trained" is the record of `make ablations`, which takes an hour.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ablations import RECORD
 from controlnet.model.base import Base, load_base
 from controlnet.model.checkpoint import load_controlnet
 from controlnet.model.generate import Request, generate
 from controlnet.model.registry import TINY
 from controlnet.model.strength import Strength
-from controlnet.model.tiny.card import BATCH, STEPS, Colours, interval, reconstruct, trained_reader
+from controlnet.model.tiny.card import BATCH, STEPS, Colours, interval, joint_reader, reconstruct
 from controlnet.model.tiny.dataset import HELD_OUT, World, world
 from controlnet.model.tiny.fidelity import Measure, measures
 
@@ -37,7 +39,7 @@ class Bench:
         self.base: Base = load_base("tiny")
         self.held_out: World = world(runs / "world", 4 * scenes, self.base.native_size, HELD_OUT)
         self.colours = Colours(world(runs / "world", 1500, self.base.native_size, 0), range(1500))
-        self.measures: dict[str, Measure] = {m.kind: m for m in measures(trained_reader(self.base, runs))}
+        self.measures: dict[str, Measure] = {m.kind: m for m in measures(joint_reader(self.base, runs))}
         self.nets = {kind: load_controlnet(TINY / f"controlnet-{kind}", self.base.dtype) for kind in self.measures}
 
     def rows(self, kind: str) -> np.ndarray:
@@ -112,7 +114,7 @@ def composition(bench: Bench) -> tuple[str, Table]:
 def weightings(bench: Bench) -> tuple[str, Table]:
     """Empty prompts: the map must do (section 3.4)."""
     ways = {
-        "uniform, both halves": {}, "uniform, conditional half": {"control_on": "cond"},
+        "uniform, both halves": {"control_on": "both"}, "uniform, conditional half": {"control_on": "cond"},
         "resolution, conditional half": {"control_on": "cond", "weighting": "resolution"},
         "guess: soft, conditional half": {"control_on": "cond", "weighting": "soft"},
     }  # fmt: skip
@@ -134,13 +136,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where drawn scenes are kept")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join([*PARTS, "trained"]))
     args = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # scenes that are drawn, a reader that is trained
         bench = Bench(args.scenes, args.runs)
     print(f"{args.scenes} held-out scenes a kind, {STEPS} steps, guidance {bench.base.guidance:g}, "
           f"torch {torch.__version__}\n")  # fmt: skip
     for name in args.parts.split(","):
+        if name == "trained":
+            print(RECORD.read_text() if RECORD.is_file() else "no trained networks on record: make ablations")
+            continue
         title, (head, *rows) = PARTS[name](bench)
         lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
         print(f"## {title}\n\n" + "\n".join(lines) + "\n", flush=True)

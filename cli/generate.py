@@ -56,10 +56,10 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the first image. (defaul
 
 
 Mode = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="balanced; prompt (deep connections count more); control (only beside the prompt, weighted by "
-        "resolution); guess (the same, deep ones more: for empty prompts)."
+        "resolution); guess (the same, deep ones more: for empty prompts). (default: the base's)"
     ),
 ]
 ControlOn = Annotated[str | None, typer.Option(help="Halves of the guidance: both, or cond. (default: the mode's)")]
@@ -92,7 +92,7 @@ Jobs = Annotated[
 def generate(
     cond: Cond = None, prompt: Prompt = "", negative: Negative = "", out: Out = None, num: Num = 1, steps: Steps = 20,
     guidance: Guidance = None, scheduler: SchedulerName = None, base: BaseName = None, size: Size = None,
-    seed: Seed = None, mode: Mode = "balanced", control_on: ControlOn = None, weighting: Weighting = None,
+    seed: Seed = None, mode: Mode = None, control_on: ControlOn = None, weighting: Weighting = None,
     jobs: Jobs = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
     skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
     low_memory: LowMemory = False, keep_best: KeepBest = None,

@@ -126,11 +126,12 @@ class Studio:
         self._check_words(base, job)
         acting = [self._acting(job, flag, read, base, size) for flag, read in zip(job.cond, reads, strict=True)]
         guidance = base.guidance if job.guidance is None else job.guidance
+        control_on = job.acts_on or base.control_on
         conditions = [fields for _, _, _, fields in acting]
         record = {
             "prompt": job.prompt, "negative": job.negative, "steps": job.steps, "guidance": guidance,
             "size": list(size), "scheduler": job.scheduler or type(own).__name__, "base": job.base,
-            "base_sha256": model_hash(base.path), "control_on": job.acts_on,
+            "base_sha256": model_hash(base.path), "control_on": control_on,
             "conditions": conditions, "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."), "versions": _versions(),
             "threads": torch.get_num_threads(), "low_memory": self.low_memory, "seed": one.seed,
@@ -139,7 +140,7 @@ class Studio:
         request = Request(job.prompt, one.seed, tuple(map_ for _, _, map_, _ in acting), job.negative)
         setup = Setup(base, memory, nets, size, job.steps, guidance, job.scheduler)
         acts = [{k: v for k, v in fields.items() if k in ("net", *_ACTS)} for fields in conditions]
-        shared = json.dumps([job.base, size, job.steps, guidance, job.scheduler, job.acts_on, acts], sort_keys=True)
+        shared = json.dumps([job.base, size, job.steps, guidance, job.scheduler, control_on, acts], sort_keys=True)
         return Prepared(one, shared, setup, request, record)
 
     def _acting(self, job: Job, flag: ConditionFlag, read: Read, base: Base, size: tuple[int, int]):

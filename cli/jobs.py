@@ -38,7 +38,7 @@ class Job:
     base: str = "tiny"
     size: tuple[int, int] | None = None
     seed: int | None = None
-    mode: str = "balanced"
+    mode: str | None = None
     control_on: str | None = None
     weighting: str | tuple[float, ...] | None = None
 
@@ -64,13 +64,13 @@ class Job:
                 )
 
     @property
-    def acts_on(self) -> str:
-        """`both` halves of the guidance, or `cond`."""
-        return self.control_on or MODES[self.mode].control_on
+    def acts_on(self) -> str | None:
+        """`both` halves of the guidance, or `cond`; None is the base's own way."""
+        return self.control_on or (MODES[self.mode].control_on if self.mode else None)
 
     def weighting_of(self, flag: ConditionFlag) -> str | tuple[float, ...]:
-        """The condition's own, else the job's, else the mode's."""
-        return flag.weighting or self.weighting or MODES[self.mode].weighting
+        """The condition's own, else the job's, else the mode's, else uniform."""
+        return flag.weighting or self.weighting or MODES[self.mode or "balanced"].weighting
 
     def seeded(self) -> Job:
         """With a random seed where it has none."""

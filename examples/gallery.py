@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from controlnet.model.base import load_base
 from controlnet.model.canvas import to_canvas
 from controlnet.model.checkpoint import load_controlnet
 from controlnet.model.generate import Request, generate
+from controlnet.model.modes import MODES
 from controlnet.model.registry import TINY
 from controlnet.model.strength import Strength
 from controlnet.model.tiny.dataset import HELD_OUT
@@ -160,12 +162,8 @@ def weightings(studio: Studio) -> Cells:
     for scene, kind in ((0, "canny"), (4, "pose")):
         condition = studio.condition(scene, kind)
         cells.append((condition, f"{kind}, no prompt"))
-        for name, way in {
-            "balanced": {}, "prompt": {"weighting": "soft"},
-            "control": {"control_on": "cond", "weighting": "resolution"},
-            "guess": {"control_on": "cond", "weighting": "soft"},
-        }.items():  # fmt: skip
-            cells.append((studio.image("", 7, {kind: condition}, **way), f"--mode {name}"))
+        for name, mode in MODES.items():
+            cells.append((studio.image("", 7, {kind: condition}, **asdict(mode)), f"--mode {name}"))
     return cells
 
 

@@ -21,7 +21,7 @@ from accelerate import init_empty_weights
 from controlnet.model import hub
 from controlnet.model.checkpoint import check_state
 from controlnet.model.families import FAMILIES, MERGES, clip_vocabulary
-from controlnet.model.registry import BASES
+from controlnet.model.registry import BASES, KnownBase
 from controlnet.model.stored import BASE_PARTS, Stored, open_model
 from controlnet.model.tensors import read_json
 from controlnet.model.unet import BLOCKS
@@ -53,6 +53,8 @@ class Base:
     words: frozenset[str] | None
     """The words that the text encoder was trained on, where the base's tokenizer folder has a words.txt."""
     guidance: float
+    control_on: str
+    """Its own way to apply control (modes.CONTROL_ON)."""
     device: torch.device
     low_memory: bool = False
     """Whether a network is on the device only while it works, pictures are made one at a time, and decoded in tiles
@@ -150,7 +152,8 @@ def load_base(
     low_memory: bool = False,
 ) -> Base:  # fmt: skip
     """Load what `find_base` finds. Raises as it does, and ModelError for unusable weights."""
-    known, stored = BASES.get(name), find_base(name, offline)
+    stored = find_base(name, offline)
+    known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
     home = "cpu" if low_memory else device
@@ -163,7 +166,8 @@ def load_base(
         vae=_load_network("vae", stored, home, dtype),
         text_encoder=_load_network("text_encoder", stored, home, dtype),
         words=frozenset(words.read_text().split()) if words.is_file() else None,
-        guidance=known.guidance if known else 7.5,
+        guidance=known.guidance,
+        control_on=known.control_on,
         device=torch.device(device),
         low_memory=low_memory,
     )

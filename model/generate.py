@@ -6,7 +6,7 @@ Reads and writes no files; `cli/generate.py` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -58,11 +58,13 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
 
-    `size` is (width, height), default the base's native one; `guidance` and `scheduler` default to the base's own.
+    `size` is (width, height), default the base's native one; `guidance`, `scheduler` and the halves that control acts
+    on default to the base's own.
     on_step is told how many images are made, parts of them included. Raises ModelError when the latents stop being
     finite.
     """
     guidance = base.guidance if guidance is None else guidance
+    nets = [(net, replace(how, control_on=how.control_on or base.control_on)) for net, how in nets]
     width, height = size or (base.native_size, base.native_size)
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
     memory = memory or Memory()

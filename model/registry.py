@@ -24,6 +24,8 @@ class KnownBase:
     source: str
     licence: str
     guidance: float = 7.5
+    control_on: str = "both"
+    """Halves of the guidance in which control acts unless one says otherwise."""
     training: dict[str, float] = field(default_factory=dict)
     """Where the settings of `controlnet train` differ from the defaults, which suit Stable Diffusion."""
 
@@ -40,7 +42,7 @@ class KnownNet:
 
 BASES = {
     "tiny": KnownBase(
-        "tiny", str(TINY), "Apache-2.0", guidance=3.0,
+        "tiny", str(TINY), "Apache-2.0", guidance=3.0, control_on="cond",
         training={"learning_rate": 5e-4, "batch_size": 16, "max_steps": 1500, "validate_every": 50},
     ),
     "sd15": KnownBase(SD1.name, "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"),

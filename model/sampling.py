@@ -60,7 +60,7 @@ def sample(
     cond = Text(text)
     null = Text(null_text.expand_as(text)) if null_text is not None and guided else cond
     both = cond if halves_apart or not guided else Text(torch.cat([null.c_t, text]))  # 2B rows
-    everywhere = [one for one in controls if one.strength.control_on == "both"]
+    everywhere = [one for one in controls if one.strength.control_on != "cond"]
     scheduler.set_timesteps(steps, device=unet.device)
     options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     times = scheduler.timesteps.to(unet.device)

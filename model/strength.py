@@ -31,8 +31,9 @@ class Strength:
     """The window: evaluation i of n is in it iff i/n >= start and (i+1)/n <= end, which is diffusers' rule."""
     weighting: str | tuple[float, ...] = "uniform"
     """A name (modes.WEIGHTINGS), or a weight for each connection."""
-    control_on: str = "both"
-    """`both` halves of the guidance, or `cond`: only the half that reads the prompt (paper section 3.4)."""
+    control_on: str | None = None
+    """`both` halves of the guidance, or `cond`: only the half that reads the prompt (paper section 3.4). None is the
+    base's own way in `generate`, and both halves in `sample`."""
     region: np.ndarray | None = None
     """Where control acts: (H, W) float in [0, 1] on the canvas, or everywhere."""
 

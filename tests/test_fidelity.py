@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from controlnet.model.tiny.dataset import World
-from controlnet.model.tiny.fidelity import JointReader, measures, pose_of
-from controlnet.model.tiny.render import render
+from controlnet.model.tiny.card import Colours
+from controlnet.model.tiny.dataset import HELD_OUT, World
+from controlnet.model.tiny.fidelity import JointReader, PartReader, measures, pose_of
+from controlnet.model.tiny.render import FLOOR, MAIN, render
 from controlnet.model.tiny.scenes import make_scene
 from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
 from hypothesis import given
@@ -87,3 +88,25 @@ def test_a_pose_condition_lies_on_its_person():
     map_ = pose_of(drawn.joints[0].numpy(), 128)
     lines = map_.max(2) > 60
     assert lines.sum() > 100 and (drawn.parts[0].numpy()[lines] > 1).mean() > 0.85  # on a body, not on floor or wall
+
+
+def test_parts_that_a_network_marks_are_where_colours_are_read():
+    """Parts told on every second pixel; an image that lacks its main object has the wrong colour there."""
+    drawn = render([make_scene(HELD_OUT + i) for i in range(6)], 128)
+    world = World(*(a.numpy() for a in (drawn.images, drawn.depth, drawn.parts, drawn.joints)), [])
+
+    class Marks(torch.nn.Module):
+        def __init__(self, parts):
+            super().__init__()
+            self.weight, self.parts = torch.nn.Parameter(torch.zeros(1)), parts
+
+        def forward(self, x):
+            return torch.nn.functional.one_hot(self.parts[:, ::2, ::2].long(), 5).permute(0, 3, 1, 2).float()
+
+    colours, rows = Colours(world, range(HELD_OUT, HELD_OUT + 6)), np.arange(6)
+    found = PartReader(Marks(drawn.parts)).read(world.images)
+    assert found.shape == (6, 128, 128) and (found == world.parts).mean() > 0.95
+    known, marked = (colours.accuracy(world.images, world, rows, parts) for parts in (None, found))
+    assert {k: v[0] for k, v in marked.items()} == {k: v[0] for k, v in known.items()}
+    without = PartReader(Marks(drawn.parts.where(drawn.parts != MAIN, FLOOR))).read(world.images)
+    assert colours.accuracy(world.images, world, rows, without)["main"][0] == 0 < known["main"][0]

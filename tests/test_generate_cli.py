@@ -51,6 +51,7 @@ def test_an_image_and_what_it_says(run, common, tmp_path):
     assert image.shape == (64, 64, 3)
     made = json.loads(text["controlnet"])
     assert (made["seed"], made["prompt"], made["steps"], made["guidance"]) == (5, "a red cube", 2, 7.5)
+    assert made["control_on"] == "both"  # the way of every base that says nothing
     condition = made["conditions"][0]
     assert condition["kind"] == "canny" and len(condition["sha256"]) == len(condition["net_sha256"]) == 64
     assert text["parameters"].startswith(

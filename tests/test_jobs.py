@@ -89,6 +89,8 @@ def test_what_a_job_does_not_say_is_the_flags(tmp_path):
     job = make_job({"prompt": "x", "control-on": "cond"}, {"steps": 7, "prompt": "y", "weighting": None})
     assert (job.steps, job.prompt, job.control_on, job.acts_on) == (7, "x", "cond", "cond")
     assert make_job({"prompt": ""}, {"prompt": "y", "cond": ["a.png"]}).prompt == ""
+    ways = [make_job({"prompt": "x", "mode": mode}, {}).acts_on for mode in (None, "balanced", "guess")]
+    assert ways == [None, "both", "cond"]  # None: the base's own
     (flag,) = make_job({"cond": "a.png"}, {"mode": "control"}).cond
     assert make_job({"cond": "a.png"}, {"mode": "control"}).weighting_of(flag) == "resolution"
     assert make_job({"cond": "a.png"}, {"mode": "control", "weighting": "soft"}).weighting_of(flag) == "soft"

@@ -9,7 +9,7 @@ from controlnet.model.base import load_base
 from controlnet.model.canvas import condition_tensor
 from controlnet.model.checkpoint import load_controlnet
 from controlnet.model.generate import Request, generate
-from controlnet.model.registry import TINY
+from controlnet.model.registry import TINY, KnownBase
 from controlnet.model.strength import Strength
 from controlnet.model.tiny.dataset import HELD_OUT
 from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
@@ -62,7 +62,9 @@ def test_diffusers_runs_it_and_gives_the_same_picture():
     condition = user_canny(render([scene], 128).images[0].numpy())
     base = load_base("tiny")
     net = load_controlnet(TINY / "controlnet-canny", torch.float32)
-    ours = next(generate(base, [Request(scene.caption, 3, (condition,))], [(net, Strength())], steps=4))
+    ours = next(
+        generate(base, [Request(scene.caption, 3, (condition,))], [(net, Strength(control_on="both"))], steps=4)
+    )
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         TINY, controlnet=ControlNetModel.from_pretrained(TINY / "controlnet-canny"), safety_checker=None
     ).to(torch.float32)
@@ -72,6 +74,18 @@ def test_diffusers_runs_it_and_gives_the_same_picture():
         generator=torch.Generator().manual_seed(3), height=128, width=128, output_type="np",
     ).images[0]  # fmt: skip
     assert np.abs(ours.astype(int) - np.rint(theirs * 255)).max() <= 1
+
+
+def test_control_acts_on_the_half_that_reads_the_prompt_unless_one_says_otherwise():
+    """The base's own way, in Python and in the command; a mode by name is that mode."""
+    condition = user_canny(render([make_scene(HELD_OUT)], 128).images[0].numpy())
+    base, net = load_base("tiny"), load_controlnet(TINY / "controlnet-canny", torch.float32)
+    own, cond, both = (
+        next(generate(base, [Request("a red cube", 0, (condition,))], [(net, Strength(control_on=halves))], steps=3))
+        for halves in (None, "cond", "both")
+    )
+    assert (own == cond).all() and np.abs(own.astype(int) - both).max() > 20
+    assert KnownBase("", "", "").control_on == "both"  # of every base that says nothing
 
 
 def test_its_images_follow_their_edges():

@@ -35,6 +35,11 @@ class World:
     joints: np.ndarray
     captions: list[str]
 
+    def only(self, rows: np.ndarray) -> World:
+        """Some of its scenes."""
+        arrays = (self.images[rows], self.depth[rows], self.parts[rows], self.joints[rows])
+        return World(*arrays, [self.captions[row] for row in rows])
+
 
 def draw_shard(path: Path, first_seed: int, size: int, device: str = "cpu") -> Path:
     """Draw SHARD scenes from `first_seed` on into one compressed file, unless it is there."""

@@ -7,7 +7,7 @@ whose limbs a VAE has blurred (it finds 0.28 of their joints): a network trained
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from controlnet.model.canvas import to_canvas
 from controlnet.model.tiny.dataset import World
+from controlnet.model.tiny.render import POSTER
 from controlnet.model.training.loop import LoopConfig, fit
 from controlnet.model.training.precision import autocast
 from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
@@ -49,15 +50,25 @@ def pose_of(joints: np.ndarray, size: int) -> np.ndarray:
     return draw([joints / (size, size, 1)], (size, size))
 
 
-class JointReader:
-    """Reads the 18 joints off a picture of one of the world's people: a heat map a joint."""
+class Reader:
+    """A network that reads pictures of the world, trained on it: what stands where in an image nobody drew."""
+
+    name: str
+    channels: int
 
     def __init__(self, network: Dense | None = None):
-        self.network = network or Dense(18)
+        self.network = network or Dense(self.channels)
+
+    def scenes(self, world: World) -> np.ndarray:
+        """Rows of the scenes it learns from."""
+        return np.arange(len(world.images))
+
+    def loss(self, read: Tensor, world: World, rows: np.ndarray) -> Tensor:
+        """Scalar: how far what was read, (B, channels, H/2, W/2), is from the truth of the scenes `rows` (B,)."""
+        raise NotImplementedError
 
     def train(self, world: World, blurred: np.ndarray, folder: Path, minutes: float, device: torch.device) -> None:
-        """On a world of people, half of them as the VAE gives them back: `blurred`, (N, H, W, 3) uint8."""
-        size = world.images.shape[1]
+        """More than half of the scenes are taken as the VAE gives them back: `blurred`, (N, H, W, 3) uint8."""
         torch.manual_seed(0)
         self.network.to(device).to(memory_format=torch.channels_last)
 
@@ -69,33 +80,66 @@ class JointReader:
             x = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
             x = (x + 0.03 * torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device)).clamp(0, 1)
             with autocast(device):
-                heat = self.network(x).float()
-            joints = torch.from_numpy(world.joints[chosen]).to(device)
-            column, line = (joints[..., :2] / 2).long().clamp(0, size // 2 - 1).unbind(-1)
-            places = (line * (size // 2) + column).flatten()
-            losses = F.cross_entropy(heat.flatten(2).flatten(0, 1), places, reduction="none")
-            return (losses * joints[..., 2].flatten()).sum() / joints[..., 2].sum()
+                read = self.network(x).float()
+            return self.loss(read, world, chosen)
 
         fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder)
         self.network.eval()
 
-    @torch.inference_mode()
-    def read(self, images: np.ndarray, batch: int = 50) -> np.ndarray:
-        """(N, H, W, 3) uint8 -> joints (N, 18, 2), x and y in pixels: the middle of a heat map's mass near its peak."""
+    def batches(self, images: np.ndarray, batch: int) -> Iterator[Tensor]:
+        """What the network says of images (N, H, W, 3) uint8, `batch` at a time."""
         device = next(self.network.parameters()).device
-        found = []
         for i in range(0, len(images), batch):
             x = torch.from_numpy(images[i : i + batch]).to(device).permute(0, 3, 1, 2).float() / 255
-            heat = self.network(x)
+            with torch.inference_mode():
+                yield self.network(x)
+
+
+class JointReader(Reader):
+    """Reads the 18 joints off a picture of one of the world's people: a heat map a joint."""
+
+    name = "reader"
+    channels = 18
+
+    def scenes(self, world: World) -> np.ndarray:
+        return np.flatnonzero(world.joints[..., 2].any(1))
+
+    def loss(self, read: Tensor, world: World, rows: np.ndarray) -> Tensor:
+        side = read.shape[-1]
+        joints = torch.from_numpy(world.joints[rows]).to(read.device)
+        column, line = (joints[..., :2] / 2).long().clamp(0, side - 1).unbind(-1)
+        places = (line * side + column).flatten()
+        losses = F.cross_entropy(read.flatten(2).flatten(0, 1), places, reduction="none")
+        return (losses * joints[..., 2].flatten()).sum() / joints[..., 2].sum()
+
+    def read(self, images: np.ndarray, batch: int = 50) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> joints (N, 18, 2), x and y in pixels: the middle of a heat map's mass near its peak."""
+        found = []
+        for heat in self.batches(images, batch):
             n, _, rows, columns = heat.shape
             at = heat.flatten(2).argmax(2)
             peak = torch.stack([at % columns, at // columns], -1)  # (N, 18, 2)
             y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            grid = torch.stack([x, y], -1).to(device)  # (h, w, 2)
+            grid = torch.stack([x, y], -1).to(heat.device)  # (h, w, 2)
             near = ((grid - peak[:, :, None, None]).abs() <= 2).all(-1)
             mass = heat.masked_fill(~near, -torch.inf).flatten(2).softmax(2).reshape(n, 18, rows, columns)
             found.append((2 * ((mass[..., None] * grid).sum((2, 3)) + 0.5)).cpu().numpy())
         return np.concatenate(found)
+
+
+class PartReader(Reader):
+    """Tells floor, wall, main object, other objects and posters apart in a picture (the values of World.parts)."""
+
+    name = "parts"
+    channels = POSTER + 1
+
+    def loss(self, read: Tensor, world: World, rows: np.ndarray) -> Tensor:
+        return F.cross_entropy(read, torch.from_numpy(world.parts[rows, ::2, ::2]).to(read.device).long())
+
+    def read(self, images: np.ndarray, batch: int = 50) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> parts (N, H, W) uint8."""
+        found = [read.argmax(1).to(torch.uint8).cpu().numpy() for read in self.batches(images, batch)]
+        return np.concatenate(found).repeat(2, 1).repeat(2, 2)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from controlnet.model.hint import SD_WIDTHS
 from controlnet.model.registry import BASES, TINY_HINT_WIDTHS
 from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import make_scheduler
+from controlnet.model.strength import Strength
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.config import CHOICES, TrainConfig, to_toml
 from controlnet.model.training.data import check_resumed, fingerprint, look_at, split
@@ -277,7 +278,7 @@ class _Training:
             base.reload("vae")
         with autocast(self.device, self.config.precision):
             noise, generators = draw_noise(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
-            applied = [Applied(self.net, self.net.encode_hint(conditions))]
+            applied = [Applied(self.net, self.net.encode_hint(conditions), Strength(control_on=base.control_on))]
             latents = sample(
                 base.unet,
                 make_scheduler(base.scheduler),
