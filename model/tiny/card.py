@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,8 +128,7 @@ def trained(reader: R, base: Base, runs: Path, minutes: float) -> R:
     """The reader from its checkpoint in `runs`, or trained first."""
     data = world(runs / "world", 9000, base.native_size, 0, base.device.type)
     data = data.only(reader.scenes(data))
-    begun = (runs / reader.name / "log.jsonl").is_file()
-    blurred = data.images if begun else reconstruct(base, data.images)
+    blurred = cache(lambda: reconstruct(base, data.images))  # minutes, needed if there is training to do
     with attention(base.device):
         reader.train(data, blurred, runs / reader.name, minutes, base.device)
     return reader
@@ -145,7 +145,7 @@ def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tu
     # Enough held-out scenes for as many with people: every third one has some.
     held_out = world(runs / "world", 4 * scenes, size, HELD_OUT, device.type)
     colours = Colours(world(runs / "world", 1500, size, 0, device.type), range(1500))
-    joints, parts = joint_reader(base, runs), trained(PartReader(), base, runs, 4.0)
+    joints, parts = joint_reader(base, runs), trained(PartReader(), base, runs, 10.0)
     card: dict[str, Any] = {"scenes": scenes, "size": size, "steps": STEPS, "guidance": base.guidance, "control": {}}
     samples: list = []
     for measure in measures(joints):

@@ -67,15 +67,17 @@ class Reader:
         """Scalar: how far what was read, (B, channels, H/2, W/2), is from the truth of the scenes `rows` (B,)."""
         raise NotImplementedError
 
-    def train(self, world: World, blurred: np.ndarray, folder: Path, minutes: float, device: torch.device) -> None:
-        """More than half of the scenes are taken as the VAE gives them back: `blurred`, (N, H, W, 3) uint8."""
+    def train(
+        self, world: World, blurred: Callable[[], np.ndarray], folder: Path, minutes: float, device: torch.device
+    ) -> None:
+        """More than half of the scenes are taken as the VAE gives them back: `blurred()`, (N, H, W, 3) uint8."""
         torch.manual_seed(0)
         self.network.to(device).to(memory_format=torch.channels_last)
 
         def loss_of(step: int) -> Tensor:
             rng = np.random.default_rng([10, step])
             chosen = rng.integers(len(world.images), size=32)
-            pictures = [(blurred if rng.random() < 0.6 else world.images)[row] for row in chosen]
+            pictures = [(blurred() if rng.random() < 0.6 else world.images)[row] for row in chosen]
             pictures = [cv2.GaussianBlur(p, (0, 0), rng.uniform(0.3, 1.2)) for p in pictures]
             x = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
             x = (x + 0.03 * torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device)).clamp(0, 1)
