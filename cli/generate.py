@@ -62,7 +62,9 @@ Mode = Annotated[
         "resolution); guess (the same, deep ones more: for empty prompts). (default: the base's)"
     ),
 ]
-ControlOn = Annotated[str | None, typer.Option(help="Halves of the guidance: both, or cond. (default: the mode's)")]
+ControlOn = Annotated[
+    str | None, typer.Option(help="Halves of the guidance: both, or cond. (default: the mode's, else the base's)")
+]
 Weighting = Annotated[
     str | None,
     typer.Option(help="Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"),
