@@ -20,6 +20,7 @@ from controlnet.cli.options import (
     Quiet,
     SkipExisting,
     field_doc,
+    is_folder,
     keeps,
     say,
 )
@@ -188,8 +189,8 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
     several = len(chosen) > 1
     if several and (out == "-" or (out is None and "-" in sources)):
         raise UsageError("several kinds of map do not go to standard output", "-o maps/")
-    if several and out is not None and not (out.endswith("/") or Path(out).is_dir()):
-        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {out}/")
+    if several and out is not None and not is_folder(out):
+        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).stem}/")
     if preview is not None and keeps(preview, overwrite, skip_existing):
         preview = None
     piped = read_bytes("-") if "-" in sources else b""  # once for all kinds

@@ -63,10 +63,7 @@ def targets_of(sources: list[str], out: str | None, kind: str) -> dict[str, Path
         path = Path("stdin" if source == "-" else source)
         # Standard input has no folder of its own: its map goes to standard output unless -o names a place.
         place = "-" if source == "-" and out is None else out
-        target = output_path(place, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
-        if target is not None and target.suffix.lower() != ".png":
-            raise UsageError(f"-o {target}: maps are PNG files", f"-o {target.with_suffix('.png')}")
-        targets[source] = target
+        targets[source] = output_path(place, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
     places = list(targets.values())
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)

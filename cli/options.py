@@ -15,7 +15,7 @@ from controlnet.preprocessors.errors import OutputError, UsageError
 Out = Annotated[
     str | None,
     typer.Option(
-        "-o", "--out", help="Where the result goes: a file, a folder (ends in / or exists), or - for standard output."
+        "-o", "--out", help="Where the result goes: a .png, a folder (any other name), or - for standard output."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a result instead of its path.")]
@@ -78,13 +78,26 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
     """The path of a result; None for standard output. `default` is its folder and name when -o says nothing."""
     if out is None:
         return default
-    if out == "-":
-        if several:
-            raise UsageError("-o - takes one result, but there are several", "-o DIR/")
-        return None
-    if out.endswith("/") or Path(out).is_dir() or several:
+    if is_folder(out):
         return Path(out) / default.name
-    return Path(out)
+    if several:
+        hint = "-o DIR/" if out == "-" else f"-o {Path(out).with_suffix('')}/"
+        raise UsageError(f"-o {out} takes one result, but there are several", hint)
+    return None if out == "-" else Path(out)
+
+
+def is_folder(out: str) -> bool:
+    """Whether -o names a folder: all but `-` and `NAME.png`. Raises UsageError for another type of picture."""
+    from controlnet.preprocessors.images import SUFFIXES
+
+    path = Path(out)
+    if out.endswith("/") or path.is_dir():
+        return True
+    if out == "-" or path.suffix.lower() == ".png":
+        return False
+    if path.suffix.lower() in SUFFIXES:
+        raise UsageError(f"-o {out}: results are PNG files", f"-o {path.with_suffix('.png')}")
+    return True
 
 
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:

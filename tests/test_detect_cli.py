@@ -97,6 +97,8 @@ def test_standard_input_and_output(folder):
     (["canny", "one.png", "--low", "300"], Exit.USAGE, "low=300, high=200"),
     (["canny", "one.png", "--detector", "sobel"], Exit.USAGE, "unknown detector 'sobel'"),
     (["canny", "one.png", "two.jpg", "-o", "-"], Exit.USAGE, "takes one result"),
+    (["canny", "one.png", "two.jpg", "-o", "maps.png"], Exit.USAGE, "-o maps/"),
+    (["canny", "one.png", "-o", "map.jpg"], Exit.USAGE, "-o map.png"),
     (["canny", "one.png", "./one.png", "deep/one.png", "-o", "maps/"], Exit.USAGE, "two inputs would both be written"),
     (["canny", "one.png", "-o", "one.png/x/"], Exit.OUTPUT, "cannot be written"),
     (["canny", "tiny.png"], Exit.INPUT, "at least 8"),
@@ -110,6 +112,13 @@ def test_mistakes_are_told_and_leave_nothing(run, folder, monkeypatch, args, cod
     assert found == code
     assert err.startswith("error: ") and said in err and "Traceback" not in err
     assert out == "" and files(folder) == before
+
+
+@pytest.mark.parametrize("photos", [["one.png"], ["one.png", "two.jpg"]])
+def test_a_name_that_is_no_png_is_a_folder(run, folder, monkeypatch, photos):
+    monkeypatch.chdir(folder)
+    assert run("detect", "canny", *photos, "-o", "v1.5")[0] == 0
+    assert files(folder / "v1.5") == [f"{photo.split('.')[0]}.canny.png" for photo in photos]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

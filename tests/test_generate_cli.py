@@ -133,6 +133,7 @@ def test_a_condition_of_another_aspect_is_stretched_and_said(run, common):
     (["-p", "x", "--seed", "-1"], Exit.USAGE, "--seed -1"),
     (["-p", "x", "--scheduler", "eulr"], Exit.USAGE, "--scheduler euler"),
     (["-p", "x", "--base", "none"], Exit.USAGE, "unknown base 'none'"),
+    (["-p", "x", "-o", "a.webp"], Exit.USAGE, "-o a.png"), (["-p", "x", "-n", "2", "-o", "a.png"], Exit.USAGE, "-o a/"),
     (["-p", "x", "--device", "tpu"], Exit.USAGE, "--device tpu"),
     (["-p", "x", "--dtype", "int8"], Exit.USAGE, "--dtype int8"),
     (["--cond", "photo.png"], Exit.USAGE, "its kind is told neither"),
