@@ -67,8 +67,8 @@ def main() -> None:
 Recorded by `make ablations`, torch {torch.__version__}: canny ControlNets on `tiny`, {args.steps:,} steps each, from
 3,000 scenes where nothing else is said; {args.scenes} held-out scenes. Each is a plain
 `controlnet train world --kind canny --set max_steps={args.steps}` with `convolutions=gaussian`, `copy=lite` or
-`prompt_dropout=0` beside it, or a folder of so many scenes for `world`. Loss and gap are those of the run's own held-out
-pairs: other pairs where the scenes are others, so that F1 alone compares the sizes.
+`prompt_dropout=0` beside it, or a folder of so many scenes for `world`. Loss and gap are those of the run's own
+held-out pairs: other pairs where the scenes are others, so that F1 alone compares the sizes.
 
 {chr(10).join(table)}
 """
