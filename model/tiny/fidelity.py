@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from controlnet.model.canvas import to_canvas
 from controlnet.model.tiny.dataset import World
 from controlnet.model.tiny.render import POSTER
+from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import LoopConfig, fit
 from controlnet.model.training.precision import autocast
 from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
@@ -85,6 +86,9 @@ class Reader:
                 read = self.network(x).float()
             return self.loss(read, world, chosen)
 
+        state = Checkpoints(folder / "checkpoints").load()
+        if state is None or state["progress"]["seconds"] < 60 * minutes:
+            blurred()  # before the clock of the training runs
         fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder)
         self.network.eval()
 
