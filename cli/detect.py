@@ -19,6 +19,7 @@ from controlnet.cli.options import (
     Overwrite,
     Quiet,
     SkipExisting,
+    check_png,
     field_doc,
     is_folder,
     keeps,
@@ -191,6 +192,8 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
         raise UsageError("several kinds of map do not go to standard output", "-o maps/")
     if several and out is not None and not is_folder(out):
         raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).stem}/")
+    if preview is not None:
+        check_png("--preview", preview)
     if preview is not None and keeps(preview, overwrite, skip_existing):
         preview = None
     piped = read_bytes("-") if "-" in sources else b""  # once for all kinds

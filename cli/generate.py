@@ -134,7 +134,7 @@ def generate(
             for one, png, made in made_images:
                 _write(one.path, png, made, as_json)
     if failures:
-        say(f"{failures} jobs failed; the others are done")
+        say(f"{failures} job{'s' * (failures > 1)} failed; the others are done")
         raise typer.Exit(Exit.PARTIAL)
 
 

@@ -157,8 +157,9 @@ def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | Us
         rows = csv.DictReader(io.StringIO(text), restkey="")
         for row in rows:
             where = f"{path} line {rows.line_num}"
-            if "" in row:
-                yield where, UsageError("more values than keys in the first line", ",".join(rows.fieldnames or []))
+            if "" in row or None in row.values():
+                many = "more" if "" in row else "fewer"
+                yield where, UsageError(f"{many} values than keys in the first line", ",".join(rows.fieldnames or []))
                 continue
             given: dict[str, Any] = {k.strip(): v for k, v in row.items()}
             if given.get("cond"):

@@ -88,16 +88,19 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
 
 def is_folder(out: str) -> bool:
     """Whether -o names a folder: all but `-` and `NAME.png`. Raises UsageError for another type of picture."""
-    from controlnet.preprocessors.images import SUFFIXES
-
     path = Path(out)
     if out.endswith("/") or path.is_dir():
         return True
-    if out == "-" or path.suffix.lower() == ".png":
-        return False
-    if path.suffix.lower() in SUFFIXES:
-        raise UsageError(f"-o {out}: results are PNG files", f"-o {path.with_suffix('.png')}")
-    return True
+    check_png("-o", path)
+    return out != "-" and path.suffix.lower() != ".png"
+
+
+def check_png(flag: str, path: Path) -> None:
+    """Raises UsageError for a file that a PNG would be written to under the name of another type of picture."""
+    from controlnet.preprocessors.images import SUFFIXES
+
+    if path.suffix.lower() in set(SUFFIXES) - {".png"}:
+        raise UsageError(f"{flag} {path}: pictures are written as PNG files", f"{flag} {path.with_suffix('.png')}")
 
 
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from controlnet.cli.conditions import ConditionFlag, parse_scale, parse_weighting
-from controlnet.cli.options import Device, Json, Offline, Overwrite, keeps, say
+from controlnet.cli.options import Device, Json, Offline, Overwrite, check_png, keeps, say
 from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def replay(
         raise InputError(f"{image}: holds no record of its making", "an image as controlnet generate wrote it")
     job = _job(image, before, cond or [])
     if out is not None:
+        check_png("-o", out)
         keeps(out, overwrite, skip_existing=False)
     studio = Studio(_available(device or before.get("device")), before.get("dtype"), offline, strict=False,
                     low_memory=bool(before.get("low_memory")))  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from controlnet.cli.conditions import parse_condition
-from controlnet.cli.options import Json, Offline, Overwrite, Quiet, keeps, say
+from controlnet.cli.options import Json, Offline, Overwrite, Quiet, check_png, keeps, say
 from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def score(
     if overlay is not None:
         if jobs is not None:
             raise UsageError("--overlay shows one image", "controlnet score IMAGE --overlay overlay.png")
+        check_png("--overlay", overlay)
         keeps(overlay, overwrite, skip_existing=False)
     scorer = Scorer(offline)
     if jobs is not None:

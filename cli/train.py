@@ -50,8 +50,13 @@ def _settings(wanted: bool) -> None:
         from dataclasses import fields
 
         from controlnet.cli.options import field_doc
+        from controlnet.model.registry import BASES
         from controlnet.model.training.config import TrainConfig
 
+        print("# defaults for Stable Diffusion; other bases have their own:")
+        for name, known in BASES.items():
+            if known.training:
+                print(f"# {name}: {', '.join(f'{key} = {value:g}' for key, value in known.training.items())}")
         for field in fields(TrainConfig):
             print(f"{field.name:24} {field.default!s:10} {field_doc(TrainConfig, field.name)}".rstrip())
         raise typer.Exit

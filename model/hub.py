@@ -95,7 +95,7 @@ def pull(name: str, update: bool = False) -> Path:
         if not (locked or update) and (there := kept(name)):
             return there
         raise ModelError(
-            f"{name}: the model hub cannot be reached ({type(error).__name__})",
+            f"{name}: no such folder, and the model hub cannot be reached ({type(error).__name__})",
             "with a network, run the same command again; or give a folder in diffusers' layout",
         ) from error
     if wrong := _differing(folder, files, told | (locked["files"] if locked else {})):

@@ -193,6 +193,7 @@ def test_a_folder_is_a_batch_and_what_exists_is_skipped(run, maps, flags, net, t
 
 @pytest.mark.parametrize("name, text, code, said", [
     ("jobs.jsonl", "", Exit.INPUT, "no jobs in it"), ("jobs.csv", "prompt,seed\nx,1,2\n", Exit.PARTIAL, "more values"),
+    ("jobs.csv", "prompt,seed\nx\n", Exit.PARTIAL, "fewer values"),
     ("none.jsonl", None, Exit.INPUT, "no such file"),
 ])  # fmt: skip
 def test_files_that_are_no_jobs(run, flags, tmp_path, name, text, code, said):

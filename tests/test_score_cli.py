@@ -64,6 +64,7 @@ def test_table_and_overlay(run, files):
     sheet, _ = read_image((files / "o.png").read_bytes(), "o")
     assert (sheet == (255, 0, 0)).all(2).any() and (sheet == (0, 0, 255)).all(2).any()
     assert run("score", files / "other.png", "--cond", files / "photo.canny.png", "--overlay", files / "o.png")[0] == 4
+    assert run("score", files / "other.png", "--cond", files / "photo.canny.png", "--overlay", files / "o.jpg")[0] == 2
 
 
 def test_poses(run, tmp_path, monkeypatch):

@@ -50,6 +50,8 @@ def test_two_words_are_enough_and_status_tells(data, config, tmp_path, monkeypat
     assert "goes on at step 4" in capsys.readouterr().err
     assert run("train", data, "--resume", "--set", "learning_rate=0.5") == Exit.USAGE
     assert "learning_rate was 1e-05, is 0.5" in capsys.readouterr().err
+    assert run("train", data, "--resume", "--set", "max_steps=5") == Exit.USAGE
+    assert "max_steps=5: the run is at step 6 already" in capsys.readouterr().err
     assert run("train", data, *sets) == 0
     assert capsys.readouterr().out == "runs/photos-2\n"
 
@@ -91,6 +93,7 @@ def test_settings_from_file_and_flags(tmp_path):
         ("batch_size=2.5", "whole number"), ("flip=maybe", "true or false"), ("max_steps", "expected key=value"),
         ("learning_rate=-1", "above 0"),
         ("precision=int8", "one of float32"), ("prompt_dropout=2", "from 0 to 1"), ("size=500", "multiple of 8"),
+        ("learning_rate=1e400", "got inf"), ("clip_norm=nan", "clip_norm"), ("clip_norm=0", "above 0"),
         ("copy=half", "one of full, lite"), ("learning_rate=nan", "learning_rate"), ("ema_decay=7", "from 0 to 1"),
     ],
 )  # fmt: skip

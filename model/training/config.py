@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -134,7 +135,7 @@ def _convert(name: str, value: Any) -> Any:
     else:
         try:
             number = float(value)
-            if wanted == "float":
+            if wanted == "float" and not math.isnan(number):
                 return number
             if number == int(number):
                 return int(number)

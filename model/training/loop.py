@@ -72,9 +72,12 @@ class LoopConfig:
     """Steps between looks at the held-out data."""
 
     def __post_init__(self):
-        for name in ("max_steps", "accumulation", "learning_rate", "save_every", "keep", "log_every", "validate_every"):
+        positive = ("max_steps", "accumulation", "learning_rate", "clip_norm", "save_every", "keep", "log_every")
+        for name in (*positive, "validate_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if math.isinf(self.learning_rate):
+            raise ValueError(f"learning_rate must be a number, got {self.learning_rate}")
         for name in ("minutes", "warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -35,6 +35,7 @@ from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import make_scheduler
 from controlnet.model.strength import Strength
 from controlnet.model.training.cache import Cache
+from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import CHOICES, TrainConfig, to_toml
 from controlnet.model.training.data import check_resumed, fingerprint, look_at, split
 from controlnet.model.training.loop import ExplodedError, Progress, fit
@@ -106,6 +107,12 @@ def train(
         }  # fmt: skip
         if resume:
             check_resumed(folder, record, force)
+            reached = max(Checkpoints(folder / "checkpoints").steps(), default=0)
+            if reached > config.max_steps:
+                raise UsageError(f"max_steps={config.max_steps}: the run is at step {reached} already",
+                                 f"--set max_steps={2 * reached} to go on")  # fmt: skip
+            if not reached:
+                watcher.say("no checkpoint yet: begins at step 0")
         if processes.is_main_process:
             begin(folder, record, config)
         with forgotten(folder, not resume and processes.is_main_process):

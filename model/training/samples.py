@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -221,7 +222,7 @@ class Samples:
 
 def check_command(folder: Path, kind: str) -> str:
     """The command that looks at training data."""
-    return f"controlnet dataset check {folder}" + (f" --kind {kind}" if kind else "")
+    return f"controlnet dataset check {quote(str(folder))}" + (f" --kind {quote(kind)}" if kind else "")
 
 
 def _read(path: str) -> np.ndarray:
