@@ -191,7 +191,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
     if several and (out == "-" or (out is None and "-" in sources)):
         raise UsageError("several kinds of map do not go to standard output", "-o maps/")
     if several and out is not None and not is_folder(out):
-        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).stem}/")
+        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).with_suffix('')}/")
     if preview is not None:
         check_png("--preview", preview)
     if preview is not None and keeps(preview, overwrite, skip_existing):
