@@ -23,7 +23,7 @@ from controlnet.model.tiny.card import interval, make_images
 from controlnet.model.tiny.dataset import HELD_OUT, world, world_photos
 from controlnet.model.tiny.fidelity import JointReader, measures
 from controlnet.model.training.report import read_run
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.files import write_file
 from convergence import VARIANTS, run_of
 
 RECORD = Path(__file__).with_name("ablations.md")

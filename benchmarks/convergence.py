@@ -56,7 +56,8 @@ def draw(runs: dict[str, Path], path: Path) -> None:
 
 def strip(run: Path, path: Path, steps: tuple[int, ...] = (0, 150, 300, 600, 1500)) -> None:
     """Two held-out pictures, their conditions, and what was made of them at some steps: part of samples.png."""
-    from controlnet.preprocessors.images import png_bytes, read_image, write_file
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes, read_image
 
     sheet, _ = read_image((run / "samples.png").read_bytes(), "samples.png")
     shown = [row["step"] for row in read_run(run).validations if row.get("pictures")]

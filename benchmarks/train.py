@@ -162,7 +162,8 @@ def read_times(counts=(100, 1_000, 10_000, 100_000), batch: int = 4, reads: int 
     from controlnet.model.training.cache import Cache
     from controlnet.model.training.config import TrainConfig
     from controlnet.model.training.samples import Samples
-    from controlnet.preprocessors.images import png_bytes, write_file
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes
     from controlnet.preprocessors.pairs import Pair
 
     base = load_base("tiny")

@@ -6,11 +6,11 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from controlnet.model.modes import WEIGHTINGS
 from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.files import exists
 
 KEYS = ("detect", "kind", "net", "scale", "start", "end", "weighting", "region")
 
@@ -34,6 +34,8 @@ class ConditionFlag:
     """A picture: control acts where it is white."""
 
     def __post_init__(self):
+        if not (self.kind or "x").isprintable():
+            raise UsageError(f"--cond {self.path}: kind={self.kind!r}, expected a word", "kind=canny")
         if not 0 <= self.start <= self.end <= 1:
             raise UsageError(
                 f"--cond {self.path}: start={self.start:g}, end={self.end:g}, expected 0 <= start <= end <= 1",
@@ -59,7 +61,7 @@ def parse_condition(text: str) -> ConditionFlag:
     if not path:
         raise UsageError(f"--cond {text!r}: no path", "--cond map.canny.png")
     stray = re.fullmatch(r"(.*),([a-z]+)=[^,]*", path)
-    if stray and not Path(path).exists() and Path(stray[1].split(",")[0]).exists():
+    if stray and not exists(path) and exists(stray[1].split(",")[0]):
         near = difflib.get_close_matches(stray[2], KEYS, 1)
         raise UsageError(
             f"--cond {text}: unknown key {stray[2]!r}, expected one of {', '.join(KEYS)}", f"{(near or KEYS)[0]}=..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,8 @@ from typing import Annotated
 import typer
 from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Quiet, say, warn
-from controlnet.preprocessors.errors import Exit, UsageError
+from controlnet.preprocessors.errors import Exit, OutputError, UsageError
+from controlnet.preprocessors.jsons import dumps
 
 app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.")
 SHOWN = 3
@@ -21,18 +21,19 @@ def check(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that `controlnet train` takes.")],
     kind: Annotated[str | None, typer.Option(help="The kind of condition. (default: told by the data)")] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Contact sheet. (default: DATA-check.png here)")
+        Path | None, typer.Option("-o", "--out", help="Contact sheet. (default: DATA-check.png beside DATA)")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     from controlnet.preprocessors.check import check_pairs
-    from controlnet.preprocessors.images import png_bytes, write_file
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes
     from controlnet.preprocessors.pairs import SHEET_SUFFIX, find_pairs, kind_of_pairs
     from controlnet.preprocessors.sheet import contact_sheet
 
     found = find_pairs(data)
-    sheet = out or Path(f"{data.resolve().name}{SHEET_SUFFIX}")
+    sheet = out or data.parent / f"{data.resolve().name}{SHEET_SUFFIX}"
     try:
         name, _ = kind_of_pairs(found, kind or "")
     except UsageError as error:
@@ -41,9 +42,14 @@ def check(
     with count_bar("checking", len(found.pairs), quiet) as on_pair:
         counts, problems, previews = check_pairs(found, name, on_pair)
     if previews:
-        write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
+        try:
+            write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
+        except OutputError as error:  # data of someone else's: the words are what counts
+            if out is not None:
+                raise
+            warn(f"no contact sheet: {error}; -o FILE names another place")
     if as_json:
-        print(json.dumps({"output": str(sheet), **counts, "problems": [vars(p) for p in problems]}, ensure_ascii=False))
+        print(dumps({"output": str(sheet), **counts, "problems": [vars(p) for p in problems]}))
     else:
         print(f"{counts['pairs']} pairs, form {counts['form']}, kind {counts['kind']}")
         print("sizes: " + ", ".join(f"{size} ({n})" for size, n in counts["sizes"].items()))
@@ -86,11 +92,11 @@ def build(
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
     with count_bar("building", len(found.pairs), quiet) as on_pair:
         manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair)
-    for reason in failed:
+    for reason in (*failed, *found.skipped):
         warn(reason)
     if without := sum(not p.caption for p in found.pairs):
         warn(f"{without} of {len(found.pairs)} photos have no caption")
     say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train {out}")
-    print(json.dumps({"output": str(out), **manifest}) if as_json else out)
+    print(dumps({"output": str(out), **manifest}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)

@@ -6,7 +6,6 @@ Each kind is a sub-command whose flags come from its detectors' options dataclas
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +25,7 @@ from controlnet.cli.options import (
     say,
 )
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.registry import DETECTORS, Detector, find_detector
 from typer.core import TyperGroup
 
@@ -76,7 +76,7 @@ def _detect(
             for i, row in enumerate(detectors.values()):
                 line = {"kind": row.kind, "detector": row.name, "default": i == 0, "help": row.help,
                         "weights": _weights_of(row)}  # fmt: skip
-                print(json.dumps(line) if as_json else _row(line))
+                print(dumps(line) if as_json else _row(line))
         raise typer.Exit
     if ctx.invoked_subcommand is None and not ctx.args:
         raise UsageError("which kind of map?", f"controlnet detect {next(iter(DETECTORS))} PHOTO")
@@ -201,6 +201,8 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
     def read(source: str) -> bytes:
         return piped if source == "-" else read_bytes(source)
 
+    if as_json and (out == "-" or (out is None and "-" in sources)):
+        raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
     if several and len(sources) == 1:
         read(sources[0])  # not there: told once, not for every kind
     failed, shown = 0, {}

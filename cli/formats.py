@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from controlnet.cli.machine import silence_libraries
 from controlnet.cli.options import Json, Overwrite, say, tell
 from controlnet.preprocessors.errors import OutputError, UsageError
+from controlnet.preprocessors.jsons import dumps
 
 SHOW_HELP = "What model files are, from their headers: format, family, types, parameters."
 CONVERT_HELP = "Write a model in the other layout; every tensor keeps its numbers and its type."
@@ -26,7 +26,7 @@ def show(
     for path in paths:
         fields = described(open_model(path))
         if as_json:
-            print(json.dumps(fields))
+            print(dumps(fields))
             continue
         print(fields.pop("path"))
         for key, value in fields.items():

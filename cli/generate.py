@@ -21,13 +21,18 @@ from controlnet.cli.options import (
     Quiet,
     SkipExisting,
     Strict,
+    check_png,
     default_base,
+    keeps,
     say,
     tell,
 )
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from typer.core import TyperCommand
 
 HELP = "Make images from condition maps and a prompt."
+SHOWN = 24
+"""Images on a preview."""
 
 Cond = Annotated[
     list[str] | None,
@@ -38,8 +43,8 @@ Cond = Annotated[
         "end, weighting, region.",
     ),
 ]
-Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What the image shows.")]
-Negative = Annotated[str, typer.Option(help="What it should not show.")]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What the image shows; @FILE reads it from a file.")]
+Negative = Annotated[str, typer.Option(help="What it should not show; or @FILE.")]
 Num = Annotated[int, typer.Option("--num", "-n", help="How many images; image k uses seed + k.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[
@@ -83,6 +88,9 @@ KeepBest = Annotated[
         "--keep-best", metavar="N", help="Write only the N of a job's images that keep best to their conditions."
     ),
 ]
+Preview = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also make a contact sheet of the conditions and their images.")
+]
 Jobs = Annotated[
     Path | None,
     typer.Option(
@@ -91,39 +99,75 @@ Jobs = Annotated[
 ]
 
 
+LATER = {"--init": "a picture as a start", "--mask": "inpainting", "--lora": "LoRA", "--embedding": "textual inversion"}
+"""Flags that people try, of what is not supported yet."""
+
+
+class Command(TyperCommand):
+    """Says of a flag that is not there yet what it would be, instead of one that is spelt alike."""
+
+    def parse_args(self, ctx, args):
+        for word in args:
+            if (flag := word.split("=")[0]) in LATER:
+                raise UsageError(f"{flag}: {LATER[flag]} is not supported yet", "controlnet generate --help")
+        return super().parse_args(ctx, args)
+
+
+class _Failures:
+    """What failed, told as it fails; a job that stands alone, which has no name, ends the command instead."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __call__(self, name: str, error: ControlNetError) -> None:
+        if not name:
+            raise error
+        self.names.add(name)
+        say(f"error: {name}: {error}")
+        if error.hint:
+            say(f"hint: {error.hint}")
+
+    def end(self, jobs: list) -> None:
+        """Exit as some of several jobs, or all, have failed."""
+        if not self.names:
+            return
+        count = len(self.names)
+        others = "the others are done" if {name for name, _ in jobs} - self.names else "none is done"
+        say(f"{count} job{'s' * (count > 1)} failed; {others}")
+        raise typer.Exit(Exit.PARTIAL)
+
+
 def generate(
     cond: Cond = None, prompt: Prompt = "", negative: Negative = "", out: Out = None, num: Num = 1, steps: Steps = 20,
     guidance: Guidance = None, scheduler: SchedulerName = None, base: BaseName = None, size: Size = None,
     seed: Seed = None, mode: Mode = None, control_on: ControlOn = None, weighting: Weighting = None,
     jobs: Jobs = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
     skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
-    low_memory: LowMemory = False, keep_best: KeepBest = None,
+    low_memory: LowMemory = False, keep_best: KeepBest = None, preview: Preview = None,
 ) -> None:  # fmt: skip
     from controlnet.cli.bars import images_bar
-    from controlnet.cli.images import Studio
     from controlnet.cli.jobs import targets
 
     defaults = {
-        "cond": cond, "prompt": prompt, "negative": negative, "out": out, "num": num, "steps": steps,
-        "base": base or default_base(), "guidance": guidance, "scheduler": scheduler, "size": size, "seed": seed,
-        "mode": mode, "control_on": control_on, "weighting": weighting,
+        "cond": cond, "prompt": _from_file("--prompt", prompt), "negative": _from_file("--negative", negative),
+        "out": out, "num": num, "steps": steps, "base": base or default_base(), "guidance": guidance,
+        "scheduler": scheduler, "size": size, "seed": seed, "mode": mode, "control_on": control_on,
+        "weighting": weighting,
     }  # fmt: skip
-    failures = 0
-
-    def failed(name: str, error: ControlNetError) -> None:
-        nonlocal failures
-        if not name:
-            raise error
-        failures += 1
-        say(f"error: {name}: {error}")
-        if error.hint:
-            say(f"hint: {error.hint}")
-
+    if preview is not None:
+        check_png("--preview", preview)
+        keeps(preview, overwrite, skip_existing=False)
+    failed = _Failures()
     todo = _jobs(jobs, defaults, failed)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
-    wanted = targets(todo, overwrite, skip_existing, as_json, failed)
+    wanted = targets(todo, overwrite, skip_existing, as_json, failed, keep_best)
+    if as_json and any(one.path is None for one in wanted):
+        raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
+    rows: list[list] = []
     if wanted:
+        from controlnet.cli.images import Studio  # not before: what is wrong with a job is told in a moment
+
         studio = Studio(device, dtype, offline, strict, low_memory)
         if keep_best is not None:
             wanted = _scorable(wanted, studio, failed)
@@ -133,9 +177,43 @@ def generate(
                 made_images = _best(made_images, keep_best, studio, offline, failed)
             for one, png, made in made_images:
                 _write(one.path, png, made, as_json)
-    if failures:
-        say(f"{failures} job{'s' * (failures > 1)} failed; the others are done")
-        raise typer.Exit(Exit.PARTIAL)
+                if preview is not None and len(rows) < SHOWN:
+                    rows.append(_row(one, png, studio))
+    if preview is not None and rows:
+        _write_preview(preview, rows)
+    failed.end(todo)
+
+
+def _from_file(flag: str, text: str) -> str:
+    """A prompt as given, or of the file that @FILE names."""
+    if not text.startswith("@"):
+        return text
+    from controlnet.preprocessors.files import is_file, read_text
+
+    if not is_file(text[1:]):
+        raise UsageError(f"{flag} {text}: no such file", f'{flag} "..." for the words themselves')
+    return " ".join(read_text(Path(text[1:])).split())
+
+
+def _row(one, png: bytes, studio) -> list:
+    """A row of the preview: the conditions of an image, and the image, each with a word on it."""
+    from controlnet.preprocessors.images import read_image
+
+    _, reads = studio.reads(one.job)
+    image, _ = read_image(png, "the image")
+    return [*((read.map, read.kind) for read in reads), (image, f"seed {one.seed}: {one.job.prompt}")]
+
+
+def _write_preview(path: Path, rows: list) -> None:
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes
+    from controlnet.preprocessors.sheet import contact_sheet
+
+    columns = max(map(len, rows))
+    blank = 0 * rows[0][0][0] + 255
+    cells = [cell for row in rows for cell in [(blank, "")] * (columns - len(row)) + row]
+    write_file(path, png_bytes(contact_sheet(cells, columns if columns > 2 else 2 * columns, 256)))
+    say(f"look at {path}")
 
 
 def _check_keep_best(count: int, jobs: list, skip_existing: bool) -> None:
@@ -155,8 +233,7 @@ def _scorable(wanted: list, studio, failed) -> list:
     bad: set[int] = set()
     for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
         try:
-            for flag in job.cond:
-                read = studio.read(flag)
+            for flag, read in zip(job.cond, studio.reads(job)[1], strict=True):
                 Scorer.check(read.map, read.kind, read.made, flag.path)
         except ControlNetError as error:
             bad.add(id(job))
@@ -176,7 +253,7 @@ def _best(made_images, count: int, studio, offline: bool, failed):
 
     def score(one, png: bytes) -> float:
         image, _ = read_image(png, "the image")
-        reads = [studio.read(flag) for flag in one.job.cond]
+        _, reads = studio.reads(one.job)
         scores = [scorer.compare(image, read.map, read.kind, read.made, flag.path, "the image").main
                   for flag, read in zip(one.job.cond, reads, strict=True)]  # fmt: skip
         return sum(scores) / len(scores)
@@ -189,29 +266,36 @@ def _best(made_images, count: int, studio, offline: bool, failed):
             failed(images[0][0].name, error)
             continue
         chosen = sorted(images, key=lambda image: -image[2]["score"])[:count]
+        kept = {one.seed for one, _, _ in chosen}
+        told = [f"{one.seed}: {made['score']:.3f}{' *' * (one.seed in kept)}" for one, _, made in images]
+        say(f"scores by seed, * is kept: {', '.join(told)}")
         yield from sorted(chosen, key=lambda image: image[0].seed)
 
 
 def _jobs(path: Path | None, defaults: dict[str, Any], failed) -> list:
     """(name, Job) of all that is asked for; the name is empty for a job that stands alone, whose errors end it all."""
-    from controlnet.cli.jobs import make_job, read_jobs_file, spread
+    from controlnet.cli.jobs import check_names, make_job, read_jobs_file, spread
 
     if path is None:
-        alone = spread(make_job({}, defaults))
+        job = make_job({}, defaults)
+        check_names(job)
+        alone = spread(job)
         return [(job.cond[0].path if len(alone) > 1 else "", job) for job in alone]
     jobs = []
     for name, given in read_jobs_file(path):
         try:
             if isinstance(given, UsageError):
                 raise given
-            jobs += [(name, job) for job in spread(make_job(given, defaults))]
+            job = make_job(given, defaults)
+            check_names(job)
+            jobs += [(name, one) for one in spread(job)]
         except ControlNetError as error:
             failed(name, error)
     return jobs
 
 
 def _write(path: Path | None, png: bytes, made: dict, as_json: bool) -> None:
-    from controlnet.preprocessors.images import write_file
+    from controlnet.preprocessors.files import write_file
 
     if path is None:
         sys.stdout.buffer.write(png)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlnet.cli.conditions import ConditionFlag, scale_text, weighting_text
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from controlnet.model.strength import Strength
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Read:
     """A condition as it was read: its kind, the map (H, W, 3) uint8, and the record of where it came from."""
 
@@ -71,7 +72,9 @@ class Studio:
         self.net = cache(self._net)
         self.sources = Sources(offline)
         self.detector = cache(self._detector)
+        self.kind = lru_cache(64)(self._kind)
         self.read = lru_cache(8)(self._read)
+        self.picture = lru_cache(8)(self._picture)
         self.placed = lru_cache(8)(self._placed)
         self.region = lru_cache(8)(self._region)
         self.told: set[str] = set()
@@ -82,18 +85,20 @@ class Studio:
         from controlnet.model.generate import BATCH, generate
 
         made = 0
+        together = 1 if self.low_memory else BATCH
         for _, alike in groupby(self._prepare(wanted, failed), lambda one: one.shared):
-            while group := list(islice(alike, BATCH)):
+            while group := list(islice(alike, together)):
                 setup, requests = group[0].setup, [one.request for one in group]
                 try:
                     images = generate(
                         setup.base, requests, setup.nets, setup.size, setup.steps, setup.guidance, setup.scheduler,
                         partial(_tell_step, on_step, made), setup.memory,
                     )  # fmt: skip
-                    for one, image in zip(group, images, strict=True):
-                        yield one.wanted, *_png(image, one.record | {"batch": len(group)})
+                    for place, (one, image) in enumerate(zip(group, images, strict=True)):
+                        yield one.wanted, *_png(image, one.record | {"batch": len(group), "place": place})
                 except ControlNetError as error:
-                    failed(", ".join(dict.fromkeys(one.wanted.name for one in group)), error)
+                    for name in dict.fromkeys(one.wanted.name for one in group):
+                        failed(name, error)
                 made += len(group)
 
     def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
@@ -109,22 +114,22 @@ class Studio:
 
     def _prepared(self, one: Wanted) -> Prepared:
         import torch
-        from controlnet.model.generate import Request, canvas_size
+        from controlnet.model.generate import Request, check_memory
         from controlnet.model.hashes import model_hash
+        from controlnet.model.sampling import count_evaluations
         from controlnet.model.schedulers import make_scheduler
 
         job = one.job
-        if self.offline:
-            self.sources.check_here(job, lambda flag: self.read(flag).kind)
-        reads = [self.read(flag) for flag in job.cond]
-        for flag, read in zip(job.cond, reads, strict=True):
-            self.sources.fits(job.base, self.sources.source(job.base, flag, read.kind))
-        base, memory = self.base(job.base)
+        base, memory = self.base_for(job)
         own = make_scheduler(base.scheduler, job.scheduler)
-        size = job.size or canvas_size(base, (reads[0].map.shape[1], reads[0].map.shape[0]) if reads else None)
+        size, reads = self.reads(job)
         self._say_canvas(one, size)
         self._check_words(base, job)
+        check_memory(base, size, self.low_memory)
+        evaluations = count_evaluations(own, job.steps)
         acting = [self._acting(job, flag, read, base, size) for flag, read in zip(job.cond, reads, strict=True)]
+        for flag, (_, strength, _, _) in zip(job.cond, acting, strict=True):
+            strength.check_window(evaluations, f"--cond {flag.path}")
         guidance = base.guidance if job.guidance is None else job.guidance
         control_on = job.acts_on or base.control_on
         conditions = [fields for _, _, _, fields in acting]
@@ -150,7 +155,7 @@ class Studio:
 
         source = self.sources.source(job.base, flag, read.kind)
         net, net_hash = self.net(base.name, source)
-        map_ = self.placed(flag, size)
+        map_ = self.placed(flag, read, size)
         weighting = job.weighting_of(flag)
         region, region_record = self.region(flag.region, size) if flag.region else (None, {})
         strength = Strength(flag.scale, flag.start, flag.end, weighting, job.acts_on, region)
@@ -160,6 +165,48 @@ class Studio:
         fields = read.record | acts | region_record
         fields |= {"kind": read.kind, "net": source, "net_sha256": net_hash, "map_sha256": sha256(map_.tobytes())}
         return net, strength, map_, fields
+
+    def base_for(self, job: Job) -> tuple[Base, Memory]:
+        """The base of a job, once it is known that all its models are here, or may be fetched, and fit together."""
+        if self.offline:
+            self.sources.check_here(job, self.kind)
+        for flag in job.cond:
+            self.sources.fits(job.base, self.sources.source(job.base, flag, self.kind(flag)))
+        return self.base(job.base)
+
+    def reads(self, job: Job) -> tuple[tuple[int, int], list[Read]]:
+        """The canvas of a job, and its conditions as they were read, or detected at the canvas's aspect."""
+        from controlnet.model.generate import canvas_size
+
+        base, _ = self.base_for(job)
+        size = job.size
+        if size is None:
+            first = self.read(job.cond[0]) if job.cond and job.cond[0].detect is None else None
+            if first is not None:
+                height, width = first.map.shape[:2]
+                size = canvas_size(base, (width, height))
+            else:
+                size = canvas_size(base, self._photo_size(job.cond[0].path) if job.cond else None)
+        return size, [self.read(flag, size) if flag.detect else self.read(flag) for flag in job.cond]
+
+    def _photo_size(self, path: str) -> tuple[int, int]:
+        image, _ = self.picture(path)
+        return image.shape[1], image.shape[0]
+
+    def _picture(self, path: str):
+        """(image, (its PNG text, its bytes' sha256)) of a picture file."""
+        from controlnet.preprocessors.images import read_bytes, read_image
+        from controlnet.preprocessors.metadata import sha256
+
+        data = read_bytes(path)
+        image, text = read_image(data, path, warn)
+        return image, (text, sha256(data))
+
+    def _kind(self, flag: ConditionFlag) -> str:
+        """The kind of a condition: of one that is to be detected as the flag says, else as `_kind_of`."""
+        if flag.detect is not None:
+            return flag.kind or flag.detect
+        return _kind_of(flag, self.picture(flag.path)[1][0])
 
     def _base(self, name: str) -> tuple[Base, Memory]:
         from controlnet.model.base import load_base
@@ -188,36 +235,32 @@ class Studio:
         options = row.load_options()()
         return row, options, row.ready(options, offline=self.offline)
 
-    def _read(self, flag: ConditionFlag) -> Read:
-        """The map of a condition; stage one where `detect` asks for it."""
+    def _read(self, flag: ConditionFlag, canvas: tuple[int, int] | None = None) -> Read:
+        """The map of a condition; stage one, for a canvas (width, height), where `detect` asks for it."""
+        from controlnet.model.generate import detection_size
         from controlnet.preprocessors.detect import detect, record, rgb
-        from controlnet.preprocessors.geometry import STEP
-        from controlnet.preprocessors.images import read_bytes, read_image
-        from controlnet.preprocessors.metadata import load, sha256
+        from controlnet.preprocessors.metadata import load
 
-        data = read_bytes(flag.path)
-        image, text = read_image(data, flag.path, warn)
-        fields: dict[str, Any] = {"path": flag.path, "sha256": sha256(data)}
+        image, (text, digest) = self.picture(flag.path)
+        fields: dict[str, Any] = {"path": flag.path, "sha256": digest}
         if flag.detect is None:
-            kind = _kind(flag, text)
+            kind = self.kind(flag)
             if kind == "pose" and (keypoints := load(text).get("keypoints")) is not None:
                 fields["keypoints"] = keypoints
             return Read(kind, image, fields, load(text))
+        assert canvas is not None
         detector, options, make = self.detector(flag.detect)
-        # The map keeps the photo's aspect, with the shorter side at 512 as `detect` has it.
-        ratio = 512 / min(image.shape[:2])
-        size = tuple(round(side * ratio / STEP) * STEP for side in (image.shape[1], image.shape[0]))
+        size = detection_size(canvas)
         map_, found = detect(image, make, size, "crop")
-        fields |= {"detect": record(detector, options, size, "crop", flag.path, data)} | found
-        return Read(flag.kind or flag.detect, rgb(map_), fields, fields["detect"] | found)
+        fields |= {"detect": record(detector, options, size, "crop", flag.path, digest)} | found
+        return Read(self.kind(flag), rgb(map_), fields, fields["detect"] | found)
 
-    def _placed(self, flag: ConditionFlag, size: tuple[int, int]) -> np.ndarray:
+    def _placed(self, flag: ConditionFlag, read: Read, size: tuple[int, int]) -> np.ndarray:
         """The condition's map on the canvas; what looks wrong with it is said, or an error when strict."""
         from controlnet.model.canvas import to_canvas
         from controlnet.preprocessors.doubts import doubts
         from controlnet.preprocessors.skeleton import from_text
 
-        read = self.read(flag)
         for doubt in doubts(read.map, read.kind, size):
             if self.strict:
                 raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
@@ -228,17 +271,14 @@ class Studio:
         """(H, W) float32 in [0, 1] on the canvas, and its record."""
         import numpy as np
         from controlnet.model.canvas import to_canvas
-        from controlnet.preprocessors.images import read_bytes, read_image
-        from controlnet.preprocessors.metadata import sha256
 
-        data = read_bytes(path)
-        image, _ = read_image(data, path, warn)
+        image, (_, digest) = self.picture(path)
         if (image.shape[1], image.shape[0]) != size:
             say(f"{path}: region of {image.shape[1]}x{image.shape[0]} brought to the canvas {size[0]}x{size[1]}")
         mask = to_canvas(image, "region", size).mean(2, dtype=np.float32) / 255
         if not mask.any():
             warn(f"{path}: the region is black everywhere, so its ControlNet does not act")
-        return mask, {"region": path, "region_sha256": sha256(data)}
+        return mask, {"region": path, "region_sha256": digest}
 
     def _say_canvas(self, one: Wanted, size: tuple[int, int]) -> None:
         """Once for a job that stands alone, with its seeds; once for each size of many jobs."""
@@ -269,15 +309,21 @@ _ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
 """What a condition's record says of how it acts."""
 
 
-def _kind(flag: ConditionFlag, text: dict[str, str]) -> str:
-    """As given, or told by the map's text or name; with a net of one's own it may be any."""
+def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
+    """As given, or told by the map's text or name; or by the training run that made its net. With another net of one's
+    own it may be any."""
+    from controlnet.preprocessors.files import is_file
+    from controlnet.preprocessors.jsons import object_or_empty
     from controlnet.preprocessors.metadata import kind_of
 
+    run = Path(flag.net) / "run.json" if flag.net else None
+    settings = object_or_empty(run.read_bytes()).get("settings") if run and is_file(run) else None
+    trained = settings.get("kind") if isinstance(settings, dict) else None
     try:
         return kind_of(flag.path, text, flag.kind)
     except UsageError:
         if flag.net:
-            return "own"
+            return trained or "own"
         raise
 
 

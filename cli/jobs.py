@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from controlnet.cli.conditions import ConditionFlag, parse_condition, parse_weighting
-from controlnet.cli.options import keeps, output_path, tell
+from controlnet.cli.options import is_folder, keeps, output_path, tell
 from controlnet.model.modes import CONTROL_ON, MODES
-from controlnet.preprocessors.errors import ControlNetError, InputError, OutputError, UsageError
-from controlnet.preprocessors.metadata import KINDS
+from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, OutputError, UsageError
+from controlnet.preprocessors.files import decoded, exists, is_dir, is_file
+from controlnet.preprocessors.jsons import read_object
+from controlnet.preprocessors.metadata import KINDS, kind_of, text_of
 
 MAX_NUM = 10_000
+EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
 MAX_STEPS = 999  # schedulers with an offset of one step have no more
 
 
@@ -63,6 +67,12 @@ class Job:
                     f"--{flag} {value}: expected one of {', '.join(known)}", f"--{flag} {(near or list(known))[0]}"
                 )
 
+        for flag, text in (("prompt", self.prompt), ("negative", self.negative)):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"--{flag} {text!r}: not UTF-8", "locale tells the terminal's own coding") from None
+
     @property
     def acts_on(self) -> str | None:
         """`both` halves of the guidance, or `cond`; None is the base's own way."""
@@ -100,6 +110,7 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
     from controlnet.preprocessors.geometry import parse_size
 
     values = dict(defaults)
+    folder = defaults.get("out")
     for name, value in given.items():
         key = name.replace("-", "_")
         if key not in KEYS:
@@ -108,6 +119,10 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
         if value is None or (value == "" and key not in ("prompt", "negative")):
             continue
         values[key] = value
+    place = values.get("out")
+    if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder):
+        # Places in a file of jobs are below -o.
+        values["out"] = str(Path(folder) / place) + "/" * place.endswith("/")
     for key, reader in _READERS.items():
         if values.get(key) is not None:
             values[key] = _number(key, values[key], reader)
@@ -140,22 +155,31 @@ def read_jobs_file(path: Path) -> list[tuple[str, dict[str, Any] | UsageError]]:
     """`read_jobs` of a file."""
     from controlnet.preprocessors.images import read_bytes
 
-    empty = path.is_file() and path.stat().st_size == 0
+    empty = is_file(path) and path.stat().st_size == 0
     return list(read_jobs(str(path), b"" if empty else read_bytes(str(path))))
 
 
 def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | UsageError]]:
     """(where, what is given) for every job of a file: JSON Lines, or CSV with the keys in its first line, several
     conditions of a job between |. A line that is no job gives its error. Raises InputError for a file without jobs."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})", f"iconv -t UTF-8 {path}") from error
-    if not text.strip():
-        raise InputError(f"{path}: no jobs in it", '{"cond": "map.canny.png", "prompt": "..."}   (one a line)')
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        decoded(data, path)  # raises: every line of it is unreadable
+    if not data.strip():
+        raise InputError(f"{path}: no jobs in it", f"{EXAMPLE}   (one per line)")
+    # Bytes that are not UTF-8 spoil their own line alone.
+    text = data.decode("utf-8", errors="surrogateescape")
     if path.lower().endswith(".csv"):
-        rows = csv.DictReader(io.StringIO(text), restkey="")
-        for row in rows:
+        rows = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+        while True:
+            try:
+                row = next(rows)
+                _check_text(" ".join(str(value) for value in row.values()))
+            except StopIteration:
+                return
+            except (csv.Error, UsageError) as error:
+                yield f"{path} line {rows.line_num}", UsageError(str(error))
+                continue
             where = f"{path} line {rows.line_num}"
             if "" in row or None in row.values():
                 many = "more" if "" in row else "fewer"
@@ -166,33 +190,37 @@ def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | Us
                 given["cond"] = [part.strip() for part in given["cond"].split("|")]
             yield where, given
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a prompt
         if line.strip():
+            where = f"{path} line {number}"
             try:
-                given = json.loads(line)
-                yield (
-                    f"{path} line {number}",
-                    given
-                    if isinstance(given, dict)
-                    else UsageError(
-                        f"{line.strip()[:60]}: expected a JSON object", '{"cond": "map.canny.png", "prompt": "..."}'
-                    ),
-                )
-            except json.JSONDecodeError as error:
-                yield f"{path} line {number}", UsageError(f"not JSON ({error})")
+                _check_text(line)
+                yield where, read_object(line, line.strip()[:60], UsageError, EXAMPLE)
+            except UsageError as error:
+                yield where, error
+
+
+def _check_text(line: str) -> None:
+    """Raises UsageError for a line of a file with bytes that are no text."""
+    if "\0" in line:
+        raise UsageError("holds a NUL byte, expected text")
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"not UTF-8 (character {error.start + 1})", "iconv -f latin1 -t utf-8 FILE") from error
 
 
 def spread(job: Job) -> list[Job]:
     """A folder as a condition stands for all pictures in it: a job each. Several folders are paired by name, without
     the kind. Raises InputError for a folder without pictures or one without the partner of another's."""
-    from controlnet.preprocessors.images import SUFFIXES
+    from controlnet.preprocessors.images import suffixes
 
-    folders = [(k, flag) for k, flag in enumerate(job.cond) if flag.path != "-" and Path(flag.path).is_dir()]
+    folders = [(k, flag) for k, flag in enumerate(job.cond) if flag.path != "-" and is_dir(flag.path)]
     if not folders:
         return [job]
     found: list[dict[str, str]] = []
     for _, flag in folders:
-        paths = sorted(p for p in Path(flag.path).iterdir() if p.suffix.lower() in SUFFIXES)
+        paths = sorted(p for p in Path(flag.path).iterdir() if p.suffix.lower() in suffixes())
         stems = {stem_of(str(p)): str(p) for p in paths}
         if not stems:
             raise InputError(
@@ -215,6 +243,45 @@ def spread(job: Job) -> list[Job]:
     return jobs
 
 
+def check_names(job: Job) -> None:
+    """Raises UsageError or InputError for models, kinds, schedulers and files that cannot be: in a moment, before a
+    library is loaded that takes seconds."""
+    from controlnet.model.registry import BASES, check_base_name, check_net_name, net_for
+    from controlnet.model.schedulers import check_scheduler_name
+    from controlnet.preprocessors.registry import find_detector
+
+    check_base_name(job.base)
+    if job.scheduler is not None:
+        check_scheduler_name(job.scheduler)
+    for flag in job.cond:
+        for path in filter(None, (flag.path, flag.region)):
+            if path != "-" and not exists(path):
+                raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")
+        if flag.detect is not None:
+            find_detector(flag.detect)
+        if flag.net is not None:
+            check_net_name(flag.net)
+            continue
+        kind = flag.kind or flag.detect
+        if kind is None and flag.path != "-" and is_file(flag.path):
+            kind = kind_of(flag.path, text_of(Path(flag.path)))
+        if kind and job.base in BASES and net_for(BASES[job.base].family, kind) is None:
+            raise no_net(flag.path, kind, job.base, BASES[job.base].family)
+
+
+def no_net(path: str, kind: str, base: str, family: str) -> ModelError:
+    """The error for a kind that the table has no ControlNet for."""
+    from controlnet.model.registry import NETS
+
+    has = [net.kind for net in NETS.values() if net.family == family]
+    near = difflib.get_close_matches(kind, has, 1)
+    return ModelError(
+        f"{path}: no ControlNet is known for kind {kind!r} on base {base}"
+        + (f"; there are some for: {', '.join(has)}" if has else ""),
+        f"kind={near[0]}" if near else f"--cond {path},net=FOLDER",
+    )
+
+
 @dataclass(frozen=True)
 class Wanted:
     """An image to be made: where it goes (None: standard output), and what of."""
@@ -226,20 +293,24 @@ class Wanted:
 
 
 def targets(jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, as_json: bool,
-            failed: Callable[[str, ControlNetError], None]) -> list[Wanted]:  # fmt: skip
-    """The images to be made, after what is there has been told of. An output that is in the way fails its job."""
+            failed: Callable[[str, ControlNetError], None], keep_best: int | None = None) -> list[Wanted]:  # fmt: skip
+    """The images to be made, after what is there has been told of. An output that is in the way fails its job. Of a
+    job's images `keep_best` are written, all by default; a single one may have a name of its own."""
     wanted: list[Wanted] = []
     taken: dict[Path | None, str] = {}
-    several = sum(job.num for _, job in jobs) > 1
+    several = sum(keep_best or job.num for _, job in jobs) > 1
     for name, job in jobs:
         try:
             seeded = job.seeded()
             assert seeded.seed is not None
-            images = []
+            images: list[Wanted] = []
             for seed in range(seeded.seed, seeded.seed + job.num):
                 default = Path("out") / f"{seed}-{job.stem}.png"
-                alone = job.num == 1 and (not several or (job.out or "").endswith(".png"))
+                alone = (keep_best or job.num) == 1 and (not several or (job.out or "").endswith(".png"))
                 path = output_path(job.out, default, not alone)
+                if images and images[0].path == path:  # the best one goes there
+                    images.append(Wanted(name, seeded, seed, path))
+                    continue
                 if job.seed is None and skip_existing and path is not None and path.name == default.name:
                     raise UsageError("without a seed its images have new names each time", "--seed 1")
                 if path in taken:

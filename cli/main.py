@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
 import sys
+import threading
 from typing import Annotated
 
 import typer
 from controlnet.cli import dataset, detect, generate, models, replay, score, train
-from controlnet.preprocessors.errors import ControlNetError
+from controlnet.preprocessors.errors import ControlNetError, Exit
 
 app = typer.Typer(
     name="controlnet",
@@ -18,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(detect.app, name="detect")
-app.command("generate", help=generate.HELP)(generate.generate)
+app.command("generate", help=generate.HELP, cls=generate.Command)(generate.generate)
 app.command("replay", help=replay.HELP)(replay.replay)
 app.command("score", help=score.HELP)(score.score)
 app.command("train", help=train.HELP)(train.train)
@@ -46,13 +51,51 @@ def _root(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; the exit codes are `controlnet.preprocessors.errors.Exit`."""
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)  # bytes of a file's name that are no text come out as they are
     try:
-        app(args)
+        try:
+            app(args)
+        finally:
+            sys.stdout.flush()  # here, where its errors can be told, not when the interpreter ends
+    except SystemExit as stop:
+        if stop.code == Exit.INTERRUPTED and args is None and threading.active_count() > 1:
+            os._exit(
+                Exit.INTERRUPTED
+            )  # the interpreter would wait for threads that compute; files are whole or not there
+        if isinstance(stop.__context__, BrokenPipeError):  # Click's own exit code for it is 1, that of a bug
+            _leave(Exit.PIPE)
+        raise
     except ControlNetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        _tell(str(error), error.hint)
         sys.exit(error.code)
+    except BrokenPipeError:
+        _leave(Exit.PIPE)
+    except OSError as error:
+        # What the system refuses (a name too long, a folder that may not be read, a full disk) is no bug of ours.
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        name = error.filename if isinstance(error.filename, str) else "standard output"
+        full = error.errno in _FULL
+        _tell(f"{name}: {error.strerror}", "free some disk, then the same command again" if full else "")
+        _leave(Exit.OUTPUT if full or error.errno == errno.EROFS else Exit.INPUT)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _tell(text: str, hint: str) -> None:
+    for word, line in (("error", text), ("hint", hint)):
+        if line:
+            print(f"{word}: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+def _leave(code: Exit) -> None:
+    """Exit without another try to write what standard output refused."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from controlnet.cli.options import keeps, output_path, say, tell, warn
 from controlnet.preprocessors.errors import ControlNetError, InputError, NothingFoundError, UsageError
+from controlnet.preprocessors.files import is_dir, is_file
 from controlnet.preprocessors.registry import Detector, Maker
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints:
         except ControlNetError as error:
             return Made({}, error=error)
 
-    for source, made in zip(sources, _in_order(work, sources, previews, quiet), strict=True):
+    for source, made in _in_order(work, sources, previews, quiet):
         if made.error is not None:
             if len(sources) == 1:
                 raise made.error
@@ -117,7 +118,8 @@ def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints:
 
 def write_preview(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
     """A contact sheet of what `run` has shown for each kind: every photo, and its maps beside it."""
-    from controlnet.preprocessors.images import png_bytes, write_file
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes
     from controlnet.preprocessors.sheet import contact_sheet
 
     sources = list(dict.fromkeys(source for kind in shown.values() for source in kind))
@@ -134,46 +136,62 @@ def write_preview(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.nd
     say(f"look at {path}")
 
 
-def _in_order(work, sources: list[str], previews: bool, quiet: bool) -> Iterator[Made]:
-    """work(source, whether a preview is wanted) of every source, in order; a few are in work at once."""
+def _in_order(work, sources: list[str], previews: bool, quiet: bool) -> Iterator[tuple[str, Made]]:
+    """(source, work(source, whether a preview is wanted)) of every source, in order; a few are in work at once. When
+    the command is interrupted, those that are ready come still."""
     if len(sources) == 1:
-        yield work(sources[0], previews)
+        yield sources[0], work(sources[0], previews)
         return
     import cv2
 
     threads = os.cpu_count() or 1
     cv2.setNumThreads(1)  # the photos share the cores, not the pixels of one
-    waiting: list[Future] = []
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for i, source in enumerate(_progress(sources, quiet)):
-                waiting.append(pool.submit(work, source, previews and i < SHOWN))
-                if len(waiting) >= AHEAD * threads:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    waiting: dict[str, Future] = {}
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for i, source in enumerate(_progress(sources, quiet)):
+            waiting[source] = pool.submit(work, source, previews and i < SHOWN)
+            if len(waiting) >= AHEAD * threads:
+                first = next(iter(waiting))
+                yield first, waiting[first].result()
+                del waiting[first]
+        for source, future in waiting.items():
+            yield source, future.result()
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        yield from ((source, future.result()) for source, future in waiting.items() if _is_ready(future))
+        raise
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _is_ready(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock) -> Made:
     from controlnet.preprocessors.detect import detect, record, rgb
+    from controlnet.preprocessors.files import write_file
     from controlnet.preprocessors.geometry import fit
-    from controlnet.preprocessors.images import png_bytes, read_image, write_file
+    from controlnet.preprocessors.images import png_bytes, read_image
     from controlnet.preprocessors.keypoints import draw_json, to_json
-    from controlnet.preprocessors.metadata import dump
+    from controlnet.preprocessors.metadata import dump, sha256
 
     def told(size: tuple[int, int]) -> dict:
-        return record(job.detector, job.options, size, job.resize, Path(source).name, data)
+        return record(job.detector, job.options, size, job.resize, Path(source).name, digest)
 
     data = job.read(source)
-    if target is not None and target.exists() and job.skip_existing:
+    digest = sha256(data)
+    if target is not None and is_file(target) and job.skip_existing:
         before, size = _record_of(target)
         same = before is None or told(size if job.resize == "keep" else job.size).items() <= before.items()
         if before is None or (same and (keypoints is None or keypoints.exists())):
             return Made({"output": str(target), "source": source, "kind": job.detector.kind, "skipped": True})
     elif target is not None:
-        keeps(target, job.overwrite, skip_existing=False)
+        # With --skip-existing another process may have made it since: the same map is written once more.
+        keeps(target, job.overwrite or job.skip_existing, skip_existing=False)
     image = None
     if is_points(job.detector.kind, source):
         map_, fields = draw_json(data, source, job.size, job.resize, job.options.allow_empty)
@@ -222,7 +240,7 @@ def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
 def expand(inputs: list[str], recursive: bool) -> list[str]:
     """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
     without pictures."""
-    from controlnet.preprocessors.images import SUFFIXES
+    from controlnet.preprocessors.images import suffixes
     from controlnet.preprocessors.metadata import KINDS
 
     maps = tuple(f".{kind}.png" for kind in KINDS)
@@ -230,17 +248,17 @@ def expand(inputs: list[str], recursive: bool) -> list[str]:
     for name in inputs:
         if not name:
             raise UsageError("an empty name in place of a photo", "controlnet detect canny PHOTO")
-        if name == "-" or not Path(name).is_dir():
+        if name == "-" or not is_dir(name):
             sources.append(name)
             continue
         found = sorted(
             str(path)
             for path in Path(name).glob("**/*" if recursive else "*")
-            if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.endswith(maps)
+            if is_file(path) and path.suffix.lower() in suffixes() and not path.name.endswith(maps)
         )
         if not found:
             raise InputError(
-                f"{name}: the folder holds no pictures ({', '.join(SUFFIXES)})",
+                f"{name}: the folder holds no pictures (it is searched for {', '.join(sorted(suffixes())[:8])}, ...)",
                 f"controlnet detect canny {name} --recursive",
             )
         sources += found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from controlnet.cli.bars import bytes_bar
 from controlnet.cli.machine import silence_libraries
 from controlnet.cli.options import Json, Quiet, default_base, say, use_base
 from controlnet.preprocessors.errors import Exit, UsageError
+from controlnet.preprocessors.jsons import dumps
 
 app = typer.Typer(no_args_is_help=True, help="List, fetch, check, show and convert models and detectors' weights.")
 app.command("show", help=formats.SHOW_HELP)(formats.show)
@@ -25,7 +25,7 @@ def list_(as_json: Json = False) -> None:
     silence_libraries()
     for row in rows():
         if as_json:
-            print(json.dumps(row))
+            print(dumps(row))
             continue
         mark = "*" if row["name"] == default_base() else " "
         here = "here" if row["here"] else ""
@@ -79,7 +79,7 @@ def pull(
 ) -> None:
     for name in names or _embedded():
         folder = _pulled(name, update, quiet)
-        print(json.dumps({"output": str(folder), "name": name}) if as_json else folder, flush=True)
+        print(dumps({"output": str(folder), "name": name}) if as_json else folder, flush=True)
 
 
 def _embedded() -> list[str]:
@@ -136,7 +136,7 @@ def verify(names: Names = None, as_json: Json = False) -> None:
             wrong += _verify_model(_model(name))
         bad = bad or bool(wrong)
         if as_json:
-            print(json.dumps({"name": name, "whole": not wrong, "wrong": wrong}))
+            print(dumps({"name": name, "whole": not wrong, "wrong": wrong}))
         else:
             print(f"{name}: {'not as it was: ' + ', '.join(wrong) if wrong else 'whole'}")
     if bad:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from controlnet.preprocessors.errors import OutputError, UsageError
+from controlnet.preprocessors.files import exists, is_dir
+from controlnet.preprocessors.jsons import dumps
 
 Out = Annotated[
     str | None,
@@ -49,7 +50,7 @@ def warn(text: str) -> None:
 
 def tell(fields: dict[str, Any], as_json: bool) -> None:
     """One line of data on standard output: the path, or the whole object."""
-    print(json.dumps(fields, ensure_ascii=False) if as_json else fields["output"], flush=True)
+    print(dumps(fields) if as_json else fields["output"], flush=True)
 
 
 def default_base() -> str:
@@ -64,7 +65,7 @@ def default_base() -> str:
 
 def use_base(name: str) -> Path:
     """Make a base the default one; the file that says so."""
-    from controlnet.preprocessors.images import write_file
+    from controlnet.preprocessors.files import write_file
 
     write_file(_base_file(), f"{name}\n".encode())
     return _base_file()
@@ -89,7 +90,7 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
 def is_folder(out: str) -> bool:
     """Whether -o names a folder: all but `-` and `NAME.png`. Raises UsageError for another type of picture."""
     path = Path(out)
-    if out.endswith("/") or path.is_dir():
+    if out.endswith("/") or is_dir(path):
         return True
     check_png("-o", path)
     return out != "-" and path.suffix.lower() != ".png"
@@ -97,22 +98,22 @@ def is_folder(out: str) -> bool:
 
 def check_png(flag: str, path: Path) -> None:
     """Raises UsageError for a file that a PNG would be written to under the name of another type of picture."""
-    from controlnet.preprocessors.images import SUFFIXES
+    from controlnet.preprocessors.images import suffixes
 
-    if path.suffix.lower() in set(SUFFIXES) - {".png"}:
+    if path.suffix.lower() in suffixes() - {".png", ".apng"}:
         raise UsageError(f"{flag} {path}: pictures are written as PNG files", f"{flag} {path.with_suffix('.png')}")
 
 
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
     cannot be written: before the work, not after it."""
-    there = next(p for p in path.absolute().parents if p.exists())
+    there = next(p for p in path.absolute().parents if exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise OutputError(f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
                           "choose another place with -o DIR/")  # fmt: skip
-    if path.is_dir():
+    if is_dir(path):
         raise OutputError(f"{path}: is a folder, expected a file", f"-o {path}/")
-    if overwrite or not path.exists():
+    if overwrite or not exists(path):
         return False
     if skip_existing:
         return True

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from controlnet.cli.conditions import parse_condition
 from controlnet.cli.options import Json, Offline, Overwrite, Quiet, check_png, keeps, say
-from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, UsageError, reason
+from controlnet.preprocessors.jsons import dumps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +78,7 @@ def score(
         _write_overlay(overlay, image, results)
     for path, one in results:
         if as_json:
-            print(json.dumps({"image": image, "cond": path, "kind": one.kind, **_rounded(one.scores)}))
+            print(dumps({"image": image, "cond": path, "kind": one.kind, **_rounded(one.scores)}))
         else:
             print(f"{path} ({one.kind})")
             for name, value in one.scores.items():
@@ -100,7 +101,7 @@ def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool) -> None:
                 image, conditions = _line(given)
                 for cond, one in scorer.of_file(image, conditions):
                     if as_json:
-                        print(json.dumps({"image": image, "cond": cond, "kind": one.kind, **_rounded(one.scores)}))
+                        print(dumps({"image": image, "cond": cond, "kind": one.kind, **_rounded(one.scores)}))
                     for name, value in one.scores.items():
                         values.setdefault((one.kind, name), []).append(value)
             except ControlNetError as error:
@@ -111,7 +112,7 @@ def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool) -> None:
         mean, low, high = interval(found)
         if as_json:
             row = {"kind": kind, "score": name, "n": len(found), "mean": mean, "low": low, "high": high}
-            print(json.dumps(_rounded(row)))
+            print(dumps(_rounded(row)))
         else:
             print(f"{kind:9} {name.replace('_', ' '):18}{mean:8.3f}   {low:.3f} to {high:.3f}   n {len(found)}")
     if failed:
@@ -147,6 +148,10 @@ class Scorer:
         if conditions:
             return [(cond, self.of(image, path, cond)) for cond in conditions]
         recorded = load(text).get("conditions", [])
+        if not isinstance(recorded, list) or not all(isinstance(one, dict) for one in recorded):
+            raise InputError(
+                f"{path}: its record is not whole (conditions: {recorded!r})", "an image as generate wrote it"
+            )
         if not recorded:
             raise InputError(f"{path}: its record names no condition", f"controlnet score {path} --cond MAP")
         return [self.of_record(image, path, condition) for condition in recorded]
@@ -183,9 +188,15 @@ class Scorer:
 
     def compare(self, image: np.ndarray, map_: np.ndarray, kind: str, record: dict, path: str, name: str) -> Scored:
         """The scores of an image (H, W, 3) uint8 for a map of a kind whose PNG text says `record`."""
+        from controlnet.preprocessors.geometry import fit
+
         self.check(map_, kind, record, path)
-        ratio = map_.shape[1] / map_.shape[0] * image.shape[0] / image.shape[1]
-        if abs(ratio - 1) > ASPECT:
+        size = (map_.shape[1], map_.shape[0])
+        if record.get("resize") in ("crop", "pad") and not _same_aspect(image, map_):
+            image = fit(
+                image, size, record["resize"]
+            )  # the photo itself, as the map's record says it was brought there
+        if not _same_aspect(image, map_):
             raise InputError(
                 f"{path}: {map_.shape[1]}x{map_.shape[0]}, of another aspect than {name},"
                 f" {image.shape[1]}x{image.shape[0]}",
@@ -213,6 +224,7 @@ class Scorer:
 
         options = json.dumps(record.get("options", {}) if record.get("kind") == kind else {})
         own = record.get("detector") if record.get("kind") == kind else None
+        own = own if isinstance(own, str) else None
         make: Callable = self.make(kind, own, options)
         return make(fit(image, (map_.shape[1], map_.shape[0]), "stretch"))
 
@@ -220,8 +232,19 @@ class Scorer:
         from controlnet.preprocessors.registry import find_detector
 
         row = find_detector(kind, name)
-        given = json.loads(options) | ({"allow_empty": True} if kind == "pose" else {})
-        return row.ready(row.load_options()(**given), offline=self.offline)
+        try:
+            given = {**json.loads(options)} | ({"allow_empty": True} if kind == "pose" else {})
+            chosen = row.load_options()(**given)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the map's record has options that {row.name} does not know: {reason(error)}", "make the map again"
+            ) from error
+        return row.ready(chosen, offline=self.offline)
+
+
+def _same_aspect(image: np.ndarray, map_: np.ndarray) -> bool:
+    ratio = map_.shape[1] / map_.shape[0] * image.shape[0] / image.shape[1]
+    return abs(ratio - 1) <= ASPECT
 
 
 def _lines(scorer: Scorer, image, map_, kind: str, record: dict, path: str) -> Scored:
@@ -308,7 +331,8 @@ def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_overlay(path: Path, image: str, results: list[tuple[str, Scored]]) -> None:
-    from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
     from controlnet.preprocessors.sheet import contact_sheet
 
     picture, _ = read_image(read_bytes(image), image)

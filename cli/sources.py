@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from controlnet.cli.conditions import ConditionFlag
-from controlnet.cli.jobs import Job
+from controlnet.cli.jobs import Job, no_net
 from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.files import exists
 
 
 class Sources:
@@ -25,16 +26,11 @@ class Sources:
         from controlnet.model.registry import NETS, net_for
 
         if flag.net:
-            return NETS[flag.net].source if flag.net in NETS and not Path(flag.net).exists() else flag.net
+            return NETS[flag.net].source if flag.net in NETS and not exists(flag.net) else flag.net
         family = self._family(base_name)
         if net := net_for(family, kind):
             return net.source
-        has = ", ".join(net.kind for net in NETS.values() if net.family == family)
-        raise ModelError(
-            f"{flag.path}: no ControlNet is known for kind {kind!r} on base {base_name}"
-            + (f"; there are some for: {has}" if has else ""),
-            f"--cond {flag.path},net=FOLDER",
-        )
+        raise no_net(flag.path, kind, base_name, family)
 
     def _family(self, base_name: str) -> str:
         from controlnet.model.base import find_base
@@ -54,7 +50,7 @@ class Sources:
 
         lacking = {}
         base = BASES[job.base].source if job.base in BASES else job.base
-        absent = hub.is_hub_id(base) and not Path(base).exists() and not hub.kept(base)
+        absent = hub.is_hub_id(base) and not exists(base) and not hub.kept(base)
         if absent:
             lacking[job.base] = f"base {job.base}"
         for flag in job.cond:
@@ -64,7 +60,7 @@ class Sources:
             if not flag.net and absent and job.base not in BASES:
                 continue  # nobody knows yet which ControlNet would fit
             source = self.source(job.base, flag, kind or kind_of(flag))
-            if hub.is_hub_id(source) and not Path(source).exists() and not hub.kept(source):
+            if hub.is_hub_id(source) and not exists(source) and not hub.kept(source):
                 name = next((name for name, net in NETS.items() if net.source == source), source)
                 lacking[name] = f"ControlNet {name}"
         return list(lacking.items())

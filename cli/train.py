@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from controlnet.cli.options import BaseName, Device, Json, Offline, Quiet, Strict, default_base, keeps, say, tell, warn
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
+from controlnet.preprocessors.jsons import dumps
 
 HELP = "Train a ControlNet on photos or pairs, and be told whether it works."
 STATUS_HELP = "Say how a training run stands: verdict, control gap, time left; draw its curve."
@@ -170,9 +170,13 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
         from controlnet.model.tiny.dataset import world_photos
         from controlnet.preprocessors.weights import cache_folder
 
-        found = find_pairs(
-            world_photos(cache_folder() / "world" / f"{WORLD_SCENES}-128", WORLD_SCENES, 128, report=say)
-        )
+        place = cache_folder() / "world" / f"{WORLD_SCENES}-128"
+        try:
+            found = find_pairs(world_photos(place, WORLD_SCENES, 128, report=say))
+        except OSError as error:
+            raise OutputError(
+                f"{place}: the scenes cannot be kept there ({error.strerror})", "CONTROLNET_CACHE=DIR for another place"
+            ) from error
     kind, reason = kind_of_pairs(found, config.kind)
     reason = "the run's" if resume else reason
     config = replace(config, kind=kind)
@@ -183,7 +187,8 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
             f"{len(found.pairs)} pairs ({found.form}), kind {kind} ({reason}); base {config.base}, "
             f"{config.max_steps:,} steps of {config.batch_size * config.accumulation}; run in {folder}"
         )
-        for what, names in (("missing", found.missing), ("without a partner", found.extra)):
+        kinds = (("missing", found.missing), ("without a partner", found.extra), ("skipped", found.skipped))
+        for what, names in kinds:
             if names:
                 warn(f"{len(names)} files {what}, the first: {names[0]}; controlnet dataset check {found.folder}")
         if without == len(found.pairs):
@@ -254,21 +259,48 @@ def _state(folder: Path, at_work: bool | None = None) -> dict:
 
 
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/photos-1.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs; several are put side by side.")],
     as_json: Json = False,
 ) -> None:
-    from controlnet.model.training.report import draw_curve, read_run
+    from controlnet.model.training.report import draw_curve, draw_curves, read_run
 
-    state = _state(run)
+    states = [_state(run) for run in runs]
     if as_json:
-        print(json.dumps({"output": str(run)} | state))
+        for run, state in zip(runs, states, strict=True):
+            print(dumps({"output": str(run)} | state))
         return
+    if len(runs) > 1:
+        _print_side_by_side(runs, states)
+        curves = runs[0].parent / "curves.png"
+        with _warned("curves.png"):
+            draw_curves([read_run(run) for run in runs], curves)
+            print(f"look at {curves}")
+        return
+    (run,), (state,) = runs, states
     for line in state["lines"]:
         print(line)
-    try:
+    with _warned("curve.png"):
         draw_curve(read_run(run), run / "curve.png")
-    except OutputError as error:  # a run of someone else's: the words are what counts
-        warn(f"curve.png not drawn: {error}")
     pictures = [str(p) for p in (run / "curve.png", run / "samples.png") if p.is_file()]
     if pictures:
         print("look at " + " and ".join(pictures))
+
+
+@contextmanager
+def _warned(name: str):
+    """What cannot be drawn into a run of someone else's is a warning: the words are what counts."""
+    try:
+        yield
+    except OutputError as error:
+        warn(f"{name} not drawn: {error}")
+
+
+def _print_side_by_side(runs: list[Path], states: list[dict]) -> None:
+    """A row per run."""
+    width = max(len(str(run)) for run in runs)
+    print(f"{'run':{width}}  {'state':9} {'verdict':10} {'since':>7} {'step':>8} {'gap':>8} {'noise':>8} {'loss':>8}")
+    for run, state in zip(runs, states, strict=True):
+        numbers = [state[name] for name in ("control_gap", "band", "validation_loss")]
+        told = " ".join(f"{'-' if value is None else format(value, '.4f'):>8}" for value in numbers)
+        since = "-" if state["converged_at"] is None else f"{state['converged_at']:,}"
+        print(f"{run!s:{width}}  {state['state']:9} {state['verdict']:10} {since:>7} {state['step']:>8,} {told}")

@@ -62,7 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     folder: Path = args.folder
     import skimage.data
-    from controlnet.preprocessors.images import png_bytes, read_image, write_file
+    from controlnet.preprocessors.files import write_file
+    from controlnet.preprocessors.images import png_bytes, read_image
     from controlnet.preprocessors.sheet import contact_sheet
 
     started = time.perf_counter()

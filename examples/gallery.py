@@ -27,8 +27,9 @@ from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
 from controlnet.model.tiny.render import MAIN, render
 from controlnet.model.tiny.scenes import make_scene
 from controlnet.preprocessors.detect import detect, rgb
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.registry import find_detector
 from controlnet.preprocessors.sheet import contact_sheet
 from controlnet.preprocessors.skeleton import cut_people, draw, from_text

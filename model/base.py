@@ -21,12 +21,12 @@ from accelerate import init_empty_weights
 from controlnet.model import hub
 from controlnet.model.checkpoint import check_state
 from controlnet.model.families import FAMILIES, MERGES, clip_vocabulary
-from controlnet.model.registry import BASES, KnownBase
+from controlnet.model.registry import BASES, KnownBase, check_base_name
 from controlnet.model.stored import BASE_PARTS, Stored, open_model
-from controlnet.model.tensors import read_json
+from controlnet.model.tensors import align, read_json
 from controlnet.model.unet import BLOCKS
-from controlnet.preprocessors.errors import ModelError, UsageError, reason
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.errors import ModelError, reason
+from controlnet.preprocessors.files import write_file
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -131,13 +131,8 @@ def find_base(name: str, offline: bool = False) -> Stored:
 
     Raises UsageError for an unknown name, ModelError for a folder that lacks a part or a file that is no base.
     """
+    check_base_name(name)
     known = BASES.get(name)
-    if known is None and not Path(name).exists() and not hub.is_hub_id(name):
-        raise UsageError(
-            f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
-            f" ({' '.join(hub.FILES)}) or a hub id",
-            "controlnet models list",
-        )
     stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
     if stored.path.is_dir():
         read_json(stored.path / "model_index.json", "a base in diffusers' layout")
@@ -199,7 +194,8 @@ def _check_fit(stored: Stored) -> None:
 
 def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.Module:
     config = stored.config(part)
-    name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+    architectures = config.get("architectures")
+    name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "?")
     if name not in _CLASSES[part]:
         raise ModelError(f"{stored.path}: its {part} is a {name}, expected {' or '.join(_CLASSES[part])}")
     with init_empty_weights(include_buffers=False):
@@ -209,7 +205,7 @@ def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.M
             else:
                 network = getattr(diffusers, name).from_config(config)
         except Exception as error:  # the libraries raise a dozen types for a config that makes no network
-            raise ModelError(f"{stored.path}: the config of its {part} is not usable: {error}") from error
+            raise ModelError(f"{stored.path}: the config of its {part} is not usable: {reason(error)}") from error
     state = stored.state(part)
     prefix = "text_model." if any(name.startswith("text_model.") for name in network.state_dict()) else ""
     state = {prefix + name: tensor for name, tensor in state.items()}
@@ -217,15 +213,25 @@ def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.M
     network.load_state_dict(state, assign=True)
     # Not the library's own `to`: diffusers' warns of types that its models keep.
     network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
-    return nn.Module.to(network, memory_format=torch.channels_last)
+    nn.Module.to(network, memory_format=torch.channels_last)
+    align(network)
+    return network
 
 
 def _load_scheduler(stored: Stored) -> SchedulerMixin:
     config = stored.scheduler()
-    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
-    if scheduler is None:
+    scheduler: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not hasattr(scheduler, "set_timesteps"):
         raise ModelError(f"{stored.path}: unknown scheduler {config.get('_class_name')!r}")
-    return scheduler.from_config(config)
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(
+            f"{stored.path}: its scheduler's prediction_type is {predicted!r}, expected epsilon or v_prediction"
+        )
+    try:
+        return scheduler.from_config(config)
+    except Exception as error:  # the library raises a dozen types for a config that makes no schedule
+        raise ModelError(f"{stored.path}: the config of its scheduler is not usable: {reason(error)}") from error
 
 
 def _load_tokenizer(stored: Stored) -> transformers.PreTrainedTokenizerBase:
@@ -239,9 +245,12 @@ def _load_tokenizer(stored: Stored) -> transformers.PreTrainedTokenizerBase:
 
 def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises a dozen types for a broken file
         raise ModelError(f"{folder}: cannot be loaded: {reason(error)}", f"ls {folder}") from error
+    if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
+        raise ModelError(f"{folder}: model_max_length is {tokenizer.model_max_length!r}, expected a number of tokens")
+    return tokenizer
 
 
 def write_tokenizer(folder: Path, cross_attention_dim: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from controlnet.model.checkpoint import WEIGHTS
 from controlnet.model.families import FAMILIES, SD2, scheduler_config
 from controlnet.model.stored import BASE_PARTS, CONFIGS, STEMS, Stored, open_model, to_open_clip
 from controlnet.model.tensors import write_tensors
-from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.files import beside, not_written, write_file
 from torch import Tensor
 
 _CLASSES = {
@@ -46,19 +45,11 @@ def convert(source: Path, out: Path, to: str, prediction: str | None = None) -> 
         return
     if out.suffix in (".safetensors", ".ckpt", ".pth"):
         raise UsageError(f"{out}: diffusers' layout is a folder", f"--to original, or {out.with_suffix('')}")
-    temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        _write_folder(stored, temporary / "new", prediction)
-        if out.is_dir():
-            out.rename(temporary / "old")
-        (temporary / "new").rename(out)
+        with beside(out) as temporary:
+            _write_folder(stored, temporary, prediction)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error})", "free some disk, or another place") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        raise not_written(out, error) from error
 
 
 def _write_folder(stored: Stored, folder: Path, prediction: str | None) -> None:

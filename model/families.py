@@ -56,6 +56,9 @@ SD2 = Family(
 FAMILIES = {768: SD1, 1024: SD2}
 """By the width of the text features."""
 
+UNSUPPORTED = {2048: "SDXL", 1280: "SDXL's refiner"}
+"""Families that are known by their width and cannot be used here."""
+
 VAE: Mapping[str, Any] = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -65,9 +68,13 @@ VAE: Mapping[str, Any] = {
 
 
 def family_name(cross_attention_dim: int | None) -> str:
-    """SD 1.x, SD 2.x, or the width where it is another."""
-    family = FAMILIES.get(cross_attention_dim or 0)
-    return family.name if family else f"another family (text features of width {cross_attention_dim})"
+    """SD 1.x, SD 2.x, SDXL, or the width where it is another."""
+    if isinstance(cross_attention_dim, int):
+        if cross_attention_dim in FAMILIES:
+            return FAMILIES[cross_attention_dim].name
+        if cross_attention_dim in UNSUPPORTED:
+            return UNSUPPORTED[cross_attention_dim]
+    return f"another family (text features of width {cross_attention_dim})"
 
 
 def scheduler_config(prediction: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
+import psutil
 import torch
 from controlnet.model.base import Base
 from controlnet.model.canvas import condition_tensor
@@ -17,7 +18,7 @@ from controlnet.model.controlnet import ControlNet
 from controlnet.model.sampling import Applied, draw_noise, sample
 from controlnet.model.schedulers import make_scheduler
 from controlnet.model.strength import Strength
-from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
 BATCH = 4
@@ -119,6 +120,43 @@ def _input(condition: np.ndarray, base: Base) -> Tensor:
 def to_pixels(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, by rounding."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+DETECTED = 512
+"""Pixels of a map's shorter side, as `detect` makes them."""
+
+
+def detection_size(canvas: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the map that is detected for a canvas: of its aspect, in multiples of 8."""
+    ratio = DETECTED / min(canvas)
+    width, height = (round(side * ratio / 8) * 8 for side in canvas)
+    return width, height
+
+
+def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
+    """Raises UsageError for a canvas (width, height) that this machine's free memory is too small for. The estimate
+    counts the numbers that are alive at once: of the decoder 14 per channel and pixel (measured, benchmarks/LOG.md: 512
+    to 768 pixels), of the UNet 40 per channel and latent cell in each half of the guidance."""
+    width, height = size
+    config = base.vae.config
+    channels = (config.get("block_out_channels") or config.decoder_block_out_channels)[0]
+    decoder = 14 * channels * (DETECTED**2 if low_memory else width * height)
+    cells = width * height / base.factor**2
+    unet = 40 * base.unet.config.block_out_channels[0] * cells * (1 if low_memory else 2)
+    needed, free = max(decoder, unet) * base.dtype.itemsize, free_memory(base.device)
+    if needed > free:
+        fits = int((free / needed) ** 0.5 * min(size)) // 64 * 64
+        raise UsageError(
+            f"size {width}x{height}: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free",
+            ("" if low_memory else "--low-memory decodes in tiles; or ") + f"--size {max(64, fits)}",
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from controlnet.preprocessors.errors import OutputError
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.weights import cache_folder
 
 

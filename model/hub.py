@@ -8,30 +8,22 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from controlnet.model.hashes import file_sha256
+from controlnet.model.registry import is_hub_id
 from controlnet.model.stored import BASE_PARTS, STEMS
 from controlnet.model.tensors import shards_of, weights_among
 from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
+from controlnet.preprocessors.files import exists
 from controlnet.preprocessors.weights import add_to_lock, cache_folder, read_lock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""Endings of single files."""
 _NETWORK: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 """What the client raises for a network that fails; its HTTP library is another one with every few versions."""
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is of the form OWNER/NAME, and not a file's."""
-    parts = name.split("/")
-    well = len(parts) == 2 and all(re.fullmatch(r"\w([\w.-]*\w)?", part) for part in parts)
-    return well and ".." not in name and "--" not in name and Path(name).suffix not in FILES
 
 
 def find(name: str, offline: bool, example: str) -> Path:
@@ -39,7 +31,7 @@ def find(name: str, offline: bool, example: str) -> Path:
 
     Raises UsageError for a name that is neither, ModelError for what cannot be had.
     """
-    if Path(name).exists():
+    if exists(name):
         return Path(name)
     if not is_hub_id(name):
         raise UsageError(f"{name}: no such folder or file, and not a hub id of the form OWNER/NAME", example)

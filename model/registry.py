@@ -6,10 +6,14 @@ pixels; control averaged over the picture).
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from controlnet.model.families import SD1, SD2
+from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.files import exists
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 TINY_HINT_WIDTHS = (8, 16, 32, 64)
@@ -69,6 +73,41 @@ NETS = {
     **{f"sd21-{kind}": KnownNet(SD2.name, kind, f"thibaud/controlnet-sd21-{name}-diffusers", "other (its model card)")
        for kind, name in _SD21.items()},
 }  # fmt: skip
+
+
+FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""Endings of single files."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of the form OWNER/NAME, and not a file's."""
+    parts = name.split("/")
+    well = len(parts) == 2 and all(re.fullmatch(r"\w([\w.-]*\w)?", part) for part in parts)
+    return well and ".." not in name and "--" not in name and Path(name).suffix not in FILES
+
+
+def check_base_name(name: str) -> None:
+    """Raises UsageError for a name that is no row of BASES, no file or folder and no hub id."""
+    if name in BASES or exists(name) or is_hub_id(name):
+        return
+    near = difflib.get_close_matches(name, BASES, 1, 0.7)
+    later = "; SDXL is not supported yet" if "xl" in name.lower() else ""
+    raise UsageError(
+        f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
+        f" ({' '.join(FILES)}) or a hub id{later}",
+        f"--base {near[0]}" if near else "controlnet models list",
+    )
+
+
+def check_net_name(name: str) -> None:
+    """Raises UsageError for a name that is no row of NETS, no file or folder and no hub id."""
+    if name in NETS or exists(name) or is_hub_id(name):
+        return
+    near = difflib.get_close_matches(name, NETS, 1)
+    raise UsageError(
+        f"{name}: no such ControlNet, folder or file, and not a hub id of the form OWNER/NAME",
+        f"net={near[0]}" if near else "controlnet models list",
+    )
 
 
 def net_for(family: str, kind: str) -> KnownNet | None:

@@ -36,6 +36,12 @@ def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> tuple[Tensor, l
     return torch.cat(noise), generators
 
 
+def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
+    """How often the network is evaluated in so many steps: windows and schedules count these."""
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
 @torch.no_grad()
 def sample(
     unet: UNet2DConditionModel,

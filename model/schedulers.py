@@ -1,12 +1,14 @@
-"""Schedulers by the names that users know: one row each."""
+"""Schedulers by the names that users know: one row each. The names need no diffusers."""
 
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING
 
-import diffusers
 from controlnet.preprocessors.errors import UsageError
-from diffusers import SchedulerMixin
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SCHEDULERS: dict[str, tuple[str, dict]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -23,6 +25,16 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {
 """Name -> class of diffusers and what differs from the base's own scheduler config."""
 
 
+def check_scheduler_name(name: str) -> None:
+    """Raises UsageError for a name that is not in the table."""
+    if name not in SCHEDULERS:
+        near = difflib.get_close_matches(name, SCHEDULERS, 1)
+        raise UsageError(
+            f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}",
+            f"--scheduler {near[0] if near else 'ddim'}",
+        )
+
+
 def make_scheduler(own: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
     """A fresh scheduler with the noise schedule of the base's `own` one: of its class, or of the named one.
 
@@ -30,11 +42,8 @@ def make_scheduler(own: SchedulerMixin, name: str | None = None) -> SchedulerMix
     """
     if name is None:
         return type(own).from_config(own.config)
-    if name not in SCHEDULERS:
-        near = difflib.get_close_matches(name, SCHEDULERS, 1)
-        raise UsageError(
-            f"unknown scheduler {name!r}: expected one of {', '.join(SCHEDULERS)}",
-            f"--scheduler {near[0] if near else 'ddim'}",
-        )
+    import diffusers
+
+    check_scheduler_name(name)
     cls, options = SCHEDULERS[name]
     return getattr(diffusers, cls).from_config(own.config, **options)

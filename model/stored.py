@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from controlnet.model import names
+from controlnet.model.configs import completed
 from controlnet.model.families import FAMILIES, VAE, Family, family_name, scheduler_config
 from controlnet.model.tensors import (
     Header,
@@ -23,6 +23,8 @@ from controlnet.model.tensors import (
     weight_files,
 )
 from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.files import is_dir, is_file
+from controlnet.preprocessors.jsons import name_of, read_object
 from torch import Tensor
 
 STEMS = {
@@ -68,9 +70,9 @@ class Stored(Protocol):
 def open_model(path: Path) -> Stored:
     """What is at `path`. Raises ModelError for what is neither a base nor a ControlNet."""
     path = Path(path)
-    if path.is_dir():
+    if is_dir(path):
         return Folder(path)
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(f"{path}: no such file or folder", f"ls {path.parent}")
     return SingleFile(path)
 
@@ -109,7 +111,7 @@ class Folder:
             raise ModelError(
                 f"{self.path}: config.json describes {config.get('_class_name')}, expected a ControlNetModel"
             )
-        return config
+        return completed(config, str(config.get("_class_name")), self.path)
 
     def headers(self, part: str) -> dict[str, Header]:
         return {k: h for file in weight_files(self._folder(part), STEMS[part]) for k, h in read_header(file)[0].items()}
@@ -131,7 +133,9 @@ class Folder:
         return _PREDICTIONS.get(read_json(path, "").get("prediction_type", "epsilon")) if path.is_file() else None
 
     def scheduler(self) -> dict[str, Any]:
-        return read_json(self.path / "scheduler" / "scheduler_config.json", "the scheduler's config")
+        config = read_json(self.path / "scheduler" / "scheduler_config.json", "the scheduler's config")
+        completed(config, str(config.get("_class_name")), self.path)
+        return config
 
     def _folder(self, part: str) -> Path:
         return self.path if part == "controlnet" else self.path / part
@@ -188,11 +192,12 @@ class SingleFile:
 
     @property
     def _written(self) -> dict[str, Any]:
-        """The configs, where `models convert` wrote the file."""
-        try:
-            return dict(json.loads(self._metadata.get(CONFIGS, "{}")))
-        except ValueError:
-            return {}
+        """The configs, where `models convert` wrote the file. Raises ModelError where they are none."""
+        written = read_object(self._metadata.get(CONFIGS, "{}"), f"{self.path}: its metadata {CONFIGS}", ModelError)
+        for part, config in written.items():
+            if not isinstance(config, dict):
+                raise ModelError(f"{self.path}: the config of its {part} is {name_of(config)}, expected a JSON object")
+        return written
 
     @property
     def _family(self) -> Family:
@@ -214,7 +219,8 @@ class SingleFile:
                 "a whole model in one file, or a folder in diffusers' layout",
             )
         if part in self._written:
-            return dict(self._written[part])
+            config = self._written[part]
+            return completed(config, str(config.get("_class_name")), self.path)
         if part == "vae":
             return dict(VAE)
         if part == "text_encoder":

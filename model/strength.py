@@ -6,7 +6,7 @@ Order of the connections everywhere: the down residuals, conv_in's first, then t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,12 +39,26 @@ class Strength:
 
     def at(self, i: int, evaluations: int) -> float:
         """The scale in evaluation i. Where it is 0 the ControlNet need not run."""
-        inside = i / evaluations >= self.start and (i + 1) / evaluations <= self.end
-        if not inside or (self.region is not None and not self.region.any()):
+        if not self._inside(i, evaluations) or (self.region is not None and not self.region.any()):
             return 0.0
         if not isinstance(self.scale, tuple):
             return self.scale
         return next((value for value, begin in reversed(self.scale) if i / evaluations >= begin), 0.0)
+
+    def check_window(self, evaluations: int, flag: str) -> None:
+        """Raises UsageError when the window, or a schedule in it, leaves no evaluation to act in."""
+        wanted = any(value for value, _ in self.scale) if isinstance(self.scale, tuple) else self.scale
+        everywhere = replace(self, region=None)
+        if not wanted or any(everywhere.at(i, evaluations) for i in range(evaluations)):
+            return
+        raise UsageError(
+            f"{flag}: acts in none of the {evaluations} evaluations (start={self.start:g}, end={self.end:g})",
+            f"a window of {1 / evaluations:.2g} or more, such as end={min(1.0, self.start + 1 / evaluations):.2g};"
+            " scale=0 for no control",
+        )
+
+    def _inside(self, i: int, evaluations: int) -> bool:
+        return i / evaluations >= self.start and (i + 1) / evaluations <= self.end
 
     def apply(self, control: Control, scale: float) -> Control:
         """Each residual times scale, its connection's weight, and the region at its size."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import pickle
+import pickletools
 import re
+import warnings
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from controlnet.preprocessors.errors import ModelError, OutputError, reason
+from controlnet.preprocessors.files import beside, not_written
+from controlnet.preprocessors.jsons import read_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+ALIGNMENT = 64
+"""Bytes; torch's own memory begins at multiples of it, and kernels round otherwise where memory does not."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,10 @@ def read_json(path: Path, what: str) -> dict:
     if not path.is_file():
         raise ModelError(f"{path}: missing; expected {what}", f"ls {path.parent}")
     try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from error
+        text = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})", f"ls -l {path}") from error
+    return read_object(text, str(path), ModelError, "download the file again")
 
 
 def weights_among(names: Iterable[str], stem: str) -> str | None:
@@ -96,20 +104,31 @@ def read_tensors(path: Path, wanted: Iterable[str] | None = None) -> dict[str, T
         raise _unreadable(path, error) from error
 
 
+def is_float8(tensor: Tensor) -> bool:
+    """Whether a tensor is of one of the 8-bit types that files have and nothing is computed in."""
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
+def align(network: nn.Module) -> None:
+    """Copy the tensors of a network that do not begin at a multiple of ALIGNMENT. A tensor mapped from a file lies
+    where the header ends, and the numbers that come out of a network must depend on its tensors alone."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file, whole or not there. Raises OutputError."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {"format": "pt"} | (metadata or {}))
-        temporary.chmod(mode)  # safetensors leaves it readable by its owner alone
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
+        with beside(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {"format": "pt"} | (metadata or {}))
+            temporary.chmod(mode)  # safetensors leaves it readable by its owner alone
+    except OSError as error:
+        raise not_written(path, error) from error
+    except SafetensorError as error:
         raise OutputError(f"{path}: cannot be written ({error})", "free some disk, or another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Inert:
@@ -119,18 +138,20 @@ class _Inert:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     admitted = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
     try:
-        with torch.serialization.safe_globals(admitted):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(admitted), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")  # of protocols and old forms: the file decides
             try:
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the old format has no memory map
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if _is_refusal(error):
+        if _is_refusal(path, error):
             raise ModelError(
                 f"{path}: the pickle holds more than tensors; it was refused and nothing in it was run",
                 "convert it to safetensors where you trust it, or find a .safetensors of the model",
             ) from error
-        raise _unreadable(path, error) from error
+        message = f"{path}: cannot be read as weights (no pickle of tensors)"
+        raise ModelError(message, "download the file again") from error
     except Exception as error:  # a cut or foreign file fails in a dozen ways
         raise _unreadable(path, error) from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
@@ -140,8 +161,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
-def _is_refusal(error: Exception) -> bool:
-    return "GLOBAL" in str(error) or ("weights_only" in str(error).lower() and "Unsupported" in str(error))
+def _is_refusal(path: Path, error: Exception) -> bool:
+    """Whether a pickle asks for something else than tensors. A file that is cut off, or no pickle, does not."""
+    if zipfile.is_zipfile(path):
+        return "GLOBAL" in str(error) or "Unsupported operand" in str(error)
+    try:
+        with open(path, "rb") as file:
+            for _ in pickletools.genops(file):  # reads it, runs nothing
+                pass
+    except ValueError:
+        return False
+    return True
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
@@ -153,4 +183,8 @@ def is_safetensors(path: Path) -> bool:
 
 
 def _dtype(name: str) -> str:
-    return {"F16": "float16", "F32": "float32", "BF16": "bfloat16", "F64": "float64"}.get(name, name.lower())
+    names = {
+        "F16": "float16", "F32": "float32", "BF16": "bfloat16", "F64": "float64", "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+    }  # fmt: skip
+    return names.get(name, name.lower())

@@ -19,8 +19,10 @@ from typing import Any
 
 from controlnet.preprocessors.detect import detect, record
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.jsons import dumps, object_or_empty
 from controlnet.preprocessors.metadata import dump, sha256
 from controlnet.preprocessors.pairs import Pair, Pairs
 from controlnet.preprocessors.registry import find_detector
@@ -51,9 +53,10 @@ def build(
             on_pair(done)
     if not rows:
         raise InputError(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
-    _split(rows)
+    told = {f"images/{name}.png": pair.held_out for pair, name in zip(found.pairs, names, strict=True)}
+    _split(rows, {name: held_out for name, held_out in told.items() if held_out is not None})
     ordered = [rows[name] for name in sorted(rows)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+    lines = "".join(dumps(row) + "\n" for row in ordered)
     write_file(out / "metadata.jsonl", lines.encode())
     manifest = {
         "kind": kind, "detector": find_detector(kind).name, "options": options, "size": list(size), "resize": resize,
@@ -67,9 +70,11 @@ def build(
 def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:
     """Raises UsageError when the manifest in `out` tells of another kind, size, or of other photos alone."""
     try:
-        before = json.loads((out / "manifest.json").read_text())
-        rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
+        before = object_or_empty((out / "manifest.json").read_bytes())
+        rows = [object_or_empty(line) for line in (out / "metadata.jsonl").read_bytes().splitlines()]
+    except OSError:
+        return
+    if not before:
         return
     for what, then, now in (("kind", before.get("kind"), kind), ("size", before.get("size"), list(size))):
         if then != now:
@@ -96,7 +101,7 @@ def _build_pair(pair: Pair, name: str, out: Path, kind: str, options: dict[str, 
     image_path, condition_path = out / "images" / f"{name}.png", out / "conditions" / f"{name}.png"
     detector = find_detector(kind)
     chosen = detector.load_options()(**options)
-    made = record(detector, chosen, size, resize, pair.image.name, data)
+    made = record(detector, chosen, size, resize, pair.image.name, sha256(data))
     row = {
         "file_name": f"images/{name}.png", "conditioning_image": f"conditions/{name}.png", "text": pair.caption,
         "source_sha256": made["source_sha256"],
@@ -118,8 +123,13 @@ def _record_of(path: Path) -> dict:
         return {}
 
 
-def _split(rows: dict[str, dict]) -> None:
-    """A twentieth is held out, at least two of eight; chosen by the photos' hashes, which names do not change."""
+def _split(rows: dict[str, dict], told: dict[str, bool]) -> None:
+    """As the photos' own folders have `told`. Where they say nothing, a twentieth is held out, at least two of eight;
+    chosen by the photos' hashes, which names do not change."""
+    if told:
+        for name, row in rows.items():
+            row["split"] = "held_out" if told.get(name) else "train"
+        return
     count = min(HELD_OUT_MOST, max(2, round(HELD_OUT_SHARE * len(rows)))) if len(rows) >= 8 else 0
     chosen = sorted(rows, key=lambda name: rows[name]["source_sha256"])[:count]
     for name, row in rows.items():

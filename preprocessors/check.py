@@ -76,6 +76,7 @@ def check_pairs(
     shown first."""
     problems = [Problem("warning", "missing file", name) for name in found.missing]
     problems += [Problem("warning", "extra file", name) for name in found.extra]
+    problems += [Problem("warning", "skipped", text) for text in found.skipped]
     sizes: dict[tuple[int, int], int] = {}
     seen: dict[str, str] = {}
     good: list[tuple[np.ndarray, str]] = []

@@ -9,7 +9,6 @@ from functools import cache
 import cv2
 import numpy as np
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.registry import Detector, Maker
 
 
@@ -33,8 +32,8 @@ def rgb(map_: np.ndarray) -> np.ndarray:
     return map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
 
 
-def record(detector: Detector, options, size: tuple[int, int], resize: str, name: str, data: bytes) -> dict:
-    """What a map's PNG text says of its making."""
+def record(detector: Detector, options, size: tuple[int, int], resize: str, name: str, source: str) -> dict:
+    """What a map's PNG text says of its making; `source` is the sha256 of the photo's file."""
     return {
         "kind": detector.kind,
         "detector": detector.name,
@@ -42,6 +41,6 @@ def record(detector: Detector, options, size: tuple[int, int], resize: str, name
         "resize": resize,
         "size": list(size),
         "source": name,
-        "source_sha256": sha256(data),
+        "source_sha256": source,
         "versions": {"controlnet": version(), "opencv": cv2.__version__},
     }

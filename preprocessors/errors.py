@@ -32,6 +32,8 @@ class Exit(IntEnum):
     DIFFERENT = 9
     """An image made again is not the one that it was made from."""
     INTERRUPTED = 130
+    PIPE = 141
+    """The program that read our standard output has ended; as the shell has it for one that a signal ended."""
 
 
 class ControlNetError(Exception):

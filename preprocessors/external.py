@@ -16,6 +16,9 @@ from controlnet.preprocessors.errors import InputError, ModelError, NothingFound
 from controlnet.preprocessors.hed import SoftEdgeOptions
 from controlnet.preprocessors.skeleton import JOINTS, draw, to_text
 
+MOST = 12_000_000
+"""Pixels of a picture for networks that look at it as a whole."""
+
 
 @dataclass(frozen=True)
 class OpenposeOptions:
@@ -43,6 +46,12 @@ def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.nd
     side = min(height, width)
     if side < 64:
         raise InputError(f"{width}x{height} is too small for PiDiNet, expected at least 64 pixels a side", "--size 512")
+    if width * height > MOST:
+        fits = int((MOST / (width * height)) ** 0.5 * side) // 8 * 8
+        raise InputError(
+            f"{width}x{height}: PiDiNet needs some 600 bytes per pixel; at most {MOST // 10**6} million of them",
+            f"--size {fits}, or --detector hed, which works in tiles",
+        )
     made = load_detector("PidiNetDetector", weights)(
         image, detect_resolution=side, image_resolution=side, output_type="np", safe=options.safe
     )

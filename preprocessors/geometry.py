@@ -11,7 +11,7 @@ from controlnet.preprocessors.errors import UsageError
 RESIZES = ("crop", "pad", "stretch", "keep")
 STEP = 8
 """Sides are multiples of this many pixels: one cell of the latent."""
-MAX_SIDE = 8192
+MIN_SIDE, MAX_SIDE = 64, 8192
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -22,11 +22,10 @@ def parse_size(text: str) -> tuple[int, int]:
     width = int(match[1])
     height = int(match[2] or width)
     for side in (width, height):
-        if side % STEP or not 64 <= side <= MAX_SIDE:
-            near = min(MAX_SIDE, max(64, (side + STEP // 2) // STEP * STEP))
-            raise UsageError(
-                f"size {text!r}: {side} is not a multiple of {STEP} from 64 to {MAX_SIDE}", f"--size {near}"
-            )
+        if side % STEP or not MIN_SIDE <= side <= MAX_SIDE:
+            near = min(MAX_SIDE, max(MIN_SIDE, (side + STEP // 2) // STEP * STEP))
+            what = f"a multiple of {STEP}" if MIN_SIDE <= side <= MAX_SIDE else f"{MIN_SIDE} to {MAX_SIDE}"
+            raise UsageError(f"size {text!r}: {side} pixels, expected {what}", f"--size {near}")
     return width, height
 
 

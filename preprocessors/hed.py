@@ -12,6 +12,10 @@ import cv2
 import numpy as np
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError, reason
 
+WHOLE = 2048 * 2048
+"""Pixels of a picture that is still looked at as a whole."""
+TILE, MARGIN = 1024, 128
+"""Pixels of the side of a tile, and of what it sees around itself."""
 FILE = "ControlNetHED.pth"
 LAYERS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
 """(channels in, channels out, convolutions) of each block; every block but the first begins at half the size."""
@@ -67,18 +71,43 @@ def strokes(edges: np.ndarray, width: float) -> np.ndarray:
 
 def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
     """(H, W) float32 in 0 to 1."""
-    import torch
-
     height, width = image.shape[:2]
     if min(height, width) < LEAST:
         raise InputError(
             f"{width}x{height} is too small for HED, expected at least {LEAST} pixels a side", "--size 512 --resize pad"
         )
+    network = _network(weights / FILE)
+    sides = _sides(network, image) if width * height <= WHOLE else _sides_in_tiles(network, image)
+    total = np.zeros((height, width), np.float32)
+    for side in sides:
+        total += cv2.resize(side, (width, height), interpolation=cv2.INTER_LINEAR)
+    return 1 / (1 + np.exp(-total / len(sides)))
+
+
+def _sides(network, image: np.ndarray) -> list[np.ndarray]:
+    """The side outputs (H / 2^k, W / 2^k) of a picture (H, W, 3)."""
+    import torch
+
     with torch.inference_mode():
         x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
-        sides = _network(weights / FILE)(x.contiguous(memory_format=torch.channels_last))
-    grown = [cv2.resize(side[0, 0].numpy(), (width, height), interpolation=cv2.INTER_LINEAR) for side in sides]
-    return 1 / (1 + np.exp(-np.mean(grown, axis=0)))
+        sides = network(x.contiguous(memory_format=torch.channels_last))
+    return [side[0, 0].numpy() for side in sides]
+
+
+def _sides_in_tiles(network, image: np.ndarray) -> list[np.ndarray]:
+    """The same up to rounding, a tile after the other: a whole photo of 48 million pixels would need 60 GB. A tile sees
+    MARGIN pixels around itself, more than half of the network's field of view; tiles begin at multiples of 16, where
+    the pooling of a whole picture has its cells too."""
+    height, width = image.shape[:2]
+    sides = [np.empty((height >> k, width >> k), np.float32) for k in range(len(LAYERS))]
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            y, x = max(0, top - MARGIN), max(0, left - MARGIN)
+            bottom, right = min(height, top + TILE + MARGIN), min(width, left + TILE + MARGIN)
+            for k, seen in enumerate(_sides(network, image[y:bottom, x:right])):
+                to = sides[k][top >> k : (top + TILE) >> k, left >> k : (left + TILE) >> k]
+                to[:] = seen[(top - y) >> k :, (left - x) >> k :][: to.shape[0], : to.shape[1]]
+    return sides
 
 
 @cache

@@ -5,26 +5,55 @@ EXIF orientation is applied; grey, palette, 16-bit and CMYK are converted, trans
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from controlnet.preprocessors.errors import InputError, OutputError
-from PIL import Image, ImageOps, PngImagePlugin
+from controlnet.preprocessors.errors import InputError, reason
+from controlnet.preprocessors.files import exists, is_dir
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 RUN_LENGTHS = 3
 """zlib's strategy Z_RLE."""
 MAX_PIXELS = 250_000_000
 """Pictures beyond this are refused from their header."""
 MIN_SIDE = 8
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""What a folder is searched for."""
+_NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+"""Formats that Pillow knows by name and needs another program for, or that hold no picture."""
+_OTHERS = (
+    ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw", ".exr", ".svg",
+    ".eps", ".pdf",
+)  # fmt: skip
+"""Endings of pictures that Pillow does not read by itself."""
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The endings of pictures that can be read here, in small letters; what a folder is searched for."""
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+    Image.init()
+    known = Image.registered_extensions()
+    return frozenset(ending for ending, name in known.items() if name in Image.OPEN and name not in _NO_PICTURES)
+
+
+def why_skipped(path: Path) -> str:
+    """Why a file that looks like a picture by its name cannot be read here, with the remedy; "" for other files."""
+    ending = path.suffix.lower()
+    if ending in suffixes() or ending not in _OTHERS:
+        return ""
+    if ending in (".heic", ".heif"):
+        return "HEIC needs: pip install pillow-heif"
+    return f"{ending} files are not read: save it as PNG or JPEG"
 
 
 def read_bytes(source: str) -> bytes:
@@ -33,9 +62,9 @@ def read_bytes(source: str) -> bytes:
         data = sys.stdin.buffer.read()
     else:
         path = Path(source)
-        if not path.exists():
+        if not exists(path):
             raise InputError(f"{source}: no such file", f"ls {path.parent}")
-        if path.is_dir():
+        if is_dir(path):
             raise InputError(f"{source}: is a folder, expected a picture")
         try:
             data = path.read_bytes()
@@ -69,9 +98,14 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
             return _to_rgb(ImageOps.exif_transpose(image)), text
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        if why := why_skipped(Path(name)) or ("HEIC needs: pip install pillow-heif" if data[4:8] == b"ftyp" else ""):
+            raise InputError(f"{name}: cannot be read here", why) from error
+        what = "is cut off or damaged" if _looks_like_image(data) else "is not a picture"
+        raise InputError(f"{name}: {what}", f"file {name}") from error
     except Exception as error:  # Pillow's decoders raise a dozen types for broken data
-        reason = "is cut off or damaged" if _looks_like_image(data) else "is not a picture"
-        raise InputError(f"{name}: {reason} ({error})", f"file {name}") from error
+        what = "is cut off or damaged" if _looks_like_image(data) else "is not a picture"
+        raise InputError(f"{name}: {what} ({reason(error)})", f"file {name}") from error
 
 
 def _looks_like_image(data: bytes) -> bool:
@@ -102,19 +136,3 @@ def png_bytes(image: np.ndarray, text: dict[str, str] | None = None, two_levels:
     options = {"compress_level": 1, "compress_type": RUN_LENGTHS} if two_levels else {}
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info, **options)
     return buffer.getvalue()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: a file is whole or not there. Raises OutputError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-        hint = "free some disk, then the same command again" if full else "choose another place with -o DIR/"
-        raise OutputError(f"{path}: cannot be written ({error.strerror})", hint) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
 from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.jsons import dumps, object_or_empty
 
 KEY = "controlnet"
 """Name of the PNG text chunk; its value is one JSON object."""
@@ -21,16 +21,23 @@ def sha256(data: bytes) -> str:
 
 def dump(fields: dict) -> dict[str, str]:
     """PNG text holding `fields`."""
-    return {KEY: json.dumps(fields, ensure_ascii=False, sort_keys=True)}
+    return {KEY: dumps(fields, sort_keys=True)}
 
 
 def load(text: dict[str, str]) -> dict:
     """Our fields of a picture's text; empty where there are none or they are not ours."""
+    return object_or_empty(text.get(KEY, "{}"))
+
+
+def text_of(path: Path) -> dict[str, str]:
+    """The text of a picture file, read from its header; none of a file that cannot be read."""
+    from PIL import Image
+
     try:
-        fields = json.loads(text.get(KEY, "{}"))
-    except json.JSONDecodeError:
+        with Image.open(path) as image:
+            return {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
+    except Exception:  # Pillow raises a dozen types for broken data; whoever decodes it tells the error
         return {}
-    return fields if isinstance(fields, dict) else {}
 
 
 def kind_of(name: str, text: dict[str, str], given: str | None = None) -> str:
@@ -38,12 +45,13 @@ def kind_of(name: str, text: dict[str, str], given: str | None = None) -> str:
     `KIND.png`). Raises UsageError listing the choices."""
     if given:
         return given
-    if kind := load(text).get("kind"):
-        return str(kind)
+    kind = load(text).get("kind")
+    if isinstance(kind, str) and kind and kind.isprintable():
+        return kind
     match = re.search(rf"(?:^|[._])({'|'.join(KINDS)})$", Path(name).stem)
     if match:
         return match[1]
     raise UsageError(
         f"{name}: its kind is told neither by its text nor by its name; expected one of {', '.join(KINDS)}",
-        f"--cond {name},kind=canny",
+        f"for a photo: --cond {name},detect=canny; for a map: --cond {name},kind=canny",
     )

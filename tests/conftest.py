@@ -1,13 +1,14 @@
 """What all tests share: no network, a cache of their own, and small random models in diffusers' layout."""
 
-import shutil
+import signal
 import socket
 
 import numpy as np
 import pytest
 from controlnet.cli.main import main
-from controlnet.preprocessors.images import png_bytes, write_file
-from helpers import randomise, small_unet
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes
+from helpers import make_small_models
 
 _connect = socket.socket.connect
 
@@ -24,6 +25,13 @@ def no_network():
     socket.socket.connect = connect
     yield
     socket.socket.connect = _connect
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell lets commands in the background ignore Ctrl-C, and so would the commands that tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -58,38 +66,8 @@ def photo():
 
 @pytest.fixture(scope="session")
 def small_base_folder(tmp_path_factory):
-    """A base with random weights: f8 AutoencoderKL, two-level UNet, CLIP text encoder of two layers; and a ControlNet
-    with random zero convolutions in its folder `net`."""
-    import torch
-    from controlnet.model.checkpoint import save_controlnet
-    from controlnet.model.controlnet import ControlNet
-    from controlnet.model.tiny.recipe import make_tokenizer
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(1)
-    tokenizer = make_tokenizer(["a red cube on a blue floor", "a person standing"] * 20, folder / "tokens")
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    ))  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    unet = small_unet()
-    StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer, safety_checker=None, feature_extractor=None,
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
-        ),
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "base")  # fmt: skip
-    shutil.copy(folder / "tokens/words.txt", folder / "base/tokenizer")
-    net = ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))
-    save_controlnet(randomise(net), folder / "net")
-    return folder
+    """A base with random weights and a ControlNet (helpers.make_small_models) in the folders `base` and `net`."""
+    return make_small_models(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Small random networks. Fakes are tiny real networks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -27,6 +28,39 @@ def small_unet(**changes):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     return UNet2DConditionModel(**(config | changes)).eval()
+
+
+def make_small_models(folder):
+    """A base with random weights, in `folder/base`: f8 AutoencoderKL, two-level UNet, CLIP text encoder of two layers;
+    and a ControlNet with random zero convolutions, in `folder/net`."""
+    from controlnet.model.checkpoint import save_controlnet
+    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.tiny.recipe import make_tokenizer
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(["a red cube on a blue floor", "a person standing"] * 20, folder / "tokens")
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    ))  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    unet = small_unet()
+    StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer, safety_checker=None, feature_extractor=None,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+        ),
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "base")  # fmt: skip
+    shutil.copy(folder / "tokens/words.txt", folder / "base/tokenizer")
+    net = ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))
+    save_controlnet(randomise(net), folder / "net")
+    return folder
 
 
 class Counter:

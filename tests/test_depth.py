@@ -13,7 +13,8 @@ from controlnet.preprocessors.depth import (
     transformer_depth,
 )
 from controlnet.preprocessors.errors import Exit
-from controlnet.preprocessors.images import png_bytes, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.metadata import load
 from controlnet.preprocessors.mirror import flip_condition
 from controlnet.preprocessors.weights import SHIPPED

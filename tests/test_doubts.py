@@ -6,8 +6,9 @@ import pytest
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import Exit
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.hed import strokes
-from controlnet.preprocessors.images import png_bytes, write_file
+from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.lineart import lineart
 from controlnet.preprocessors.skeleton import cut_people, draw, mirror
 from helpers import run

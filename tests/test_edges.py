@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from controlnet.preprocessors import hed
 from controlnet.preprocessors.errors import Exit, ModelError, UsageError
-from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.lineart import LineArtOptions, lineart
 from helpers import run
 
@@ -147,3 +148,16 @@ def test_pidinet_with_local_weights(picture, tmp_path, capsys):
     (tmp_path / "table5_pidinet.pth").write_bytes(b"nonsense")
     assert run(*command, "--weights", tmp_path, "--overwrite") == Exit.MODEL
     assert "are not the weights of PidiNetDetector" in capsys.readouterr().err
+
+
+def test_a_large_photo_is_looked_at_in_tiles(monkeypatch):
+    """Up to rounding what it is as a whole, at sizes that no tile divides."""
+    torch.manual_seed(0)
+    network = hed.make_network().eval()
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 255, (20, 30, 3), np.uint8), (637, 451), interpolation=cv2.INTER_CUBIC)
+    monkeypatch.setattr(hed, "_network", lambda path: network)
+    whole = hed._edges(image, Path())
+    monkeypatch.setattr(hed, "WHOLE", 0)
+    monkeypatch.setattr(hed, "TILE", 256)
+    assert np.abs(hed._edges(image, Path()) - whole).max() < 1e-5 and whole.std() > 1e-4

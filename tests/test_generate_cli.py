@@ -90,7 +90,7 @@ def test_condition_prompt_scale_scheduler_and_negative_matter(run, common, tmp_p
 
 def test_detect_in_the_same_process_equals_two_commands(run, common, tmp_path, small_base_folder, capsys):
     with pytest.raises(SystemExit):
-        main(["detect", "canny", "photo.png", "--size", "680x512"])
+        main(["detect", "canny", "photo.png", "--size", "704x512"])
     capsys.readouterr()
     net = f"net={small_base_folder}/net"
     base = [*common[:2], "--steps", 2, "-p", "x", "--seed", 3]
@@ -140,7 +140,7 @@ def test_a_condition_of_another_aspect_is_stretched_and_said(run, common):
     (["--cond", "none.canny.png"], Exit.INPUT, "no such file"),
     (["--cond", "photo.png,detect=cany"], Exit.USAGE, "unknown kind 'cany'"),
     (["--cond", "photo.png,kind=seg"], Exit.MODEL, "no ControlNet is known for kind 'seg'"),
-    (["--cond", "map.canny.png,net=nowhere"], Exit.USAGE, "no such folder"),
+    (["--cond", "map.canny.png,net=nowhere"], Exit.USAGE, "no such ControlNet"),
     (["-p", "x", "--base", "someone/model", "--offline"], Exit.MODEL, "not on this machine"),
 ])  # fmt: skip
 def test_mistakes_are_told_and_leave_nothing(run, common, tmp_path, args, code, said):
@@ -265,7 +265,57 @@ def test_interruption_leaves_nothing_half_written(common, tmp_path):
     assert "no safety checker" in process.stderr.readline() + process.stderr.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == Exit.INTERRUPTED
+    assert process.wait(240) == Exit.INTERRUPTED
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     assert files(tmp_path) == ["map.canny.png", "photo.png"]
+
+
+def test_the_best_of_several_may_have_a_name(run, common, tmp_path):
+    code, out, err = run(*common, "-p", "x", "--seed", 1, "-n", 3, "--keep-best", 1, "-o", "best.png")
+    assert code == 0 and out == "best.png\n" and "scores by seed, * is kept: 1: " in err and err.count(" *") == 2
+    assert files(tmp_path) == ["best.png", "map.canny.png", "photo.png"]
+    code, _, err = run(*common, "-p", "x", "-n", 3, "--keep-best", 2, "-o", "two.png")
+    assert code == Exit.USAGE and "-o two/" in err
+
+
+def test_a_preview_and_a_prompt_from_a_file(run, common, tmp_path):
+    (tmp_path / "words.txt").write_text("a red\ncube\n")
+    code, out, err = run(*common, "-p", "@words.txt", "--seed", 1, "-n", 2, "--preview", "sheet.png", "--json")
+    assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["a red cube"] * 2
+    sheet = pixels(tmp_path / "sheet.png")
+    assert "look at sheet.png" in err and sheet.shape[1] == 4 * 264 + 8 and sheet.std() > 10
+    code, _, err = run(*common, "-p", "@none.txt")
+    assert code == Exit.USAGE and "--prompt @none.txt: no such file" in err
+    code, out, err = run(*common, "-p", "x", "-o", "-", "--json")
+    assert (code, out) == (Exit.USAGE, "") and "--json and an image" in err
+
+
+def test_a_photo_is_detected_at_the_aspect_of_the_canvas(run, common, tmp_path, small_base_folder):
+    """Not at its own and squashed."""
+    net = f"net={small_base_folder}/net"
+    base = [*common[:2], "--steps", 2, "-p", "x", "--seed", 3]
+    code, out, err = run(*base, "--cond", f"photo.png,detect=canny,{net}", "--size", 64, "--json")
+    made = json.loads(out)["conditions"][0]["detect"]
+    assert code == 0 and made["size"] == [512, 512] and made["resize"] == "crop", err
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--init", "a.png"], "a picture as a start is not supported yet"), (["--lora=x"], "LoRA is not supported"),
+    (["-p", "x", "--base", "sdxl"], "SDXL is not supported yet"), (["-p", "x", "--base", "sd15x"], "--base sd15"),
+    (["--cond", "photo.png"], "detect=canny"), (["--cond", "map.canny.png,region=none.png"], "none.png: no such file"),
+    (["-p", "x", "--size", "8"], "8 pixels, expected 64 to 8192"), (["-p", "x", "--size", "100"], "a multiple of 8"),
+    (["--cond", "map.png,kind=cany"], "no such file"), (["--cond", "map.canny.png,kind=cany"], "kind=canny"),
+])  # fmt: skip
+def test_what_is_wrong_is_told_before_libraries_load(run, common, monkeypatch, args, said):
+    import controlnet.cli.images
+
+    monkeypatch.setattr(controlnet.cli.images, "Studio", lambda *a: pytest.fail("the libraries were loaded"))
+    code, out, err = run(*args)
+    assert code != 0 and out == "" and said in err, err
+
+
+def test_a_canvas_beyond_the_memory(run, common, monkeypatch):
+    monkeypatch.setattr("controlnet.model.generate.free_memory", lambda device: 2 * 10**6)
+    code, _, err = run(*common, "-p", "x", "--size", "1024")
+    assert code == Exit.USAGE and "size 1024x1024: needs about" in err and "--size " in err

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from controlnet.preprocessors import images
 from controlnet.preprocessors.errors import InputError, OutputError
-from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from PIL import Image
 
 

@@ -172,7 +172,8 @@ def test_a_bad_line_is_told_and_the_rest_goes_on(run, maps, flags, net, tmp_path
     code, out, err = run(*flags, "--jobs", write_jobs(tmp_path / "jobs.jsonl", jobs))
     assert code == Exit.PARTIAL and out == ["out/1-a.png", "out/9-a.png"]
     for said in (
-        "line 2: unknown key 'sead'", "hint: seed", "line 3: not JSON", "line 4: maps/x.canny.png: no such file",
+        "line 2: unknown key 'sead'", "hint: seed", "line 3: not json: not valid JSON",
+        "line 4: maps/x.canny.png: no such file",
         "line 5: out/1-a.png: ", "line 1 is written there too", "line 6: --cond", "line 7: [1]", "6 jobs failed",
     ):  # fmt: skip
         assert said in err, (said, err)
@@ -306,3 +307,50 @@ def test_the_scripts_of_the_examples(maps, small_base_folder, data, tmp_path):
     script("sweep.sh", "maps/a.canny.png", "a red cube", "sweep")
     made = {p.name: pixels(p) for p in (tmp_path / "sweep").glob("*.png")}
     assert len(made) == 10 and np.abs(made["scale-0.png"] - made["scale-2.png"]).max() > 1
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_each_image_of_a_batch_is_made_again_as_it_was(run, maps, flags, net, tmp_path, size):
+    """Away from the native size as well: as many images are sampled together, and it has its place among them."""
+    assert run(*flags, "--cond", f"maps/a.canny.png,{net}", "--size", size, "-n", 3, "--seed", 7)[0] == 0
+    for seed in (7, 8, 9):
+        code, out, err = run("replay", f"out/{seed}-a.png")
+        assert (code, out) == (0, ["identical"]) and "not as recorded" not in err, err
+
+
+def test_an_image_made_otherwise(run, maps, flags, net, tmp_path):
+    assert run(*flags, "--cond", f"maps/a.canny.png,{net}", "--seed", 3, "-o", "a.png")[0] == 0
+    code, out, err = run("replay", "a.png", "--size", 128, "--steps", 3, "--seed", 4)
+    assert (code, out) == (Exit.USAGE, []) and "-o again.png" in err
+    code, out, _ = run("replay", "a.png", "--size", 128, "--steps", 3, "--seed", 4, "-o", "b.png", "--json")
+    made = json.loads(out[0])
+    assert code == 0 and (made["size"], made["steps"], made["seed"]) == ([128, 128], 3, 4)
+    assert pixels(tmp_path / "b.png").shape == (128, 128, 3)
+
+
+def test_places_in_a_file_of_jobs_are_below_the_folder_of_o(run, maps, flags, net, tmp_path):
+    jobs = [
+        {"cond": f"maps/a.canny.png,{net}", "seed": 1, "out": "x.png"}, {"cond": f"maps/b.canny.png,{net}", "seed": 2},
+        {"cond": f"maps/c.canny.png,{net}", "seed": 3, "out": str(tmp_path / "own.png")},
+    ]  # fmt: skip
+    code, out, _ = run(*flags, "--jobs", write_jobs(tmp_path / "jobs.jsonl", jobs), "-o", "set/")
+    assert code == 0 and out == ["set/x.png", "set/2-b.png", str(tmp_path / "own.png")]
+
+
+def test_a_line_that_is_no_text_spoils_itself_alone(run, maps, flags, net, tmp_path):
+    good = json.dumps({"cond": f"maps/a.canny.png,{net}", "seed": 1})
+    lines = [good.encode(), b'{"prompt": "caf\xe9"}', b'{"prompt": "a\0b"}', b"[" * 100_000,
+             json.dumps({"prompt": "\ud800"}).encode()]  # fmt: skip
+    (tmp_path / "jobs.jsonl").write_bytes(b"\n".join(lines))
+    code, out, err = run(*flags, "--jobs", "jobs.jsonl")
+    assert code == Exit.PARTIAL and out == ["out/1-a.png"]
+    for said in ("line 2: not UTF-8", "line 3: holds a NUL byte", "line 4: ", "nested too deeply", "line 5: --prompt",
+                 "4 jobs failed; the others are done"):  # fmt: skip
+        assert said in err, err
+    (tmp_path / "jobs.csv").write_bytes(b"prompt,seed\na\0b,1\ncaf\xe9,2\n")
+    code, out, err = run(*flags, "--jobs", "jobs.csv")
+    assert (code, out) == (Exit.PARTIAL, []) and "line 2: holds a NUL byte" in err and "line 3: not UTF-8" in err
+    assert "2 jobs failed; none is done" in err
+    (tmp_path / "jobs.jsonl").write_text(good, encoding="utf-16")
+    code, _, err = run(*flags, "--jobs", "jobs.jsonl")
+    assert code == Exit.INPUT and "-f utf-16" in err

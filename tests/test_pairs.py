@@ -8,12 +8,14 @@ import pytest
 from controlnet.preprocessors.build import _names
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
-from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.mirror import flip_condition, flip_words
 from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
 from helpers import run
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 CAPTIONS = [f"picture {i}" for i in range(6)]
 
@@ -131,7 +133,7 @@ def test_bad_data_is_refused(tmp_path):
     prompt_json(tmp_path / "broken")
     with open(tmp_path / "broken/prompt.json", "a") as file:
         file.write("{nonsense\n")
-    with pytest.raises(InputError, match="line 7 is not JSON"):
+    with pytest.raises(InputError, match="line 7: not valid JSON"):
         find_pairs(tmp_path / "broken")
 
 
@@ -164,7 +166,7 @@ def test_captions_may_hold_any_character(tmp_path):
     assert [p.caption for p in find_pairs(tmp_path).pairs] == [odd, "b"]
 
 
-@pytest.mark.parametrize("manifest, told", [("{broken", "not valid JSON"), ("[]", "not a JSON object")])
+@pytest.mark.parametrize("manifest, told", [("{broken", "not valid JSON"), ("[]", "a list, expected a JSON object")])
 def test_a_broken_manifest_is_refused(tmp_path, manifest, told):
     imagefolder(tmp_path)
     (tmp_path / "manifest.json").write_text(manifest)
@@ -308,3 +310,107 @@ def test_build_refuses_bad_flags(tmp_path, capsys, flags, told):
     assert run("dataset", "build", tmp_path / "photos", "-o", tmp_path / "data", *flags) == Exit.USAGE
     assert told in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+def split_folders(folder, form, names=("train", "validation", "test")):
+    for name in names:
+        form(folder / name)
+
+
+@pytest.mark.parametrize("form", [photos, photos_with_metadata, photos_with_csv, prompt_json, imagefolder, two_folders])
+def test_folders_for_a_split_are_its_split(tmp_path, form):
+    split_folders(tmp_path, form)
+    found = find_pairs(tmp_path)
+    assert len(found.pairs) == 18 and not found.missing and not found.extra and not found.skipped
+    for pair in found.pairs:
+        assert pair.held_out == (pair.image.relative_to(tmp_path).parts[0] != "train")
+        assert (pair.condition is None) == (form in (photos, photos_with_metadata, photos_with_csv))
+
+
+def test_the_standard_layout_of_image_data_sets(tmp_path):
+    """datasets' imagefolder with a metadata file for each split, as `train/metadata.jsonl`."""
+    for name in ("train", "test"):
+        pairs_in(tmp_path / name, "images", "conditioning_images")
+        rows = [
+            {"file_name": f"images/{i}.png", "conditioning_image": f"conditioning_images/{i}.png", "text": caption}
+            for i, caption in enumerate(CAPTIONS)
+        ]
+        (tmp_path / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = find_pairs(tmp_path)
+    assert found.form == "imagefolder" and len(found.pairs) == 12 and not found.extra
+    assert sum(bool(pair.held_out) for pair in found.pairs) == 6
+    assert {pair.caption for pair in found.pairs} == set(CAPTIONS)
+
+
+def test_own_data_with_a_test_folder_beside_it(tmp_path):
+    imagefolder(tmp_path)
+    imagefolder(tmp_path / "test")
+    found = find_pairs(tmp_path)
+    assert len(found.pairs) == 12 and sum(bool(pair.held_out) for pair in found.pairs) == 6 and not found.extra
+
+
+@pytest.mark.parametrize("form", [photos_with_metadata, prompt_json, imagefolder, two_folders])
+def test_data_one_level_too_high_is_named(tmp_path, form):
+    form(tmp_path / "pairs")
+    with pytest.raises(InputError, match=r"the data lies in .*pairs") as error:
+        find_pairs(tmp_path)
+    assert str(tmp_path / "pairs") in error.value.hint
+
+
+def test_metadata_below_that_is_not_used_is_told(tmp_path):
+    photos_with_metadata(tmp_path)
+    photos_with_metadata(tmp_path / "more")
+    assert find_pairs(tmp_path).skipped == ("more (its own metadata is not read)",)
+
+
+def test_parquet_metadata(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pairs_in(tmp_path, "a", "b")
+    columns = {"file_name": [f"a/{i}.png" for i in range(6)], "conditioning_image": [f"b/{i}.png" for i in range(6)]}
+    parquet.write_table(pyarrow.table(columns | {"text": CAPTIONS}), tmp_path / "metadata.parquet")
+    found = find_pairs(tmp_path)
+    assert found.form == "imagefolder" and [pair.caption for pair in found.pairs] == CAPTIONS
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="not a Parquet file"):
+        find_pairs(tmp_path)
+
+
+def test_every_picture_that_pillow_reads(tmp_path):
+    """And the others are named with the reason."""
+    for i, ending in enumerate(("jfif", "avif", "jp2", "heic", "webp", "tga")):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.{ending}")
+        (tmp_path / f"{i}.caption").write_text(CAPTIONS[i])
+    (tmp_path / "raw.dng").write_bytes(b"x")
+    found = find_pairs(tmp_path)
+    assert [pair.caption for pair in found.pairs] == CAPTIONS
+    assert found.skipped == ("raw.dng (.dng files are not read: save it as PNG or JPEG)",)
+    for pair in found.pairs:
+        assert read_image(pair.image.read_bytes(), pair.image.name)[0].shape == (48, 64, 3)
+
+
+def test_a_row_with_two_conditions(tmp_path):
+    imagefolder(tmp_path)
+    with open(tmp_path / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "a/0.png", "conditioning_image": ["b/0.png", "b/1.png"], "text": "x"}\n')
+    with pytest.raises(InputError, match="row 7 has 2 conditions"):
+        find_pairs(tmp_path)
+
+
+def test_captions_with_half_a_character_and_links_in_a_circle(tmp_path):
+    photos_with_metadata(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert len(find_pairs(tmp_path).pairs) == 6
+    with open(tmp_path / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "0.png", "text": "\\ud800"}\n')
+    with pytest.raises(InputError, match="half a character"):
+        find_pairs(tmp_path)
+
+
+def test_build_keeps_the_split_of_the_photos(tmp_path, capsys):
+    split_folders(tmp_path / "photos", photos, ("train", "val"))
+    assert run("dataset", "build", tmp_path / "photos", "-o", tmp_path / "data", "--size", 64, "-j", 1) == 0
+    rows = [json.loads(line) for line in (tmp_path / "data/metadata.jsonl").read_text().splitlines()]
+    assert {row["file_name"].startswith("images/val"): row["split"] for row in rows} == {
+        True: "held_out", False: "train",
+    }  # fmt: skip

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from controlnet.preprocessors.blazepose import BlazePoseOptions, _same, _squares, find_people
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit, window
-from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.keypoints import from_json, to_json
 from controlnet.preprocessors.metadata import load
 from controlnet.preprocessors.skeleton import JOINTS, draw

@@ -1,6 +1,7 @@
 """The README tells the truth about the code, the commands and the exit codes."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_the_tree_is_the_disk():
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_python_examples_run():
+    """Each indented block that begins with an import."""
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.MULTILINE)
+    examples = [textwrap.dedent(block) for block in blocks if re.match(r"\s*(from|import) ", block)]
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
 
 
 def commands() -> list[str]:

@@ -12,7 +12,8 @@ from controlnet.model.training.cache import Cache
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.errors import InputError, OutputError, UsageError
-from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.metadata import dump
 from controlnet.preprocessors.pairs import find_pairs
 from controlnet.preprocessors.skeleton import cut_people, draw, mirror, to_text

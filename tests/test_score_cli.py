@@ -7,7 +7,8 @@ import pytest
 from controlnet.cli.score import interval
 from controlnet.preprocessors.canny import canny
 from controlnet.preprocessors.errors import Exit
-from controlnet.preprocessors.images import png_bytes, read_image, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.metadata import dump
 from controlnet.preprocessors.skeleton import draw, to_text
 from PIL import Image

@@ -190,3 +190,24 @@ def test_twelve_weights_instead_of_thirteen(nets):
         Strength(weighting=(1.0,) * (n - 1)).check(nets[0], "--cond a.png")
     assert caught.value.hint == "weighting=" + "/".join("1" * n)
     Strength(weighting=(1.0,) * n).check(nets[0], "x"), Strength(weighting="soft").check(nets[0], "x")
+
+
+@pytest.mark.parametrize("strength", [
+    Strength(start=0, end=0), Strength(start=0.5, end=0.5), Strength(start=1, end=1), Strength(start=0.4, end=0.6),
+    Strength(scale=((1.0, 0.9),)),
+])  # fmt: skip
+def test_a_window_that_holds_nothing_is_refused(strength):
+    with pytest.raises(UsageError, match="acts in none of the 2 evaluations"):
+        strength.check_window(2, "--cond x")
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 60))
+def test_a_window_is_refused_iff_it_never_acts(a, b, evaluations):
+    strength = Strength(start=min(a, b), end=max(a, b))
+    acts = any(strength.at(i, evaluations) for i in range(evaluations))
+    if acts:
+        strength.check_window(evaluations, "--cond x")
+    else:
+        with pytest.raises(UsageError):
+            strength.check_window(evaluations, "--cond x")
+    Strength(scale=0.0, start=min(a, b), end=max(a, b)).check_window(evaluations, "--cond x")

@@ -1,6 +1,5 @@
 """Training that is killed, stopped, shared between processes, or runs out of disk."""
 
-import os
 import random
 import resource
 import signal
@@ -40,8 +39,8 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data, config, tmp_path):
-    """Three times; TORTURE=20 (`make torture`) for more. Every step writes a checkpoint, so kills fall into writing."""
-    kills = int(os.environ.get("TORTURE", 3))
+    """Three times (`make torture` does it 50 times). Every step writes a checkpoint, so kills fall into writing."""
+    kills = 3
     steps = 10 * kills  # a process gets some steps further before it is killed
     chance = random.Random(0)
     length = ("--set", f"max_steps={steps}")
@@ -60,7 +59,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(data, config, tm
         process.communicate()
         resume = ("--resume",)
     process = start(data, config, folder, *length, "--resume")
-    assert process.wait(200) == 0
+    assert process.wait(600) == 0
     for finished in (whole, process):
         finished.communicate()
     assert losses(tmp_path / "whole") == losses(folder)
@@ -86,7 +85,7 @@ def test_a_signal_reaches_all_processes_and_saves(data, config, tmp_path, number
     wait_for(lambda: (folder / "log.jsonl").is_file() and len(losses(folder)) >= 5, process)
     assert is_locked(folder)
     process.send_signal(number)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == Exit.INTERRUPTED, err
     (step,) = Checkpoints(folder / "checkpoints").steps()
     assert step >= 5 and err.count(f"stopped at step {step}, saved") == 1 and not is_locked(folder)
@@ -118,7 +117,7 @@ def test_sigterm_before_the_first_step(data, config, tmp_path):
     wait_for(lambda: (folder / "run.json").is_file(), process)
     assert read_run(folder).state == "preparing"
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == Exit.INTERRUPTED and "stopped before the first step" in err and not folder.exists(), (
         err
     )
@@ -126,7 +125,7 @@ def test_sigterm_before_the_first_step(data, config, tmp_path):
 
 def test_an_error_of_one_or_all_processes_is_told_once(data, config, tmp_path):
     process = start(data, config, tmp_path / "run", "--processes", "2", "--set=start_from=nowhere")
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == Exit.MODEL and err.count("error:") == 1 and "Traceback" not in err, err
     assert not (tmp_path / "run").exists()
 
@@ -141,7 +140,7 @@ def test_launch_speaks_for_the_process_that_failed(tmp_path):
         f"sys.exit(launch.launch(3, [{str(tmp_path / 'child.py')!r}]))"
     )
     command = [sys.executable, tmp_path / "parent.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1 and "mine alone" in done.stderr
 
 
@@ -150,7 +149,7 @@ def test_sigterm_saves_and_says_how_to_go_on(data, config, tmp_path):
     process = start(data, config, folder, "--set", "max_steps=100000", "--set", "save_every=1e9")
     wait_for(lambda: (folder / "log.jsonl").is_file() and len(losses(folder)) >= 5, process)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == Exit.INTERRUPTED
     (step,) = Checkpoints(folder / "checkpoints").steps()
     assert step >= 5 and f"stopped at step {step}, saved" in err and f"--resume -o {folder}" in err

@@ -122,8 +122,10 @@ def test_each_kind_is_loaded_alone_and_heeded(kind):
 
 
 def test_minutes_of_the_stages():
-    assert parse_minutes("2") == dict.fromkeys(("vae", "text", "base", "canny", "pose", "depth"), 2)
-    assert parse_minutes("base=5") == {"vae": 0, "text": 0, "base": 5, "canny": 0, "pose": 0, "depth": 0}
+    assert parse_minutes("2") == dict.fromkeys(("vae", "text", "half", "base", "canny", "pose", "depth"), 2)
+    assert parse_minutes("base=5") == {
+        "vae": 0, "text": 0, "half": 0, "base": 5, "canny": 0, "pose": 0, "depth": 0,
+    }  # fmt: skip
     with pytest.raises(ValueError, match="'bas'"):
         parse_minutes("bas=5")
 

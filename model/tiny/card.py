@@ -30,7 +30,8 @@ from controlnet.model.tiny.fidelity import JointReader, PartReader, Reader, meas
 from controlnet.model.tiny.render import FLOOR, MAIN, WALL
 from controlnet.model.tiny.scenes import make_scene
 from controlnet.model.training.precision import attention
-from controlnet.preprocessors.images import png_bytes, write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.sheet import contact_sheet
 
 REGIONS = {"floor": FLOOR, "wall": WALL, "main": MAIN}

@@ -9,17 +9,18 @@ small room from a large one), and half of that of its gradients at four scales (
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from controlnet.model.tensors import write_tensors
 from controlnet.model.tiny.dataset import SHARD, world
 from controlnet.model.tiny.rooms import draw_rooms
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.precision import attention, autocast
+from controlnet.preprocessors.files import beside
 from controlnet.preprocessors.tiny_depth import Dense
 from controlnet.preprocessors.weights import SHIPPED
 from controlnet.preprocessors.workers import workers
@@ -33,10 +34,9 @@ def draw_shard(path: Path, first: int, size: int) -> Path:
     """SHARD rooms from the seed `first` on into one compressed file, unless it is there."""
     if not path.exists():
         drawn = [draw_rooms(list(range(i, i + 25)), size) for i in range(first, first + SHARD, 25)]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
         images, depth = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        np.savez_compressed(temporary, images=images.numpy(), depth=depth.clamp(max=100).half().numpy())
-        temporary.rename(path)
+        with beside(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, images=images.numpy(), depth=depth.clamp(max=100).half().numpy())
     return path
 
 
@@ -121,7 +121,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn rooms go")
     parser.add_argument("--out", type=Path, default=SHIPPED / "tiny-depth", help="where the network goes")
     args = parser.parse_args(arguments)
-    from safetensors.torch import save_file
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, depth = rooms(args.runs / "rooms", args.rooms, args.size)
@@ -133,9 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         progress = train(network, images, depth, args.runs / "depth", args.minutes, device)
     args.out.mkdir(parents=True, exist_ok=True)
     state = {name: value.to("cpu", torch.float16).contiguous() for name, value in network.state_dict().items()}
-    temporary = args.out / "model.tmp"
-    save_file(state, temporary)
-    temporary.rename(args.out / "model.safetensors")
+    write_tensors(args.out / "model.safetensors", state)
     print(f"written: {args.out} ({progress.step} steps, {progress.seconds / 60:.0f} minutes)")
 
 

@@ -16,6 +16,7 @@ from controlnet.model.controlnet import ControlNet
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.tiny.dataset import World
 from controlnet.model.tiny.recipe import (
+    LATENT_CHANNELS,
     TEXT_WIDTH,
     TOKENS,
     make_scheduler,
@@ -40,10 +41,10 @@ LATENT_NOISE = 0.05
 
 
 def train_vae(world: World, folder: Path, minutes: float, device: torch.device, crop: int = 64, batch: int = 16,
-              vae: Any = None, width: int = 32, report=print) -> tuple[nn.Module, Progress]:  # fmt: skip
+              vae: Any = None, report=print) -> tuple[nn.Module, Progress]:  # fmt: skip
     """Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit statistics."""
     torch.manual_seed(0)
-    vae = (vae or make_vae(width)).to(device, memory_format=torch.channels_last)
+    vae = (vae or make_vae()).to(device, memory_format=torch.channels_last)
     images = world.images
 
     def loss_of(step: int) -> Tensor:
@@ -76,10 +77,10 @@ def encode_captions(tokenizer, captions: list[str]) -> Tensor:
 
 @torch.no_grad()
 def encode_images(vae: Any, images: np.ndarray, device: torch.device, batch: int = 64) -> Tensor:
-    """(N, 4, h, w) float16 latents, scaled as the UNet sees them."""
+    """(N, C, h, w) float16 latents, scaled as the UNet sees them."""
     latents = []
     for i in range(0, len(images), batch):
-        x = torch.from_numpy(images[i : i + batch]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(np.array(images[i : i + batch])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         with autocast(device):
             z = vae.encode(x.contiguous(memory_format=torch.channels_last)).latents
         latents.append((z.float() * vae.config.scaling_factor).half().cpu())
@@ -92,6 +93,18 @@ def cached_latents(vae: Any, images: np.ndarray, path: Path, device: torch.devic
     vae.register_to_config(scaling_factor=round(1 / deviation, 3))
     if not path.exists():
         save_atomic(encode_images(vae, images, device), path)
+    return torch.load(path, weights_only=True)
+
+
+def half_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device, batch: int = 64) -> Tensor:
+    """Latents of all pictures at half their size, (N, C, h / 2, w / 2), from `path` if they are there."""
+    if not path.exists():
+        side = images.shape[1] // 2
+        parts = []
+        for i in range(0, len(images), batch):
+            small = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images[i : i + batch]]
+            parts.append(encode_images(vae, np.stack(small), device))
+        save_atomic(torch.cat(parts), path)
     return torch.load(path, weights_only=True)
 
 
@@ -120,7 +133,7 @@ SKETCH = 8
 
 
 class Sketch(nn.Module):
-    """Text features (B, TOKENS, TEXT_WIDTH) to the mean latent that they let expect, (B, 4, 8, 8): a query for each
+    """Text features (B, TOKENS, TEXT_WIDTH) to the mean latent that they let expect, (B, C, 8, 8): a query for each
     place attends to the words, as the UNet's will."""
 
     def __init__(self):
@@ -128,7 +141,7 @@ class Sketch(nn.Module):
         self.queries = nn.Parameter(0.5 * torch.randn(SKETCH * SKETCH, TEXT_WIDTH))
         layer = nn.TransformerDecoderLayer(TEXT_WIDTH, 6, 2 * TEXT_WIDTH, 0.0, batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(TEXT_WIDTH))
-        self.out = nn.Linear(TEXT_WIDTH, 4)
+        self.out = nn.Linear(TEXT_WIDTH, LATENT_CHANNELS)
 
     def forward(self, text: Tensor) -> Tensor:
         places = self.out(self.decoder(self.queries.expand(len(text), -1, -1), text))

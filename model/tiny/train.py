@@ -1,8 +1,9 @@
 """`make tiny`: trains the embedded model from nothing, on this machine, and writes it as diffusers folders.
 
-    python -m controlnet.model.tiny.train --minutes vae=20,text=4,base=74,canny=29,pose=15,depth=31
+    python -m controlnet.model.tiny.train --minutes vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60
 
-Every stage goes on where it was interrupted, and is skipped once its minutes are used up. CUDA is used if present.
+Every stage goes on where it was interrupted, and is skipped once its minutes are used up; `--until vae` ends after that
+stage. The base is trained at half the size first, where a picture costs a quarter. CUDA is used if present.
 `--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing;
 `--keep vae` takes no more than the VAE from there.
 """
@@ -26,17 +27,25 @@ from controlnet.model.controlnet import ControlNet
 from controlnet.model.tiny.dataset import world
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.scenes import vary
-from controlnet.model.tiny.stages import CONDITIONS, cached_latents, train_base, train_control, train_text, train_vae
+from controlnet.model.tiny.stages import (
+    CONDITIONS,
+    cached_latents,
+    half_latents,
+    train_base,
+    train_control,
+    train_text,
+    train_vae,
+)
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention
 
-STAGES = ("vae", "text", "base", *CONDITIONS)
-MINUTES = "vae=20,text=4,base=74,canny=29,pose=15,depth=31"
+STAGES = ("vae", "text", "half", "base", *CONDITIONS)
+MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
 MAX_SHARD = "14MB"
 
 
 def parse_minutes(text: str) -> dict[str, float]:
-    """`30` for every stage, or `vae=20,text=4,base=74,canny=29,pose=15,depth=31`."""
+    """`30` for every stage, or some of `vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60`."""
     if "=" not in text:
         return dict.fromkeys(STAGES, float(text))
     minutes = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
@@ -70,7 +79,8 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", default=MINUTES, help="training minutes of each stage")
-    parser.add_argument("--size", type=int, default=128, help="native pixels of the model")
+    parser.add_argument("--until", choices=STAGES, help="the last stage to train; the model is written after them all")
+    parser.add_argument("--size", type=int, help="native pixels of the model (default: that of --start, or 256)")
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
     parser.add_argument("--start", type=Path, help="weights to begin with: the folder that --out was")
@@ -80,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     minutes, kept = parse_minutes(args.minutes), args.keep.split(",")
     if unknown := set(kept) - set(STAGES):
         parser.error(f"--keep: unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
+    args.size = args.size or (json.loads((args.start / "training.json").read_text())["size"] if args.start else 256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = args.runs / str(args.size)
     data = world(args.runs / "world", args.scenes, args.size, device=device.type)
@@ -108,6 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
         if json.loads((run / name / "log.jsonl").read_text().splitlines()[-1]).get("ended") == "stopped":
             print("stopped; the same command goes on")
             sys.exit(130)
+        if name == args.until:
+            print(f"{name} is trained; the same command without --until goes on")
+            sys.exit(0)
 
     with attention(device, small=args.size <= 256):
         vae, reached = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
@@ -117,10 +131,15 @@ def main(arguments: list[str] | None = None) -> None:
             latents, data.captions, tokenizer, run / "text", minutes["text"], device, text_encoder=begun["text"]
         )
         finish("text", reached)
+        halves = half_latents(vae, data.images, run / "latents-half.pt", device) if minutes["half"] else latents
         unet, text_encoder, reached = train_base(
-            latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device,
+            halves, data.captions, tokenizer, text_encoder, args.size, run / "half", minutes["half"], device,
             unet=begun["base"],
         )  # fmt: skip
+        finish("half", reached)
+        unet, text_encoder, reached = train_base(
+            latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device, unet, 32
+        )
         finish("base", reached)
         for kind in CONDITIONS:
             nets[kind], reached = train_control(
@@ -129,11 +148,13 @@ def main(arguments: list[str] | None = None) -> None:
                 controlnet=begun[kind] or copy.deepcopy(nets.get("canny")),
             )  # fmt: skip
             finish(kind, reached)
-    stages = {name: {"steps": p.step, "minutes": round(p.seconds / 60, 1)} for name, p in progress.items()}
-    if args.start:
-        for name, before in json.loads((args.start / "training.json").read_text())["stages"].items():
-            if name in kept:
-                stages[name] = {key: round(stages[name][key] + value, 1) for key, value in before.items()}
+    earlier = json.loads((args.start / "training.json").read_text())["stages"] if args.start else {}
+    stages = {}
+    for name, reached in progress.items():
+        before = earlier.get(name, {}) if name in kept else {}
+        steps, spent = before.get("steps", 0) + reached.step, before.get("minutes", 0.0) + reached.seconds / 60
+        if steps:
+            stages[name] = {"steps": steps, "minutes": round(spent, 1)}
 
     args.out.mkdir(parents=True, exist_ok=True)
     save_base(args.out, vae, unet, text_encoder, run / "tokenizer")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from controlnet.preprocessors.errors import OutputError
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.jsons import object_or_empty
 
 
 def key_of(*parts: object) -> str:
@@ -71,8 +72,8 @@ class Cache:
 
     def _kept(self) -> dict[str, list]:
         try:
-            return json.loads((self.folder / "files.json").read_text()) if self.folder else {}
-        except (FileNotFoundError, ValueError):
+            return object_or_empty((self.folder / "files.json").read_bytes()) if self.folder else {}
+        except FileNotFoundError:
             return {}
 
     def remember(self) -> None:

@@ -9,22 +9,18 @@ from typing import Any
 
 import torch
 from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.files import beside
 
 
 def save_atomic(obj: object, path: Path) -> None:
     """torch.save under a temporary name, then rename: the file is whole or not there, also on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(obj, file)
-            except RuntimeError as error:  # how torch's writer tells that the disk is full
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {error}", str(path)) from error
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with beside(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:  # how torch's writer tells that the disk is full
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {error}", str(path)) from error
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Checkpoints:
@@ -42,8 +38,6 @@ class Checkpoints:
     def save(self, state: dict[str, Any], step: int, best: int | None = None) -> None:
         """Write the state of `step`, then remove the ones that are neither among the last nor `best`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for half in self.folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            half.unlink()
         save_atomic(state, self.path(step))
         for old in self.steps()[: -self.keep]:
             if old != best:

@@ -23,6 +23,20 @@ CHOICES = {
 }
 
 
+MOST = {
+    "size": (4096, "a picture of 4096 pixels a side needs some 100 GB already"),
+    "batch_size": (65_536, "all pairs of a batch are in memory at once; accumulation adds batches up"),
+    "accumulation": (65_536, "that many batches make one step"),
+    "crops": (1000, "each crop of each picture is kept in the cache"),
+    "held_out": (10_000, "all held-out pairs are looked at each time"),
+    "pictures": (10_000, "each takes 20 evaluations a pair"),
+    "keep": (10_000, "a checkpoint is four times as large as the network"),
+    "max_steps": (10**9, "nobody has that long"),
+    "seed": (2**63 - 1, "it is a 63-bit number"),
+}
+"""Upper bounds of settings, and why."""
+
+
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
     """What is trained, on what, and how. The first defaults suit Stable Diffusion; `tiny` has its own (registry)."""
@@ -77,6 +91,9 @@ class TrainConfig(LoopConfig):
         for name in ("batch_size", "crops", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, (most, why) in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}: {why}")
         for name in ("min_snr", "pictures", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -26,6 +26,7 @@ from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.optimizers import OPTIMIZERS, make_optimizer
 from controlnet.model.training.precision import PRECISIONS
 from controlnet.preprocessors.errors import ControlNetError
+from controlnet.preprocessors.files import beside
 from torch import Tensor, nn
 
 EXPLODED = 4.0
@@ -347,9 +348,8 @@ class Log:
         """Drop what was logged after `step`, and a last line that a crash cut off."""
         if self.writes and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines(True) if _step_of(line) <= step]
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(lines))
-            temporary.replace(self.path)
+            with beside(self.path) as temporary:
+                temporary.write_text("".join(lines))
 
 
 def _step_of(line: str) -> float:

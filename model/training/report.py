@@ -10,7 +10,8 @@ from typing import Any
 
 from controlnet.model.training.verdict import Verdict, verdict
 from controlnet.preprocessors.errors import InputError
-from controlnet.preprocessors.images import write_file
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.jsons import read_object
 from controlnet.preprocessors.lock import is_locked
 
 
@@ -43,10 +44,10 @@ def read_run(folder: Path, at_work: bool | None = None) -> RunState:
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise InputError(f"{folder}: is not a training run (no run.json)", "controlnet status runs/DATA-1")
-    try:
-        record = json.loads((folder / "run.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{folder / 'run.json'}: not valid JSON ({error})", "start the run anew") from error
+    record = read_object((folder / "run.json").read_bytes(), str(folder / "run.json"), hint="start the run anew")
+    wrong = [key for key in ("settings", "facts", "data") if not isinstance(record.get(key), dict)]
+    if wrong or not isinstance(record["settings"].get("max_steps"), int):
+        raise InputError(f"{folder / 'run.json'}: has no {(*wrong, 'max_steps')[0]}", "start the run anew")
     rows = []
     if (folder / "log.jsonl").is_file():
         for line in (folder / "log.jsonl").read_text().splitlines():
@@ -120,6 +121,26 @@ def draw_curve(run: RunState, path: Path) -> None:
     below.legend(loc="upper right", frameon=False)
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    write_file(path, buffer.getvalue())
+
+
+def draw_curves(runs: list[RunState], path: Path) -> None:
+    """The control gaps of several runs in one picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for run in runs:
+        steps, gaps = ([row[key] for row in run.validations] for key in ("step", "control_gap"))
+        axes.plot(steps, gaps, marker=".", label=f"{run.folder.name}: {run.verdict.word}")
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("optimiser steps"), axes.set_ylabel("control gap")
+    axes.legend(loc="upper left", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     write_file(path, buffer.getvalue())

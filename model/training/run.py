@@ -44,8 +44,8 @@ from controlnet.model.training.precision import PRECISIONS, attention, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
 from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
 from controlnet.preprocessors.errors import ModelError, OutputError, TrainingError, UsageError
-from controlnet.preprocessors.images import png_bytes, read_bytes, read_image, write_file
-from controlnet.preprocessors.mirror import FLIP_KINDS
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.pairs import Pairs
 from controlnet.preprocessors.sheet import contact_sheet
 from controlnet.preprocessors.weights import cache_folder
@@ -84,10 +84,6 @@ def train(
         )
     if config.minutes != float("inf") and count > 1:
         raise UsageError("minutes ends a run of one process only", "--set max_steps=2000")
-    if config.flip and config.kind not in FLIP_KINDS:
-        raise UsageError(
-            f"flip=true with kind {config.kind!r}: a mirrored map would say something else", "--set flip=false"
-        )
     if config.tensorboard:
         _tensorboard()
     torch.manual_seed(config.seed)

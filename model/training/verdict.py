@@ -17,8 +17,8 @@ IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is waiting, converged or overdue; `step` is where it converged. `lost` is where an earlier control was
-    gone again."""
+    """`word` is waiting, begun, converged or overdue; `step` is where control began. `lost` is where an earlier control
+    was gone again."""
 
     word: str
     text: str
@@ -47,6 +47,13 @@ def verdict(rows: list[dict], settings: dict, facts: dict, finished: bool = Fals
         return Verdict("converged", f"converged at step {converged:,}: the condition matters", converged)
     step = rows[-1]["step"] if rows else 0
     again = f"; the control it had was lost at step {lost:,}" if lost is not None else ""
+    if was_clear:
+        looks = f"{len(same)} of {IN_A_ROW} looks confirm it" if len(same) > 1 else f"one look of {IN_A_ROW} so far"
+        text = f"control has begun at step {same[0]:,}: {looks}"
+        more = (
+            "; more steps will tell: --resume --set max_steps=..." if finished or step >= settings["max_steps"] else ""
+        )
+        return Verdict("begun", text + more + again, same[0], lost=lost)
     if not (finished or step >= settings["max_steps"]) and step < EXPECTED_STEPS:
         text = f"waiting: no control yet, and it comes suddenly, in the paper before step {EXPECTED_STEPS:,}"
         return Verdict("waiting", text + again, lost=lost)

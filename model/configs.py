@@ -1,0 +1,51 @@
+"""Configs of networks and schedulers as diffusers has them: what a config leaves out, and what cannot be."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from controlnet.preprocessors.errors import ModelError
+
+PER_LEVEL = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
+             "num_attention_heads", "only_cross_attention")  # fmt: skip
+"""Keys whose value may be one for all levels, or a list with one for each."""
+
+
+@cache
+def defaults(owner: str) -> dict[str, Any]:
+    """What a class of diffusers takes for the keys that a config leaves out; none of a class that it has not."""
+    import diffusers
+
+    cls = getattr(diffusers, owner, None)
+    if cls is None:
+        return {}
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def completed(config: dict[str, Any], owner: str, where: Path) -> dict[str, Any]:
+    """A config with diffusers' defaults for what it leaves out. Raises ModelError for a value of another type than the
+    default's: most of these make a network that fails in its first step."""
+    own = defaults(owner)
+    for key, value in config.items():
+        default = own.get(key)
+        if default is None or _is_like(value, default, key):
+            continue
+        raise ModelError(f"{where}: {key} of its {owner} is {value!r}, expected the like of {default!r}")
+    return own | config
+
+
+def _is_like(value: Any, default: Any, key: str) -> bool:
+    if key in PER_LEVEL and isinstance(value, (list, tuple)):
+        return True  # the library counts them
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, (int, float)):
+        whole = isinstance(default, int) and isinstance(value, float) and not value.is_integer()
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not whole
+    if isinstance(default, str):
+        return isinstance(value, str) or (value is None and key == "mid_block_type")
+    return isinstance(value, (list, tuple)) if isinstance(default, (list, tuple)) else True

@@ -1,0 +1,139 @@
+"""Text files read, whatever wrote them; and files written whole or not at all: under a temporary name in the same
+folder, then renamed.
+
+A process that is killed leaves its temporary file behind. The next one that writes into that folder, on the same
+machine, removes what belongs to processes that are gone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import itertools
+import os
+import re
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
+
+from controlnet.preprocessors.errors import InputError, OutputError
+
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_NAME = re.compile(rf"\.{_HOST}-(\d+)-\d+\.tmp")
+_numbers = itertools.count()
+_swept: set[Path] = set()
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or a folder. It becomes `path` when the block ends well, replacing
+    what is there, and is removed when it does not. The folder of `path` is made where it is missing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    temporary = path.parent / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            # A folder cannot be renamed over another one. The old one is no temporary file until the new one is there.
+            old = temporary.with_suffix(".old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.replace(path)
+    finally:
+        _remove(temporary)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Raises OutputError."""
+    try:
+        with beside(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> OutputError:
+    """The error for a file that could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    hint = "free some disk, then the same command again" if full else "choose another place with -o DIR/"
+    return OutputError(f"{path}: cannot be written ({error.strerror or error})", hint)
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether a path is a file that this user may see. Path's own method raises where a name is longer than the system
+    allows, or a folder above may not be entered."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def is_dir(path: Path | str) -> bool:
+    """The same of a folder."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
+def exists(path: Path | str) -> bool:
+    """Whether a path is a file or a folder that this user may see."""
+    return is_file(path) or is_dir(path)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. Raises InputError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", f"ls -l {quote(str(path))}") from error
+    return decoded(data, str(path))
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text of a file in UTF-8. Raises InputError with the command that makes it UTF-8."""
+    marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    coding = next((coding for mark, coding in marks.items() if data.startswith(mark)), "latin1")
+    try:
+        if coding == "latin1":
+            return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start}"
+    else:
+        at = "UTF-16, by its first two bytes"
+    file = quote(name)
+    raise InputError(f"{name}: not UTF-8 ({at})", f"iconv -f {coding} -t utf-8 {file} > t && mv t {file}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove, once a process, the temporary files in a folder whose processes are gone."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with os.scandir(folder) as entries:
+        left = [entry.name for entry in entries if (match := _NAME.fullmatch(entry.name)) and _is_gone(int(match[1]))]
+    for name in left:
+        _remove(folder / name)
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
