@@ -196,13 +196,13 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
         check_png("--preview", preview)
     if preview is not None and keeps(preview, overwrite, skip_existing):
         preview = None
+    if as_json and (out == "-" or (out is None and "-" in sources)):
+        raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
     piped = read_bytes("-") if "-" in sources else b""  # once for all kinds
 
     def read(source: str) -> bytes:
         return piped if source == "-" else read_bytes(source)
 
-    if as_json and (out == "-" or (out is None and "-" in sources)):
-        raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
     if several and len(sources) == 1:
         read(sources[0])  # not there: told once, not for every kind
     failed, shown = 0, {}

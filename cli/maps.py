@@ -240,7 +240,7 @@ def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
 def expand(inputs: list[str], recursive: bool) -> list[str]:
     """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
     without pictures."""
-    from controlnet.preprocessors.images import suffixes
+    from controlnet.preprocessors.images import suffixes, why_skipped
     from controlnet.preprocessors.metadata import KINDS
 
     maps = tuple(f".{kind}.png" for kind in KINDS)
@@ -251,11 +251,10 @@ def expand(inputs: list[str], recursive: bool) -> list[str]:
         if name == "-" or not is_dir(name):
             sources.append(name)
             continue
-        found = sorted(
-            str(path)
-            for path in Path(name).glob("**/*" if recursive else "*")
-            if is_file(path) and path.suffix.lower() in suffixes() and not path.name.endswith(maps)
-        )
+        inside = sorted(path for path in Path(name).glob("**/*" if recursive else "*") if is_file(path))
+        found = [str(p) for p in inside if p.suffix.lower() in suffixes() and not p.name.endswith(maps)]
+        if skipped := [f"{path} ({why})" for path in inside if (why := why_skipped(path))]:
+            warn(f"{len(skipped)} pictures skipped, the first: {skipped[0]}")
         if not found:
             raise InputError(
                 f"{name}: the folder holds no pictures (it is searched for {', '.join(sorted(suffixes())[:8])}, ...)",

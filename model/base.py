@@ -20,7 +20,7 @@ import transformers
 from accelerate import init_empty_weights
 from controlnet.model import hub
 from controlnet.model.checkpoint import check_state
-from controlnet.model.families import FAMILIES, MERGES, clip_vocabulary
+from controlnet.model.families import FAMILIES, MERGES, UNSUPPORTED, clip_vocabulary, family_name
 from controlnet.model.registry import BASES, KnownBase, check_base_name
 from controlnet.model.stored import BASE_PARTS, Stored, open_model
 from controlnet.model.tensors import align, read_json
@@ -174,6 +174,8 @@ def load_base(
 def _check_fit(stored: Stored) -> None:
     """Raises ModelError when the parts of a base do not belong together."""
     unet, vae, text = (stored.config(part) for part in BASE_PARTS)
+    if (family := family_name(unet.get("cross_attention_dim"))) in UNSUPPORTED.values():
+        raise ModelError(f"{stored.path}: is a base of {family}, which is not supported yet", "a base of SD 1.x or 2.x")
     pairs = (
         ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
         ("cross_attention_dim", unet.get("cross_attention_dim"), "the text encoder's width is",

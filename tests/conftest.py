@@ -29,7 +29,7 @@ def no_network():
 
 @pytest.fixture(autouse=True, scope="session")
 def interruptible():
-    """A shell lets commands in the background ignore Ctrl-C, and so would the commands that tests start and interrupt."""
+    """A shell lets commands in the background ignore Ctrl-C, and so would the commands that tests start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -229,3 +229,22 @@ print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_several_commands_at_once_skip_what_is_there(folder):
+    for i in range(30):
+        (folder / f"{i}.png").write_bytes((folder / "one.png").read_bytes())
+    command = [sys.executable, "-m", "controlnet.cli.main", "detect", "canny", ".", "-o", "maps", "--skip-existing"]
+    three = [subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    for process in three:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0 and len(out.split()) == 32, err
+    assert not list((folder / "maps").glob(".*"))
+
+
+def test_what_a_folder_has_that_cannot_be_read_is_named(run, folder):
+    (folder / "raw.dng").write_bytes(b"x")
+    code, out, err = run("detect", "canny", folder)
+    assert code == 0 and "1 pictures skipped" in err and "raw.dng (.dng files are not read" in err
+    code, out, err = run("detect", "canny", "-", "--json")
+    assert (code, out) == (Exit.USAGE, "") and "-o map.png --json" in err

@@ -171,3 +171,19 @@ def test_the_best_of_several_images_are_kept(run, small_base_folder, tmp_path, m
         assert code == Exit.USAGE and said in err
     code, _, err = run("generate", "--base", small_base_folder / "base", "-p", "x", "--num", 2, "--keep-best", 1)
     assert code == Exit.USAGE and "no condition" in err and not (tmp_path / "no").exists()
+
+
+def test_a_photo_is_brought_to_its_map_as_the_maps_record_says(run, files):
+    """The map is a crop of the photo, of another aspect."""
+    assert run("detect", "canny", files / "photo.png", "--size", "96", "-o", files / "square.canny.png")[0] == 0
+    (own,) = told(run, files / "photo.png", "--cond", files / "square.canny.png")
+    assert own["f1"] == 1
+
+
+@pytest.mark.parametrize("options", [{"nothing": 1}, 5, {"low": "x"}, [1]])
+def test_a_record_with_options_that_are_none(run, files, options):
+    image, text = read_image((files / "photo.canny.png").read_bytes(), "x")
+    fields = json.loads(text["controlnet"]) | {"options": options}
+    write_file(files / "photo.canny.png", png_bytes(image, dump(fields)))
+    code, out, err = run("score", files / "photo.png", "--cond", files / "photo.canny.png")
+    assert (code, out) == (Exit.INPUT, "") and "options that opencv does not know" in err

@@ -185,17 +185,17 @@ class Torture:
         process = self.start(command.args, at)
         time.sleep(self.rng.uniform(0.02, seconds))
         if self.rng.random() < 0.5 and process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)  # the command alone: its processes must end by themselves
-            process.communicate()
-            self.wait_for_the_others(at, process.pid)
+            os.kill(process.pid, signal.SIGKILL)  # the command alone: what it started must end by itself
         else:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.communicate()
+        self.wait_for_the_others(at, process.pid)
         self.finish(command, at, whole)
 
     def wait_for_the_others(self, at: Path, group: int) -> None:
+        """Until the processes that a killed command had started are gone; those of a training run save first."""
         end = time.monotonic() + 60
-        while _alive(group) and time.monotonic() < end:
+        while (_alive(group) or _is_busy(at / "run")) and time.monotonic() < end:
             time.sleep(0.1)
         assert not _alive(group), f"{at}: processes outlive the command that started them"
 
@@ -223,6 +223,10 @@ class Torture:
         left = list(at.rglob("*.tmp*"))
         assert not left, f"{command.name} on a full disk left: {left}"
         self.finish(command, at, whole)
+
+
+def _is_busy(run: Path) -> bool:
+    return run.is_dir() and is_locked(run)
 
 
 def _alive(group: int) -> bool:
