@@ -99,7 +99,7 @@ def test_processes_end_with_the_one_that_started_them(data, config, tmp_path):
     process.kill()
     process.wait()
     assert is_locked(folder)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while is_locked(folder) and time.monotonic() < end:
         time.sleep(0.1)
     assert not is_locked(folder) and Checkpoints(folder / "checkpoints").steps()
