@@ -318,7 +318,7 @@ def test_full_size_single_files(family, tmp_path):
     base = load_base(str(tmp_path / "v10.safetensors"), dtype=torch.float16)
     assert (base.unet.conv_out.bias == 1).all() and base.native_size == (768 if family is SD2 else 512)
     assert base.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    loaded = load_controlnet(tmp_path / "v10.safetensors", base=base.unet.config)
+    loaded = load_controlnet(tmp_path / "v10.safetensors", None, base.unet.config)
     assert (loaded.controlnet_down_blocks[3].bias == 2).all() and loaded.conv_in.weight.dtype == torch.float16
 
 
