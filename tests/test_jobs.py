@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -288,7 +289,7 @@ def test_the_scripts_of_the_examples(maps, small_base_folder, data, tmp_path):
         shutil.copy(data / name, photos)
     command = tmp_path / "bin" / "controlnet"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m controlnet.cli.main "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m controlnet.cli.main "$@"\n')
     command.chmod(0o755)
     env = os.environ | {"STEPS": "2", "PATH": f"{command.parent}:{os.environ['PATH']}"}
 

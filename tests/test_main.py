@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.images import png_bytes
 
-COMMAND = f"{sys.executable} -m controlnet.cli.main"
+COMMAND = f"{shlex.quote(sys.executable)} -m controlnet.cli.main"
 
 
 def shell(line, folder):
