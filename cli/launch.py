@@ -17,6 +17,7 @@ import time
 from contextlib import ExitStack
 
 from controlnet.preprocessors.errors import Exit
+from controlnet.preprocessors.lock import ORPHANED
 
 PARENT = "CONTROLNET_PARENT"
 """The variable that tells a process who started it."""
@@ -59,7 +60,7 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
 
 
 def stop_without_parent() -> None:
-    """In a process that `launch` started: stop as by SIGTERM, and save, when the one that started it is gone."""
+    """In a process that `launch` started: stop, and save, when the one that started it is gone."""
     parent = int(os.environ.get(PARENT, 0))
     if not parent:
         return
@@ -67,7 +68,7 @@ def stop_without_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), ORPHANED)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -91,21 +91,21 @@ def train(
             from controlnet.cli.launch import launch
 
             raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])], lock))
-        from controlnet.cli.launch import stop_without_parent
-
-        stop_without_parent()
         with _stoppable(folder):
             _train(found, folder, settings_of, resume, force, device, offline, as_json, strict, quiet)
 
 
 @contextmanager
 def _stoppable(folder: Path):
-    """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first."""
+    """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first. So does the end
+    of the command that started this process."""
+    from controlnet.cli.launch import ORPHANED, stop_without_parent
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, ORPHANED)}
+    stop_without_parent()
     try:
         yield
     except KeyboardInterrupt:
@@ -115,7 +115,8 @@ def _stoppable(folder: Path):
             say("stopped before the first step; what is in the cache stays there")
         raise typer.Exit(Exit.INTERRUPTED) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_folder(data: Path, resume: bool) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ try:
     import fcntl
 except ImportError:  # Windows: no lock, and no run is told to be running
     fcntl = None  # type: ignore[assignment]
+
+ORPHANED = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""Sent to a process that holds a folder for another one, when that one is gone: save, and let go."""
 
 
 @contextmanager

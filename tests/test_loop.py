@@ -4,12 +4,15 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from controlnet.model.training import loop
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import ExplodedError, LoopConfig, fit
 from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.lock import ORPHANED
 from torch import nn
 
 CONFIG = LoopConfig(max_steps=30, learning_rate=1e-2, warmup_steps=3, log_every=5, save_every=1e-9)
@@ -220,6 +223,20 @@ def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path, number):
     net, loss_of = setup()
     fit(net, loss_of, CONFIG, tmp_path / "cut")
     assert torch.equal(net.weight, expected)
+
+
+def test_processes_that_agree_to_stop_still_save_when_the_signal_reaches_them_late(monkeypatch):
+    """The one that started them is gone; each notices it for itself, up to a second after the first of them."""
+    monkeypatch.setattr(loop, "reduce", lambda flag, how: flag + 1)  # another process was told
+    with loop.Stop() as stop:
+        assert stop.asked(SimpleNamespace(num_processes=2, device="cpu")) and stop.signal is None
+        os.kill(os.getpid(), ORPHANED)
+        os.kill(os.getpid(), ORPHANED)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+    assert signal.getsignal(ORPHANED) is signal.SIG_IGN  # what remains is to write the end
+    signal.signal(ORPHANED, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("before, after", [("adamw", "muon"), ("muon", "adamw")])

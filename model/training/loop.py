@@ -27,6 +27,7 @@ from controlnet.model.training.optimizers import OPTIMIZERS, make_optimizer
 from controlnet.model.training.precision import PRECISIONS
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.files import beside
+from controlnet.preprocessors.lock import ORPHANED
 from torch import Tensor, nn
 
 EXPLODED = 4.0
@@ -258,7 +259,7 @@ def fit(
     finally:
         if ended:
             log.write({"step": progress.step, "ended": ended})
-    if stop.signal is not None:
+    if stop.agreed:
         report(f"stopped at step {progress.step}, saved")
     for parameter, average in zip(parameters, ema, strict=True):
         parameter.data.copy_(average)
@@ -304,32 +305,35 @@ def average_gradients(parameters: list[nn.Parameter], processes: PartialState) -
 
 
 class Stop:
-    """Whether a signal has asked to end; the processes of a run agree on it."""
+    """Whether a signal has asked to end; the processes of a run agree on it. A second SIGTERM or SIGINT does not wait
+    for the checkpoint; ORPHANED always does, since it reaches the processes up to a second apart."""
 
     signal: int | None = None
+    """The one that this process was sent."""
+    agreed: bool = False
+    """Some process of the run was sent one."""
 
     def __enter__(self) -> Stop:
         self.old = {}
         if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, ORPHANED)}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.agreed and number == ORPHANED else handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.signal is not None:  # asked twice: at once
+        if self.signal is not None and number != ORPHANED:  # asked twice: at once
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def asked(self, processes: PartialState) -> bool:
-        if processes.num_processes == 1:
-            return self.signal is not None
-        flag = reduce(torch.tensor(float(self.signal or 0), device=processes.device), "sum")
-        if flag > 0 and self.signal is None:
-            self.signal = int(signal.SIGTERM)
-        return bool(flag > 0)
+        self.agreed = self.signal is not None
+        if processes.num_processes > 1:
+            flag = reduce(torch.tensor(float(self.agreed), device=processes.device), "sum")
+            self.agreed = bool(flag > 0)
+        return self.agreed
 
 
 class Log:
