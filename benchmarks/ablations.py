@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.checkpoint import load_controlnet
+from controlnet.model.nets import load_controlnet
 from controlnet.model.tiny.card import interval, make_images
-from controlnet.model.tiny.dataset import HELD_OUT, world, world_photos
-from controlnet.model.tiny.fidelity import JointReader, measures
+from controlnet.model.tiny.readers import JointReader, measures
+from controlnet.model.tiny.world.shards import HELD_OUT, world, world_photos
 from controlnet.model.training.report import read_run
 from controlnet.preprocessors.files import write_file
 from convergence import VARIANTS, run_of

@@ -32,6 +32,8 @@ for path in sorted(Path(folder).iterdir()):
     map_ = detector(Image.open(path), **sizes, output_type="pil")
     map_.save(f"{out}/{path.stem}.png")
 """
+OURS = "controlnet.cli.detect, controlnet.preprocessors.detectors.canny"
+"""What `detect canny` imports."""
 
 
 def cuttings(folder: Path, count: int = 200) -> Path:
@@ -104,8 +106,8 @@ def first(program: str, photos: Path, work: Path, hed: Path) -> None:
     one = work / "one"
     one.mkdir()
     (one / photo.name).symlink_to(photo)
-    imports = [[sys.executable, "-W", "ignore", "-c", f"import {name}"]
-               for name in ("controlnet.cli.detect, controlnet.preprocessors.canny", "controlnet_aux")]  # fmt: skip
+    imports = [[sys.executable, "-W", "ignore", "-c", f"import {names}"]
+               for names in (OURS, "controlnet_aux")]  # fmt: skip
     times = [[timed(command, 2) for command in imports] for _ in range(ROUNDS + 1)][1:]
     ours_s, aux_s = (statistics.median(t[i] for t in times) for i in (0, 1))
     print(f"| import of the canny detector | {ours_s:.2f} | {aux_s:.2f} |", flush=True)

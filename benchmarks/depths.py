@@ -13,8 +13,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.images import read_image
-from controlnet.preprocessors.registry import find_detector
 
 
 def nearness_of(name: str, folder: Path) -> np.ndarray:

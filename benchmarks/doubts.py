@@ -13,11 +13,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 from controlnet.cli.maps import expand
-from controlnet.preprocessors.detect import detect, rgb
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.doubts import HARD_LINES, LINES, doubts
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.images import read_bytes, read_image
-from controlnet.preprocessors.registry import find_detector
+from controlnet.preprocessors.stage_one import detect, rgb
 
 KINDS = ("canny", "softedge", "scribble", "lineart", "pose")
 

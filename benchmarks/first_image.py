@@ -27,12 +27,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 """
 CLOCKED = [
     ("base loaded", "controlnet.model.base", "load_base"),
-    ("ControlNet loaded", "controlnet.model.checkpoint", "load_controlnet"),
-    ("hashes of the models", "controlnet.model.hashes", "model_hash"),
+    ("ControlNet loaded", "controlnet.model.nets", "load_controlnet"),
+    ("hashes of the models", "controlnet.model.files.hashes", "model_hash"),
     ("condition read and judged", "controlnet.cli.images", "Studio._placed"),
     ("text encoded", "controlnet.model.base", "Base.encode_text"),
-    ("hint encoded", "controlnet.model.controlnet", "ControlNet.encode_hint"),
-    ("20 steps", "controlnet.model.generate", "sample"),
+    ("hint encoded", "controlnet.model.control.controlnet", "ControlNet.encode_hint"),
+    ("20 steps", "controlnet.model.sampling.generate", "sample"),
     ("decoded", "controlnet.model.base", "Base.decode"),
     ("PNG", "controlnet.cli.images", "_png"),
 ]
@@ -90,10 +90,10 @@ def slowest_imports(count: int = 6) -> list[tuple[str, float]]:
 
 def main() -> None:
     import torch
-    from controlnet.model.tiny.dataset import HELD_OUT
-    from controlnet.model.tiny.fidelity import user_canny
-    from controlnet.model.tiny.render import render
-    from controlnet.model.tiny.scenes import make_scene
+    from controlnet.model.tiny.readers import user_canny
+    from controlnet.model.tiny.world.render import render
+    from controlnet.model.tiny.world.scenes import make_scene
+    from controlnet.model.tiny.world.shards import HELD_OUT
     from controlnet.preprocessors.images import png_bytes
 
     scene = make_scene(HELD_OUT + 1)

@@ -70,8 +70,8 @@ class Networks:
 
     def ours(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
         import torch
-        from controlnet.model.sampling import Applied, sample
-        from controlnet.model.schedulers import make_scheduler
+        from controlnet.model.sampling.loop import Applied, sample
+        from controlnet.model.sampling.schedulers import make_scheduler
 
         noise, text, null, condition = self.inputs(side, batch)
         with torch.no_grad():
@@ -93,8 +93,8 @@ class Networks:
 def networks(small: bool, nets: int = 1):
     """(UNet, ControlNets) in float32 with random weights, zero convolutions filled."""
     import torch
-    from controlnet.model.controlnet import ControlNet
-    from controlnet.model.families import SD1
+    from controlnet.model.control.controlnet import ControlNet
+    from controlnet.model.files.families import SD1
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -208,9 +208,9 @@ def image(args, device) -> None:
     """One image of three evaluations with SD 1.5's VAE; prints seconds and peak memory."""
     import torch
     from controlnet.model.base import Base
-    from controlnet.model.families import VAE
-    from controlnet.model.generate import Request, generate
-    from controlnet.model.strength import Strength
+    from controlnet.model.control.strength import Strength
+    from controlnet.model.files.families import VAE
+    from controlnet.model.sampling.generate import Request, generate
     from diffusers import AutoencoderKL, DDIMScheduler
 
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16

@@ -3,7 +3,7 @@
     python benchmarks/paper.py [--scenes 100] [--runs runs/tiny]
                                [--parts fidelity,prompts,composition,weightings,trained]
 
-Scores are the card's (model/tiny/fidelity.py): F1 of edges found again, PCK of joints, rank correlation of depth;
+Scores are the card's (model/tiny/readers.py): F1 of edges found again, PCK of joints, rank correlation of depth;
 colours are right where the prompt's colour is read from floor, wall and main object. Means with 95 % bootstrap
 intervals. "trained" is the record of `make ablations`, which takes an hour.
 """
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from ablations import RECORD
 from controlnet.model.base import Base, load_base
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.generate import Request, generate
+from controlnet.model.control.strength import Strength
+from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
-from controlnet.model.strength import Strength
+from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.card import BATCH, STEPS, Colours, interval, joint_reader, reconstruct
-from controlnet.model.tiny.dataset import HELD_OUT, World, world
-from controlnet.model.tiny.fidelity import Measure, measures
+from controlnet.model.tiny.readers import Measure, measures
+from controlnet.model.tiny.world.shards import HELD_OUT, World, world
 
 Table = list[list[str]]
 

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.families import FAMILIES, VAE, Family, scheduler_config
-from controlnet.model.modes import MODES
-from controlnet.model.sampling import Applied, draw_noise, sample
-from controlnet.model.schedulers import SCHEDULERS, make_scheduler
-from controlnet.model.strength import SOFT, Strength
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.modes import MODES
+from controlnet.model.control.strength import SOFT, Strength
+from controlnet.model.files.families import FAMILIES, VAE, Family, scheduler_config
+from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from controlnet.preprocessors.agreement import oks
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.errors import NothingFoundError
 from controlnet.preprocessors.images import read_image
-from controlnet.preprocessors.registry import find_detector
 from controlnet.preprocessors.skeleton import JOINTS
 
 KNOWN = {name for name in JOINTS if name != "neck"}

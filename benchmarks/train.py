@@ -70,7 +70,7 @@ def step_of(variant: str, args, device):
     """A function that does one optimiser step of a variant."""
     import torch
     import torch.nn.functional as F
-    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.control.controlnet import ControlNet
     from controlnet.model.training.objective import Batch, Diffusion, control_losses
     from controlnet.model.training.precision import autocast
     from diffusers import ControlNetModel, DDPMScheduler
@@ -162,9 +162,9 @@ def read_times(counts=(100, 1_000, 10_000, 100_000), batch: int = 4, reads: int 
     from controlnet.model.training.cache import Cache
     from controlnet.model.training.config import TrainConfig
     from controlnet.model.training.samples import Samples
+    from controlnet.preprocessors.data.pairs import Pair
     from controlnet.preprocessors.files import write_file
     from controlnet.preprocessors.images import png_bytes
-    from controlnet.preprocessors.pairs import Pair
 
     base = load_base("tiny")
     rows = []

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from controlnet.model.modes import WEIGHTINGS
+from controlnet.model.control.modes import WEIGHTINGS
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
 

@@ -26,10 +26,10 @@ def check(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from controlnet.preprocessors.check import check_pairs
+    from controlnet.preprocessors.data.check import check_pairs
+    from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, find_pairs, kind_of_pairs
     from controlnet.preprocessors.files import write_file
     from controlnet.preprocessors.images import png_bytes
-    from controlnet.preprocessors.pairs import SHEET_SUFFIX, find_pairs, kind_of_pairs
     from controlnet.preprocessors.sheet import contact_sheet
 
     found = find_pairs(data)
@@ -77,9 +77,9 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     from controlnet.cli.options import keeps
-    from controlnet.preprocessors.build import build, options_of
+    from controlnet.preprocessors.data.build import build, options_of
+    from controlnet.preprocessors.data.pairs import find_pairs
     from controlnet.preprocessors.geometry import parse_size
-    from controlnet.preprocessors.pairs import find_pairs
 
     if resize not in ("crop", "pad", "stretch"):
         raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")

@@ -24,9 +24,9 @@ from controlnet.cli.options import (
     keeps,
     say,
 )
+from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
-from controlnet.preprocessors.registry import DETECTORS, Detector, find_detector
 from typer.core import TyperGroup
 
 Inputs = Annotated[

@@ -21,7 +21,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     silence_libraries()
-    from controlnet.model.stored import open_model
+    from controlnet.model.files.layouts import open_model
 
     for path in paths:
         fields = described(open_model(path))
@@ -35,7 +35,7 @@ def show(
 
 def described(stored) -> dict[str, Any]:
     """What `models show` tells; reads no tensor."""
-    from controlnet.model.families import family_name
+    from controlnet.model.files.families import family_name
 
     net = "controlnet" in stored.parts
     configs = {part: stored.config(part) for part in stored.parts}
@@ -77,8 +77,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     silence_libraries()
-    from controlnet.model.convert import LAYOUTS
-    from controlnet.model.convert import convert as write
+    from controlnet.model.files.convert import LAYOUTS
+    from controlnet.model.files.convert import convert as write
 
     if to not in LAYOUTS:
         raise UsageError(f"--to {to}: expected {' or '.join(LAYOUTS)}", "--to diffusers")

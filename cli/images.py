@@ -20,8 +20,8 @@ from controlnet.preprocessors.errors import ControlNetError, InputError, UsageEr
 if TYPE_CHECKING:
     import numpy as np
     from controlnet.model.base import Base
-    from controlnet.model.generate import Memory, Request
-    from controlnet.model.strength import Strength
+    from controlnet.model.control.strength import Strength
+    from controlnet.model.sampling.generate import Memory, Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Studio:
     def make(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None],
              on_step: Callable[[float], None]) -> Iterator[tuple[Wanted, bytes, dict]]:  # fmt: skip
         """(wanted, PNG, record) of one image after another. What fails is reported and the rest goes on."""
-        from controlnet.model.generate import BATCH, generate
+        from controlnet.model.sampling.generate import BATCH, generate
 
         made = 0
         together = 1 if self.low_memory else BATCH
@@ -114,10 +114,10 @@ class Studio:
 
     def _prepared(self, one: Wanted) -> Prepared:
         import torch
-        from controlnet.model.generate import Request, check_memory
-        from controlnet.model.hashes import model_hash
-        from controlnet.model.sampling import count_evaluations
-        from controlnet.model.schedulers import make_scheduler
+        from controlnet.model.files.hashes import model_hash
+        from controlnet.model.sampling.generate import Request, check_memory
+        from controlnet.model.sampling.loop import count_evaluations
+        from controlnet.model.sampling.schedulers import make_scheduler
 
         job = one.job
         base, memory = self.base_for(job)
@@ -150,7 +150,7 @@ class Studio:
 
     def _acting(self, job: Job, flag: ConditionFlag, read: Read, base: Base, size: tuple[int, int]):
         """A condition at work: (ControlNet, Strength, map on the canvas, record)."""
-        from controlnet.model.strength import Strength
+        from controlnet.model.control.strength import Strength
         from controlnet.preprocessors.metadata import sha256
 
         source = self.sources.source(job.base, flag, read.kind)
@@ -176,7 +176,7 @@ class Studio:
 
     def reads(self, job: Job) -> tuple[tuple[int, int], list[Read]]:
         """The canvas of a job, and its conditions as they were read, or detected at the canvas's aspect."""
-        from controlnet.model.generate import canvas_size
+        from controlnet.model.sampling.generate import canvas_size
 
         base, _ = self.base_for(job)
         size = job.size
@@ -210,7 +210,7 @@ class Studio:
 
     def _base(self, name: str) -> tuple[Base, Memory]:
         from controlnet.model.base import load_base
-        from controlnet.model.generate import Memory
+        from controlnet.model.sampling.generate import Memory
 
         base = load_base(name, self.device, self.dtype, self.offline, self.low_memory)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -219,8 +219,8 @@ class Studio:
 
     def _net(self, base_name: str, source: str):
         """A ControlNet that fits the base, and its hash."""
-        from controlnet.model.checkpoint import load_controlnet
-        from controlnet.model.hashes import model_hash
+        from controlnet.model.files.hashes import model_hash
+        from controlnet.model.nets import load_controlnet
 
         base, _ = self.base(base_name)
         path = self.sources.find(source)
@@ -229,7 +229,7 @@ class Studio:
         return net, model_hash(path)
 
     def _detector(self, kind: str):
-        from controlnet.preprocessors.registry import find_detector
+        from controlnet.preprocessors.detectors.registry import find_detector
 
         row = find_detector(kind)
         options = row.load_options()()
@@ -237,9 +237,9 @@ class Studio:
 
     def _read(self, flag: ConditionFlag, canvas: tuple[int, int] | None = None) -> Read:
         """The map of a condition; stage one, for a canvas (width, height), where `detect` asks for it."""
-        from controlnet.model.generate import detection_size
-        from controlnet.preprocessors.detect import detect, record, rgb
+        from controlnet.model.sampling.generate import detection_size
         from controlnet.preprocessors.metadata import load
+        from controlnet.preprocessors.stage_one import detect, record, rgb
 
         image, (text, digest) = self.picture(flag.path)
         fields: dict[str, Any] = {"path": flag.path, "sha256": digest}
@@ -257,7 +257,7 @@ class Studio:
 
     def _placed(self, flag: ConditionFlag, read: Read, size: tuple[int, int]) -> np.ndarray:
         """The condition's map on the canvas; what looks wrong with it is said, or an error when strict."""
-        from controlnet.model.canvas import to_canvas
+        from controlnet.model.sampling.canvas import to_canvas
         from controlnet.preprocessors.doubts import doubts
         from controlnet.preprocessors.skeleton import from_text
 
@@ -270,7 +270,7 @@ class Studio:
     def _region(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict]:
         """(H, W) float32 in [0, 1] on the canvas, and its record."""
         import numpy as np
-        from controlnet.model.canvas import to_canvas
+        from controlnet.model.sampling.canvas import to_canvas
 
         image, (_, digest) = self.picture(path)
         if (image.shape[1], image.shape[0]) != size:
@@ -346,7 +346,7 @@ def _versions() -> dict[str, str]:
     import diffusers
     import torch
     import transformers
-    from controlnet.preprocessors.detect import version
+    from controlnet.preprocessors.stage_one import version
 
     return {
         "controlnet": version(),

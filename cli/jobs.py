@@ -16,7 +16,7 @@ from typing import Any
 
 from controlnet.cli.conditions import ConditionFlag, parse_condition, parse_weighting
 from controlnet.cli.options import is_folder, keeps, output_path, tell
-from controlnet.model.modes import CONTROL_ON, MODES
+from controlnet.model.control.modes import CONTROL_ON, MODES
 from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, OutputError, UsageError
 from controlnet.preprocessors.files import decoded, exists, is_dir, is_file
 from controlnet.preprocessors.jsons import read_object
@@ -247,8 +247,8 @@ def check_names(job: Job) -> None:
     """Raises UsageError or InputError for models, kinds, schedulers and files that cannot be: in a moment, before a
     library is loaded that takes seconds."""
     from controlnet.model.registry import BASES, check_base_name, check_net_name, net_for
-    from controlnet.model.schedulers import check_scheduler_name
-    from controlnet.preprocessors.registry import find_detector
+    from controlnet.model.sampling.schedulers import check_scheduler_name
+    from controlnet.preprocessors.detectors.registry import find_detector
 
     check_base_name(job.base)
     if job.scheduler is not None:

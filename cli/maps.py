@@ -12,9 +12,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from controlnet.cli.options import keeps, output_path, say, tell, warn
+from controlnet.preprocessors.detectors.registry import Detector, Maker
 from controlnet.preprocessors.errors import ControlNetError, InputError, NothingFoundError, UsageError
 from controlnet.preprocessors.files import is_dir, is_file
-from controlnet.preprocessors.registry import Detector, Maker
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,12 +172,12 @@ def _is_ready(future: Future) -> bool:
 
 
 def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock) -> Made:
-    from controlnet.preprocessors.detect import detect, record, rgb
     from controlnet.preprocessors.files import write_file
     from controlnet.preprocessors.geometry import fit
     from controlnet.preprocessors.images import png_bytes, read_image
     from controlnet.preprocessors.keypoints import draw_json, to_json
     from controlnet.preprocessors.metadata import dump, sha256
+    from controlnet.preprocessors.stage_one import detect, record, rgb
 
     def told(size: tuple[int, int]) -> dict:
         return record(job.detector, job.options, size, job.resize, Path(source).name, digest)

@@ -39,7 +39,7 @@ def list_(as_json: Json = False) -> None:
 def rows() -> list[dict[str, Any]]:
     """name, what, family, kind, source, licence and whether it is here, of all that the tables know."""
     from controlnet.model.registry import BASES, NETS
-    from controlnet.preprocessors.registry import DETECTORS
+    from controlnet.preprocessors.detectors.registry import DETECTORS
     from controlnet.preprocessors.weights import WEIGHTS, kept
 
     kinds = {
@@ -63,7 +63,7 @@ def _source(source: str) -> str:
 
 
 def _here(source: str) -> bool:
-    from controlnet.model.hub import kept
+    from controlnet.model.files.hub import kept
 
     return Path(source).is_dir() or kept(source) is not None
 
@@ -84,7 +84,7 @@ def pull(
 
 def _embedded() -> list[str]:
     """The default detectors' weights that come from the package index."""
-    from controlnet.preprocessors.registry import DETECTORS, find_detector
+    from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
     from controlnet.preprocessors.weights import WEIGHTS
 
     names = dict.fromkeys(find_detector(kind).weights for kind in DETECTORS)
@@ -98,7 +98,7 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
         with bytes_bar(f"fetching {name}", quiet) as on_bytes:
             return weights.kept(name) or weights.pull(name, on_bytes)
     silence_libraries(bars=not quiet)
-    from controlnet.model import hub
+    from controlnet.model.files import hub
 
     source = _model(name)
     if Path(source).is_dir():
@@ -109,7 +109,7 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
 
 def _model(name: str) -> str:
     """The folder or hub id of a name of the tables, or a hub id as it is."""
-    from controlnet.model import hub
+    from controlnet.model.files import hub
     from controlnet.model.registry import BASES, NETS
 
     known = BASES.get(name) or NETS.get(name)
@@ -121,7 +121,7 @@ def _model(name: str) -> str:
 @app.command("verify", help="Check files against what they were when they were fetched; exit code 5 when one differs.")
 def verify(names: Names = None, as_json: Json = False) -> None:
     silence_libraries()
-    from controlnet.model import hub
+    from controlnet.model.files import hub
     from controlnet.model.registry import NETS
     from controlnet.preprocessors import weights
 
@@ -153,9 +153,9 @@ def _is_checked(name: str, locked: dict) -> bool:
 
 def _verify_model(source: str) -> list[str]:
     """Damaged files of a hub id; of a folder of this package, the parts that cannot be read."""
-    from controlnet.model import hub
-    from controlnet.model.checkpoint import check_finite
-    from controlnet.model.stored import open_model
+    from controlnet.model.files import hub
+    from controlnet.model.files.layouts import open_model
+    from controlnet.model.nets import check_finite
     from controlnet.preprocessors.errors import ModelError
 
     if not Path(source).is_dir():
@@ -174,9 +174,9 @@ def use(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name of models list, a folder, a file or a hub id.")],
 ) -> None:
     silence_libraries()
-    from controlnet.model import hub
+    from controlnet.model.files import hub
+    from controlnet.model.files.layouts import open_model
     from controlnet.model.registry import BASES, NETS
-    from controlnet.model.stored import open_model
 
     if name in NETS or not (name in BASES or Path(name).exists() or hub.is_hub_id(name)):
         raise UsageError(

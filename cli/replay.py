@@ -165,7 +165,7 @@ def _check(fields: Any, types: dict[str, tuple[type, ...]], image: Path) -> None
 def _job(image: Path, record: dict, moved: list[str]) -> Job:
     """The job of a record. `moved` are the conditions' paths today, if any are given."""
     from controlnet.cli.jobs import Job
-    from controlnet.model.schedulers import SCHEDULERS
+    from controlnet.model.sampling.schedulers import SCHEDULERS
     from controlnet.preprocessors.geometry import parse_size
 
     _check(record, _RECORD, image)

@@ -158,8 +158,8 @@ class Scorer:
 
     def of_record(self, image: np.ndarray, name: str, condition: dict) -> tuple[str, Scored]:
         """The scores for a condition of the image's own record; where it was made of a photo, it is made again."""
-        from controlnet.preprocessors.detect import detect, rgb
         from controlnet.preprocessors.images import read_bytes, read_image
+        from controlnet.preprocessors.stage_one import detect, rgb
 
         path = _recorded_path(condition, name)
         made = condition.get("detect")
@@ -229,7 +229,7 @@ class Scorer:
         return make(fit(image, (map_.shape[1], map_.shape[0]), "stretch"))
 
     def _make(self, kind: str, name: str | None, options: str) -> Callable:
-        from controlnet.preprocessors.registry import find_detector
+        from controlnet.preprocessors.detectors.registry import find_detector
 
         row = find_detector(kind, name)
         try:
@@ -249,9 +249,9 @@ def _same_aspect(image: np.ndarray, map_: np.ndarray) -> bool:
 
 def _lines(scorer: Scorer, image, map_, kind: str, record: dict, path: str) -> Scored:
     import numpy as np
-    from controlnet.model.canvas import to_canvas
+    from controlnet.model.sampling.canvas import to_canvas
     from controlnet.preprocessors.agreement import edge_f1, ssim
-    from controlnet.preprocessors.detect import rgb
+    from controlnet.preprocessors.stage_one import rgb
 
     found, _ = scorer.found(image, map_, kind, record)
     size = (image.shape[1], image.shape[0])
@@ -266,9 +266,9 @@ def _lines(scorer: Scorer, image, map_, kind: str, record: dict, path: str) -> S
 def _depth(scorer: Scorer, image, map_, kind: str, record: dict, path: str) -> Scored:
     import cv2
     import numpy as np
-    from controlnet.model.canvas import to_canvas
+    from controlnet.model.sampling.canvas import to_canvas
     from controlnet.preprocessors.agreement import aligned, depth_rmse, rank_correlation
-    from controlnet.preprocessors.detect import rgb
+    from controlnet.preprocessors.stage_one import rgb
 
     found, _ = scorer.found(image, map_, kind, record | {"options": {}})
     size = (image.shape[1], image.shape[0])

@@ -34,7 +34,7 @@ class Sources:
 
     def _family(self, base_name: str) -> str:
         from controlnet.model.base import find_base
-        from controlnet.model.families import family_name
+        from controlnet.model.files.families import family_name
         from controlnet.model.registry import BASES
 
         if base_name in BASES:
@@ -43,9 +43,9 @@ class Sources:
 
     def missing(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> list[tuple[str, str]]:
         """(name to pull, what it is) of all that a job needs and this machine lacks."""
-        from controlnet.model import hub
+        from controlnet.model.files import hub
         from controlnet.model.registry import BASES, NETS
-        from controlnet.preprocessors.registry import find_detector
+        from controlnet.preprocessors.detectors.registry import find_detector
         from controlnet.preprocessors.weights import kept
 
         lacking = {}
@@ -78,15 +78,15 @@ class Sources:
 
     def find(self, source: str) -> Path:
         """A ControlNet's folder or file, fetched if it is not here and may be."""
-        from controlnet.model.hub import find
+        from controlnet.model.files.hub import find
 
         return find(source, self.offline, "--cond map.png,net=FOLDER")
 
     def _fits(self, base_name: str, source: str) -> None:
         """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
         from controlnet.model.base import find_base
-        from controlnet.model.checkpoint import check_family
-        from controlnet.model.stored import open_model
+        from controlnet.model.files.layouts import open_model
+        from controlnet.model.nets import check_family
 
         stored = open_model(self.find(source))
         check_family(stored, find_base(base_name, self.offline).config("unet"), base_name)

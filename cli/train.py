@@ -73,7 +73,7 @@ def train(
     device: Device = None, offline: Offline = False, as_json: Json = False, strict: Strict = False,
     quiet: Quiet = False, settings: Settings = False,
 ) -> None:  # fmt: skip
-    from controlnet.preprocessors.pairs import find_pairs
+    from controlnet.preprocessors.data.pairs import find_pairs
 
     if processes < 1:
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
@@ -164,11 +164,11 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     from dataclasses import replace
 
     from controlnet.cli.machine import choose_device, silence_libraries
-    from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
+    from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 
     silence_libraries()
     if found is None:
-        from controlnet.model.tiny.dataset import world_photos
+        from controlnet.model.tiny.world.shards import world_photos
         from controlnet.preprocessors.weights import cache_folder
 
         place = cache_folder() / "world" / f"{WORLD_SCENES}-128"

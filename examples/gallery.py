@@ -16,23 +16,23 @@ from pathlib import Path
 
 import numpy as np
 from controlnet.model.base import load_base
-from controlnet.model.canvas import to_canvas
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.generate import Request, generate
-from controlnet.model.modes import MODES
+from controlnet.model.control.modes import MODES
+from controlnet.model.control.strength import Strength
+from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
-from controlnet.model.strength import Strength
-from controlnet.model.tiny.dataset import HELD_OUT
-from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
-from controlnet.model.tiny.render import MAIN, render
-from controlnet.model.tiny.scenes import make_scene
-from controlnet.preprocessors.detect import detect, rgb
+from controlnet.model.sampling.canvas import to_canvas
+from controlnet.model.sampling.generate import Request, generate
+from controlnet.model.tiny.readers import pose_of, user_canny, user_depth
+from controlnet.model.tiny.world.render import MAIN, render
+from controlnet.model.tiny.world.scenes import make_scene
+from controlnet.model.tiny.world.shards import HELD_OUT
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_image
-from controlnet.preprocessors.registry import find_detector
 from controlnet.preprocessors.sheet import contact_sheet
 from controlnet.preprocessors.skeleton import cut_people, draw, from_text
+from controlnet.preprocessors.stage_one import detect, rgb
 
 Cells = list[tuple[np.ndarray, str]]
 SCENES, SHOWN = 60, 3

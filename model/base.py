@@ -18,13 +18,13 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from controlnet.model import hub
-from controlnet.model.checkpoint import check_state
-from controlnet.model.families import FAMILIES, MERGES, UNSUPPORTED, clip_vocabulary, family_name
+from controlnet.model.control.unet import BLOCKS
+from controlnet.model.files import hub
+from controlnet.model.files.families import FAMILIES, MERGES, UNSUPPORTED, clip_vocabulary, family_name
+from controlnet.model.files.layouts import BASE_PARTS, Stored, open_model
+from controlnet.model.files.tensors import align, read_json
+from controlnet.model.nets import check_state
 from controlnet.model.registry import BASES, KnownBase, check_base_name
-from controlnet.model.stored import BASE_PARTS, Stored, open_model
-from controlnet.model.tensors import align, read_json
-from controlnet.model.unet import BLOCKS
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
 from diffusers import SchedulerMixin, UNet2DConditionModel

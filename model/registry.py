@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from controlnet.model.families import SD1, SD2
+from controlnet.model.files.families import SD1, SD2
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
 

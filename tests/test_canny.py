@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import skimage.data
-from controlnet.preprocessors.canny import CannyOptions, auto_thresholds, canny
+from controlnet.preprocessors.detectors.canny import CannyOptions, auto_thresholds, canny
 from controlnet.preprocessors.errors import UsageError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from controlnet.model.base import load_base
-from controlnet.model.canvas import condition_tensor, to_canvas
-from controlnet.model.generate import canvas_size
+from controlnet.model.sampling.canvas import condition_tensor, to_canvas
+from controlnet.model.sampling.generate import canvas_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

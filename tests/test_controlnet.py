@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from controlnet.model.checkpoint import load_controlnet, save_controlnet
-from controlnet.model.controlnet import ControlNet, skip_channels
-from controlnet.model.hint import PaperHintEncoder, ReleasedHintEncoder
-from controlnet.model.unet import denoise
+from controlnet.model.control.controlnet import ControlNet, skip_channels
+from controlnet.model.control.hint import PaperHintEncoder, ReleasedHintEncoder
+from controlnet.model.control.unet import denoise
+from controlnet.model.nets import load_controlnet, save_controlnet
 from diffusers import ControlNetModel, UNet2DConditionModel
 from helpers import randomise, small_unet
 from safetensors.torch import load_file

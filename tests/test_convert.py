@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from controlnet.model import names
 from controlnet.model.base import find_base, load_base, write_tokenizer
-from controlnet.model.checkpoint import load_controlnet, save_controlnet
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.convert import convert
-from controlnet.model.families import MERGES, SD1, SD2, VAE, clip_vocabulary, scheduler_config
-from controlnet.model.generate import Request, generate
-from controlnet.model.stored import STEMS, open_model, to_open_clip
-from controlnet.model.strength import Strength
-from controlnet.model.tensors import read_tensors, write_tensors
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.strength import Strength
+from controlnet.model.files import names
+from controlnet.model.files.convert import convert
+from controlnet.model.files.families import MERGES, SD1, SD2, VAE, clip_vocabulary, scheduler_config
+from controlnet.model.files.layouts import STEMS, open_model, to_open_clip
+from controlnet.model.files.tensors import read_tensors, write_tensors
+from controlnet.model.nets import load_controlnet, save_controlnet
+from controlnet.model.sampling.generate import Request, generate
 from controlnet.preprocessors.errors import Exit, ModelError
 from controlnet.preprocessors.images import png_bytes
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel

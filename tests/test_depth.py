@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from controlnet.preprocessors.depth import (
+from controlnet.preprocessors.data.mirror import flip_condition
+from controlnet.preprocessors.detectors.depth import (
     DepthOptions,
     NormalOptions,
     midas_depth,
@@ -16,7 +17,6 @@ from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.metadata import load
-from controlnet.preprocessors.mirror import flip_condition
 from controlnet.preprocessors.weights import SHIPPED
 from helpers import run
 from hypothesis import given, settings
@@ -156,7 +156,7 @@ def test_midas_is_controlnet_auxs(photo, tmp_path):
 
 def test_the_embedded_network_sees_a_room(tmp_path):
     """A drawn room, never trained on, through the command, without any network: near is white, and in order."""
-    from controlnet.model.tiny.rooms import draw_rooms
+    from controlnet.model.tiny.world.rooms import draw_rooms
     from controlnet.preprocessors.agreement import rank_correlation
 
     images, depth = draw_rooms([20_000_003, 20_000_004, 20_000_005], 128)

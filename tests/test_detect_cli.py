@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from controlnet.preprocessors.detectors.registry import DETECTORS
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.images import read_image
-from controlnet.preprocessors.registry import DETECTORS
 from PIL import Image
 
 

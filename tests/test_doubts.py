@@ -3,13 +3,13 @@
 import cv2
 import numpy as np
 import pytest
-from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.detectors.canny import canny
+from controlnet.preprocessors.detectors.hed import strokes
+from controlnet.preprocessors.detectors.lineart import lineart
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.files import write_file
-from controlnet.preprocessors.hed import strokes
 from controlnet.preprocessors.images import png_bytes
-from controlnet.preprocessors.lineart import lineart
 from controlnet.preprocessors.skeleton import cut_people, draw, mirror
 from helpers import run
 from test_skeleton import standing

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from controlnet.preprocessors import hed
+from controlnet.preprocessors.detectors import hed
+from controlnet.preprocessors.detectors.lineart import LineArtOptions, lineart
 from controlnet.preprocessors.errors import Exit, ModelError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
-from controlnet.preprocessors.lineart import LineArtOptions, lineart
 from helpers import run
 
 with warnings.catch_warnings():  # torch.jit.script is deprecated, says its import

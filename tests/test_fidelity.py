@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.tiny.card import Colours
-from controlnet.model.tiny.dataset import HELD_OUT, World
-from controlnet.model.tiny.fidelity import JointReader, PartReader, measures, pose_of
-from controlnet.model.tiny.render import FLOOR, MAIN, render
-from controlnet.model.tiny.scenes import make_scene
+from controlnet.model.tiny.readers import JointReader, PartReader, measures, pose_of
+from controlnet.model.tiny.world.render import FLOOR, MAIN, render
+from controlnet.model.tiny.world.scenes import make_scene
+from controlnet.model.tiny.world.shards import HELD_OUT, World
 from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
 from hypothesis import given
 from hypothesis import strategies as st

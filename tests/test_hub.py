@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from controlnet.model.hub import complete, is_hub_id, needed
+from controlnet.model.files.hub import complete, is_hub_id, needed
 from controlnet.model.registry import BASES, NETS, net_for
 from controlnet.preprocessors.images import png_bytes
 from huggingface_hub import constants

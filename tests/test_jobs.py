@@ -132,7 +132,7 @@ def test_folders_are_paired_by_name(tmp_path, maps):
 def test_alike_jobs_are_made_together_and_as_if_alone(run, maps, flags, net, tmp_path, monkeypatch):
     """One load of each model; images of jobs that share a batch are those of the jobs alone, within a level."""
     from controlnet.model import base as base_module
-    from controlnet.model import checkpoint
+    from controlnet.model import nets as checkpoint
 
     loads, counters = [], []
     for module, name in ((base_module, "load_base"), (checkpoint, "load_controlnet")):

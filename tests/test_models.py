@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.checkpoint import load_controlnet, save_controlnet
-from controlnet.model.hashes import model_hash
-from controlnet.model.schedulers import SCHEDULERS, make_scheduler
-from controlnet.model.tensors import read_weights
+from controlnet.model.files.hashes import model_hash
+from controlnet.model.files.tensors import read_weights
+from controlnet.model.nets import load_controlnet, save_controlnet
+from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.preprocessors.errors import ModelError, UsageError
 
 
@@ -66,7 +66,7 @@ def test_a_folders_hash_follows_its_weights(small_base_folder, tmp_path):
 
 @pytest.mark.parametrize("hint", ["released", "paper"])
 def test_a_net_survives_its_file(small_base_folder, tmp_path, hint):
-    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.control.controlnet import ControlNet
     from helpers import randomise, small_unet
 
     net = randomise(ControlNet.from_base(small_unet(), hint, (4, 4, 8, 8)))

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from controlnet.preprocessors.build import _names
-from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.data.build import _names
+from controlnet.preprocessors.data.mirror import flip_condition, flip_words
+from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
+from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
-from controlnet.preprocessors.mirror import flip_condition, flip_words
-from controlnet.preprocessors.pairs import find_pairs, kind_of_pairs
 from helpers import run
 from hypothesis import given
 from hypothesis import strategies as st

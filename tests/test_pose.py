@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from controlnet.preprocessors.blazepose import BlazePoseOptions, _same, _squares, find_people
+from controlnet.preprocessors.detectors.blazepose import BlazePoseOptions, _same, _squares, find_people
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit, window

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.tiny.depth import loss_of_batch, main, vary
-from controlnet.model.tiny.rooms import draw_rooms, make_room
-from controlnet.preprocessors.tiny_depth import STRIDE, Dense, load, nearness
+from controlnet.model.tiny.world.rooms import draw_rooms, make_room
+from controlnet.preprocessors.detectors.tiny_depth import STRIDE, Dense, load, nearness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

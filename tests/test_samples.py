@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.hashes import model_hash
+from controlnet.model.files.hashes import model_hash
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.samples import Samples
-from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.data.pairs import find_pairs
+from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import InputError, OutputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.metadata import dump
-from controlnet.preprocessors.pairs import find_pairs
 from controlnet.preprocessors.skeleton import cut_people, draw, mirror, to_text
 
 
@@ -162,7 +162,7 @@ def test_poses_are_drawn_anew_for_crops_and_flips(data, config, tmp_path):
 
 
 def test_conditions_of_photos_are_what_detect_and_generate_make(data, config, tmp_path):
-    from controlnet.model.canvas import to_canvas
+    from controlnet.model.sampling.canvas import to_canvas
     from controlnet.preprocessors.geometry import fit
 
     photo = np.kron(read_image((data / "0.png").read_bytes(), "")[0], np.ones((9, 9, 1), np.uint8))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.canvas import condition_tensor
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.generate import Request, generate
-from controlnet.model.sampling import Applied, draw_noise, sample
-from controlnet.model.schedulers import SCHEDULERS, make_scheduler
-from controlnet.model.strength import Strength
+from controlnet.model.control.strength import Strength
+from controlnet.model.nets import load_controlnet
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.generate import Request, generate
+from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from helpers import Counter
 

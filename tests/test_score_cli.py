@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from controlnet.cli.score import interval
-from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
@@ -70,7 +70,7 @@ def test_table_and_overlay(run, files):
 
 def test_poses(run, tmp_path, monkeypatch):
     """With a detector that finds a given pose: the same one is perfect, one beside it is not, nobody is 0."""
-    from controlnet.preprocessors.registry import Detector
+    from controlnet.preprocessors.detectors.registry import Detector
 
     people = [standing()]
     text = dump({"kind": "pose", "keypoints": to_text(people)})

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.canvas import condition_tensor
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.controlnet import Control
-from controlnet.model.sampling import Applied, draw_noise, sample
-from controlnet.model.schedulers import make_scheduler
-from controlnet.model.strength import Strength, weights_of
+from controlnet.model.control.controlnet import Control
+from controlnet.model.control.strength import Strength, weights_of
+from controlnet.model.nets import load_controlnet
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.preprocessors.errors import UsageError
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel

@@ -14,9 +14,9 @@ import torch
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.report import read_run
 from controlnet.model.training.run import train
+from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.errors import Exit, OutputError
 from controlnet.preprocessors.lock import is_locked
-from controlnet.preprocessors.pairs import find_pairs
 from helpers import losses
 
 CPU = torch.device("cpu")

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.canvas import condition_tensor
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.generate import Request, generate
+from controlnet.model.control.strength import Strength
+from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY, KnownBase
-from controlnet.model.strength import Strength
-from controlnet.model.tiny.dataset import HELD_OUT
-from controlnet.model.tiny.fidelity import pose_of, user_canny, user_depth
-from controlnet.model.tiny.render import render
-from controlnet.model.tiny.scenes import make_scene
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.generate import Request, generate
+from controlnet.model.tiny.readers import pose_of, user_canny, user_depth
 from controlnet.model.tiny.train import parse_minutes
+from controlnet.model.tiny.world.render import render
+from controlnet.model.tiny.world.scenes import make_scene
+from controlnet.model.tiny.world.shards import HELD_OUT
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
 from controlnet.preprocessors.agreement import edge_f1
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -148,9 +148,10 @@ def test_contact_sheet():
 
 def test_training_goes_on_from_given_weights(tmp_path, monkeypatch):
     """With no minutes, what comes out is what went in, and the minutes spent on it are still told."""
-    from controlnet.model.tiny import dataset, train
-    from controlnet.model.tiny.render import render
-    from controlnet.model.tiny.scenes import make_scene
+    from controlnet.model.tiny import train
+    from controlnet.model.tiny.world import shards as dataset
+    from controlnet.model.tiny.world.render import render
+    from controlnet.model.tiny.world.scenes import make_scene
 
     scenes = [make_scene(i) for i in range(4)]
     drawn = render(scenes, 128)

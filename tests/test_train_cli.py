@@ -16,12 +16,12 @@ from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import TrainConfig, read_config, to_toml
 from controlnet.model.training.data import split
 from controlnet.model.training.run import Watcher, train
-from controlnet.preprocessors.canny import canny
+from controlnet.preprocessors.data.pairs import find_pairs
+from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, TrainingError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.lock import is_locked, locked
-from controlnet.preprocessors.pairs import find_pairs
 from diffusers import DiffusionPipeline
 from helpers import run
 
@@ -211,9 +211,9 @@ def test_tensorboard_is_asked_for_by_name(data, config, tmp_path, monkeypatch):
 
 
 def test_the_world_as_photos(tmp_path, monkeypatch):
-    from controlnet.model.tiny import dataset
-    from controlnet.model.tiny.render import render
-    from controlnet.model.tiny.scenes import make_scene
+    from controlnet.model.tiny.world import shards as dataset
+    from controlnet.model.tiny.world.render import render
+    from controlnet.model.tiny.world.scenes import make_scene
 
     scenes = [make_scene(i) for i in range(3)]
     drawn = render(scenes, 32)
@@ -257,8 +257,8 @@ def test_a_picture_that_fails_in_the_middle_loses_nothing(data, config, tmp_path
 
 
 def test_a_photo_without_anyone_is_named(data, config, tmp_path, monkeypatch):
+    from controlnet.preprocessors.detectors.registry import Detector
     from controlnet.preprocessors.errors import NothingFoundError
-    from controlnet.preprocessors.registry import Detector
 
     def nobody(image):
         raise NothingFoundError("nobody found", "--allow-empty")

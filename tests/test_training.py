@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from controlnet.model.ablations import ControlNetLite
 from controlnet.model.base import load_base
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.hashes import model_hash
+from controlnet.model.control.lite import ControlNetLite
+from controlnet.model.files.hashes import model_hash
+from controlnet.model.nets import load_controlnet
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.report import read_run
 from controlnet.model.training.run import train
+from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.errors import TrainingError, UsageError
-from controlnet.preprocessors.pairs import find_pairs
 from diffusers import ControlNetModel
 from helpers import log_of, losses
 

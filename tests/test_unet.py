@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from controlnet.model.controlnet import Control
-from controlnet.model.sampling import Applied, sample
-from controlnet.model.unet import Text, denoise, embed_time, encode, predict
+from controlnet.model.control.controlnet import Control
+from controlnet.model.control.unet import Text, denoise, embed_time, encode, predict
+from controlnet.model.sampling.loop import Applied, sample
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from helpers import Counter, randomise, small_unet
 
@@ -92,7 +92,7 @@ def test_gradients_are_diffusers_own_with_and_without_checkpointing():
 
 
 def test_keys_values_and_times_once_a_sampling():
-    from controlnet.model.controlnet import ControlNet
+    from controlnet.model.control.controlnet import ControlNet
 
     unet = small_unet()
     net = randomise(ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8)))

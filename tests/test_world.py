@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from controlnet.model.tiny.dataset import draw_shard, world
-from controlnet.model.tiny.people import FLIPPED, JOINTS, POSES, pose_joints
-from controlnet.model.tiny.render import FLOOR, MAIN, OTHER, POSTER, WALL, render
-from controlnet.model.tiny.scenes import Body, Camera, Scene, Surface, make_scene, vary
+from controlnet.model.tiny.world.people import FLIPPED, JOINTS, POSES, pose_joints
+from controlnet.model.tiny.world.render import FLOOR, MAIN, OTHER, POSTER, WALL, render
+from controlnet.model.tiny.world.scenes import Body, Camera, Scene, Surface, make_scene, vary
+from controlnet.model.tiny.world.shards import draw_shard, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +149,7 @@ def test_posters_fill_the_picture():
 
 
 def test_shards_are_drawn_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("controlnet.model.tiny.dataset.SHARD", 5)
+    monkeypatch.setattr("controlnet.model.tiny.world.shards.SHARD", 5)
     torch.manual_seed(0)
     (tmp_path / "v1-16").mkdir()
     for first in (0, 5):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from controlnet.model.zero import ControlledBlock, zero_conv
+from controlnet.model.control.zero import ControlledBlock, zero_conv
 from torch import nn
 
 

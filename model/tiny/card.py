@@ -2,7 +2,7 @@
 
     python -m controlnet.model.tiny.card
 
-Control of a kind is a score between the condition and what is found again on what was made (`fidelity.py`): T with the
+Control of a kind is a score between the condition and what is found again on what was made (`readers.py`): T with the
 scene's own condition, S with another scene's, 0 without control, C on the VAE's reconstruction of the scene itself (the
 ceiling of any model with this VAE). T and S are made twice: with control on the half of the guidance that reads the
 prompt alone, as in the paper's section 3.4 and as `tiny` has it, and on both halves.
@@ -20,15 +20,15 @@ import cv2
 import numpy as np
 import torch
 from controlnet.model.base import Base, load_base
-from controlnet.model.checkpoint import load_controlnet
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.generate import Request, generate, to_pixels
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.strength import Strength
+from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
-from controlnet.model.strength import Strength
-from controlnet.model.tiny.dataset import HELD_OUT, World, world
-from controlnet.model.tiny.fidelity import JointReader, PartReader, Reader, measures
-from controlnet.model.tiny.render import FLOOR, MAIN, WALL
-from controlnet.model.tiny.scenes import make_scene
+from controlnet.model.sampling.generate import Request, generate, to_pixels
+from controlnet.model.tiny.readers import JointReader, PartReader, Reader, measures
+from controlnet.model.tiny.world.render import FLOOR, MAIN, WALL
+from controlnet.model.tiny.world.scenes import make_scene
+from controlnet.model.tiny.world.shards import HELD_OUT, World, world
 from controlnet.model.training.precision import attention
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes

@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from controlnet.model.tensors import write_tensors
-from controlnet.model.tiny.dataset import SHARD, world
-from controlnet.model.tiny.rooms import draw_rooms
+from controlnet.model.files.tensors import write_tensors
+from controlnet.model.tiny.world.rooms import draw_rooms
+from controlnet.model.tiny.world.shards import SHARD, world
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.precision import attention, autocast
+from controlnet.preprocessors.detectors.tiny_depth import Dense
 from controlnet.preprocessors.files import beside
-from controlnet.preprocessors.tiny_depth import Dense
 from controlnet.preprocessors.weights import SHIPPED
 from controlnet.preprocessors.workers import workers
 from torch import Tensor, nn

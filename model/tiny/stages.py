@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from controlnet.model.canvas import condition_tensor, to_canvas
-from controlnet.model.controlnet import ControlNet
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.unet import denoise
 from controlnet.model.registry import TINY_HINT_WIDTHS
-from controlnet.model.tiny.dataset import World
+from controlnet.model.sampling.canvas import condition_tensor, to_canvas
 from controlnet.model.tiny.recipe import (
     LATENT_CHANNELS,
     TEXT_WIDTH,
@@ -24,16 +24,16 @@ from controlnet.model.tiny.recipe import (
     make_unet,
     make_vae,
 )
-from controlnet.model.tiny.scenes import vary
+from controlnet.model.tiny.world.scenes import vary
+from controlnet.model.tiny.world.shards import World
 from controlnet.model.training.checkpoints import save_atomic
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
 from controlnet.model.training.precision import autocast
-from controlnet.model.unet import denoise
-from controlnet.preprocessors.canny import CannyOptions, canny
-from controlnet.preprocessors.depth import DepthOptions, to_map
+from controlnet.preprocessors.detectors.canny import CannyOptions, canny
+from controlnet.preprocessors.detectors.depth import DepthOptions, to_map
+from controlnet.preprocessors.detectors.tiny_depth import load, nearness
 from controlnet.preprocessors.skeleton import draw
-from controlnet.preprocessors.tiny_depth import load, nearness
 from controlnet.preprocessors.weights import find
 from torch import Tensor, nn
 

@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from controlnet.model.base import load_base
-from controlnet.model.checkpoint import load_controlnet, save_controlnet
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.tiny.dataset import world
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
-from controlnet.model.tiny.scenes import vary
 from controlnet.model.tiny.stages import (
     CONDITIONS,
     cached_latents,
@@ -36,6 +34,8 @@ from controlnet.model.tiny.stages import (
     train_text,
     train_vae,
 )
+from controlnet.model.tiny.world.scenes import vary
+from controlnet.model.tiny.world.shards import world
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention
 

@@ -13,10 +13,10 @@ from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
-from controlnet.preprocessors.check import LEAST_PAIRS
+from controlnet.preprocessors.data.check import LEAST_PAIRS
+from controlnet.preprocessors.data.pairs import Pair, Pairs
 from controlnet.preprocessors.doubts import LINES, doubts
 from controlnet.preprocessors.errors import InputError, UsageError
-from controlnet.preprocessors.pairs import Pair, Pairs
 
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",

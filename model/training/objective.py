@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.unet import denoise
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.unet import denoise
 from diffusers import UNet2DConditionModel
 from scipy.stats import t
 from torch import Tensor

@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from controlnet.model.ablations import ControlNetLite, gaussian_convolutions_
 from controlnet.model.base import Base, load_base
-from controlnet.model.canvas import condition_tensor
-from controlnet.model.checkpoint import load_controlnet, save_controlnet
-from controlnet.model.controlnet import ControlNet
-from controlnet.model.generate import to_pixels
-from controlnet.model.hashes import model_hash
-from controlnet.model.hint import SD_WIDTHS
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.hint import SD_WIDTHS
+from controlnet.model.control.lite import ControlNetLite, gaussian_convolutions_
+from controlnet.model.control.strength import Strength
+from controlnet.model.files.hashes import model_hash
+from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.registry import BASES, TINY_HINT_WIDTHS
-from controlnet.model.sampling import Applied, draw_noise, sample
-from controlnet.model.schedulers import make_scheduler
-from controlnet.model.strength import Strength
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.generate import to_pixels
+from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import CHOICES, TrainConfig, to_toml
@@ -43,10 +43,10 @@ from controlnet.model.training.objective import Batch, Diffusion, control_gap, c
 from controlnet.model.training.precision import PRECISIONS, attention, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
 from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
+from controlnet.preprocessors.data.pairs import Pairs
 from controlnet.preprocessors.errors import ModelError, OutputError, TrainingError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
-from controlnet.preprocessors.pairs import Pairs
 from controlnet.preprocessors.sheet import contact_sheet
 from controlnet.preprocessors.weights import cache_folder
 from torch import Tensor

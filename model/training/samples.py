@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from controlnet.model.base import Base
-from controlnet.model.canvas import condition_tensor, to_canvas
+from controlnet.model.sampling.canvas import condition_tensor, to_canvas
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.objective import Batch
-from controlnet.preprocessors.check import same_aspect
-from controlnet.preprocessors.detect import detect, rgb
+from controlnet.preprocessors.data.check import same_aspect
+from controlnet.preprocessors.data.mirror import flip_condition, flip_words
+from controlnet.preprocessors.data.pairs import Pair
+from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load
-from controlnet.preprocessors.mirror import flip_condition, flip_words
-from controlnet.preprocessors.pairs import Pair
-from controlnet.preprocessors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.skeleton import cut_people, from_text, mirror
+from controlnet.preprocessors.stage_one import detect, rgb
 from torch import Tensor
 
 VALIDATION_TIMES = 4

@@ -1,0 +1,59 @@
+"""The paper's ablations (section 4.3, Fig. 8): a ControlNet without its zero convolutions, or without its copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch.nn.functional as F
+from controlnet.model.control.controlnet import ControlNet, skip_channels
+from controlnet.model.control.hint import SD_WIDTHS, gaussian_
+from controlnet.model.control.unet import Text
+from torch import Tensor, nn
+
+
+class ControlNetLite(ControlNet):
+    """Single 3x3 convolutions instead of the trainable copy's blocks, one per skip connection and one for the middle.
+
+    Reads z_t and the condition; neither timestep nor text reach it, as no block is left that would take them. Its files
+    are of this project alone (config `copy: lite`).
+    """
+
+    def __init__(self, encoder, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
+        config = dict(encoder.config)
+        channels = skip_channels(config)
+        convolutions = nn.ModuleList()
+        for narrow, wide, halves in zip(channels, channels[1:], halvings(config), strict=False):
+            convolutions.append(nn.Conv2d(narrow, wide, 3, stride=2 if halves else 1, padding=1))
+        middle = nn.Conv2d(channels[-1], channels[-1], 3, padding=1)
+        for convolution in (*convolutions, middle):
+            gaussian_(convolution)
+        parts = SimpleNamespace(config=config, conv_in=encoder.conv_in, time_proj=nn.Identity(),
+                                time_embedding=nn.Identity(), down_blocks=convolutions, mid_block=middle)  # fmt: skip
+        super().__init__(parts, hint, hint_widths)
+        self.config["copy"] = "lite"
+
+    def encode(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> tuple[list[Tensor], Tensor]:
+        skips = [self.conv_in(z) + hint]
+        for convolution in self.down_blocks:
+            skips.append(F.silu(convolution(skips[-1])))
+        return skips, F.silu(self.mid_block(skips[-1]))
+
+
+def halvings(config: dict) -> list[bool]:
+    """For each skip connection after conv_in's: whether it is a down-sampler's, at half the size of the one before."""
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    layers = [layers] * len(widths) if isinstance(layers, int) else layers
+    return [
+        last for level, count in enumerate(layers)
+        for last in [False] * count + [True] * (level < len(widths) - 1)
+    ]  # fmt: skip
+
+
+def gaussian_convolutions_(controlnet: ControlNet) -> ControlNet:
+    """Replace every zero convolution's weights by Gaussian ones, in place: the ControlNet then disturbs the base from
+    the first step on."""
+    hint = controlnet.controlnet_cond_embedding.get_submodule("conv_out")
+    for module in (controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block, hint):
+        gaussian_(module)
+    return controlnet

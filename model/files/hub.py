@@ -1,0 +1,153 @@
+"""Models of the model hub: fetched once, at a revision that stays, and found again without a network.
+
+models.lock.json in the cache folder keeps for each OWNER/NAME the revision that was the newest when it was fetched
+first, and the sha256 of its files as they were then. Of a repository nothing is fetched but what is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from controlnet.model.files.hashes import file_sha256
+from controlnet.model.files.layouts import BASE_PARTS, STEMS
+from controlnet.model.files.tensors import shards_of, weights_among
+from controlnet.model.registry import is_hub_id
+from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
+from controlnet.preprocessors.files import exists
+from controlnet.preprocessors.weights import add_to_lock, cache_folder, read_lock
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+_NETWORK: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+"""What the client raises for a network that fails; its HTTP library is another one with every few versions."""
+
+
+def find(name: str, offline: bool, example: str) -> Path:
+    """Where a model is: a folder or file as it is, or a hub id, fetched if it is not here yet.
+
+    Raises UsageError for a name that is neither, ModelError for what cannot be had.
+    """
+    if exists(name):
+        return Path(name)
+    if not is_hub_id(name):
+        raise UsageError(f"{name}: no such folder or file, and not a hub id of the form OWNER/NAME", example)
+    if folder := kept(name):
+        return folder
+    if offline:
+        raise ModelError(
+            f"{name}: not on this machine, and the model hub was not asked (--offline)",
+            f"with a network: controlnet models pull {name}; or give a folder in diffusers' layout",
+        )
+    return pull(name)
+
+
+def kept(name: str) -> Path | None:
+    """The folder of a hub id whose files are all on this machine, at the revision of the lock; where the lock does not
+    know it, as another program fetched it."""
+    locked = lock().get(name)
+    try:
+        folder = Path(snapshot_download(name, revision=locked and locked["revision"], local_files_only=True))
+    except OSError:
+        return None
+    here = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    whole = set(locked["files"]) <= set(here) if locked else complete(here)
+    return folder if whole else None
+
+
+def pull(name: str, update: bool = False) -> Path:
+    """Fetch a hub id, check it and lock it: at the locked revision, or at the newest one with `update` or when the lock
+    does not know it.
+
+    Raises ModelError when it cannot be had, is no model, or is not what the hub or the lock says.
+    """
+    locked = None if update else lock().get(name)
+    try:
+        info = HfApi().model_info(name, revision=locked and locked["revision"], files_metadata=True)
+        files = needed([file.rfilename for file in info.siblings or []])
+        if not complete(files):
+            raise ModelError(f"{name}: holds neither a base nor a ControlNet in diffusers' layout")
+        folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
+        told = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+        if wrong := _differing(folder, files, told):  # a damaged copy in the hub's cache
+            snapshot_download(name, revision=info.sha, allow_patterns=wrong, force_download=True)
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{name}: the model hub has no such model, or it is not public", "controlnet models list"
+        ) from error
+    except _NETWORK as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise OutputError(
+                f"{name}: cannot be kept ({os.strerror(error.errno)})",  # type: ignore[attr-defined]
+                "free some disk, or HF_HOME=DIR for another place",
+            ) from error
+        if not (locked or update) and (there := kept(name)):
+            return there
+        raise ModelError(
+            f"{name}: no such folder, and the model hub cannot be reached ({type(error).__name__})",
+            "with a network, run the same command again; or give a folder in diffusers' layout",
+        ) from error
+    if wrong := _differing(folder, files, told | (locked["files"] if locked else {})):
+        raise ModelError(
+            f"{name}: {wrong[0]} is not the file that it was when it was fetched first",
+            f"controlnet models pull --update {name}, if a newer one is wanted",
+        )
+    digests = {file: file_sha256(folder / file) for file in files}
+    add_to_lock(_lock_file(), name, {"revision": info.sha, "files": digests})
+    return folder
+
+
+def verify(name: str) -> list[str]:
+    """Files of a locked hub id that are missing or not what they were. Raises ModelError for one that is not locked."""
+    locked = lock().get(name)
+    if locked is None:
+        raise ModelError(f"{name}: was not fetched by this toolkit", f"controlnet models pull {name}")
+    folder = kept(name)
+    return list(locked["files"]) if folder is None else _differing(folder, locked["files"], locked["files"])
+
+
+def needed(files: Iterable[str]) -> list[str]:
+    """Of a repository's files those that loading reads: configs, tokenizer, one set of weights for each part."""
+    files = list(files)
+    is_base = "model_index.json" in files
+    folders = (*BASE_PARTS, "tokenizer", "scheduler") if is_base else ("",)
+    chosen = ["model_index.json"] if is_base else []
+    for folder in folders:
+        inside = [f.removeprefix(f"{folder}/") for f in files if f.startswith(f"{folder}/")] if folder else files
+        stem = STEMS.get(folder or "controlnet")
+        if stem is None:
+            own = [name for name in inside if name.endswith((".json", ".txt", ".model"))]
+        else:
+            first = weights_among(inside, stem)
+            own = ["config.json", *([first, *shards_of(inside, first)] if first else [])]
+        chosen += [f"{folder}/{name}" if folder else name for name in own if name in inside]
+    return chosen
+
+
+def complete(files: Iterable[str]) -> bool:
+    """Whether these files are a base or a ControlNet: each part's config and weights."""
+    files = set(files)
+    is_base = "model_index.json" in files
+    for part in BASE_PARTS if is_base else ("controlnet",):
+        folder = f"{part}/" if is_base else ""
+        inside = [f.removeprefix(folder) for f in files if f.startswith(folder)]
+        first = weights_among(inside, STEMS[part])
+        if "config.json" not in inside or first is None or (first.endswith(".json") and not shards_of(inside, first)):
+            return False
+    return not is_base or all(any(f.startswith(f"{part}/") for f in files) for part in ("tokenizer", "scheduler"))
+
+
+def lock() -> dict[str, Any]:
+    """hub id -> revision and files with their sha256."""
+    return read_lock(_lock_file())
+
+
+def _lock_file() -> Path:
+    return cache_folder() / "models.lock.json"
+
+
+def _differing(folder: Path, files: Iterable[str], told: dict[str, str]) -> list[str]:
+    return [f for f in files if f in told and not ((folder / f).is_file() and file_sha256(folder / f) == told[f])]

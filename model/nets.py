@@ -1,0 +1,129 @@
+"""ControlNets as files: read from any layout that `files.layouts` knows, written as a folder in diffusers' layout.
+
+Our parameter names are diffusers' own; only the config is translated. Weights are checked before use: names, shapes,
+finite numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.lite import ControlNetLite
+from controlnet.model.files.families import family_name
+from controlnet.model.files.layouts import STEMS, Stored, open_model
+from controlnet.model.files.tensors import align, is_float8, write_tensors
+from controlnet.preprocessors.errors import ModelError, reason
+from controlnet.preprocessors.files import write_file
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+WEIGHTS = STEMS["controlnet"]
+_FAMILY = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim")
+"""What a base and its ControlNet must agree on."""
+_UNET_KEYS = set(inspect.signature(UNet2DConditionModel.__init__).parameters)
+_FILE_KEYS = set(inspect.signature(ControlNetModel.__init__).parameters) - {"self"}
+
+
+def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and the weights (in `dtype`, else as they are), each whole or not at all; diffusers'
+    ControlNetModel loads the folder when the hint encoder is the released one. Raises OutputError."""
+    folder = Path(folder)
+    config = {k: v for k, v in controlnet.config.items() if k in _FILE_KEYS}
+    config |= {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": list(controlnet.hint_widths)}
+    if controlnet.hint != "released":
+        config["hint_encoder"] = controlnet.hint
+    if "copy" in controlnet.config:
+        config["copy"] = controlnet.config["copy"]
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in controlnet.state_dict().items()}
+    write_file(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_tensors(folder / f"{WEIGHTS}.safetensors", tensors)
+
+
+def load_controlnet(
+    path: Path, dtype: torch.dtype | None = torch.float32, base: Mapping | None = None, base_name: str = "the base"
+) -> ControlNet:
+    """The ControlNet of a folder or a single file, in evaluation mode, in `dtype` (None: as stored). With the config
+    of a base's UNet, a net made for another family is refused before its weights are read.
+
+    Raises ModelError for a missing or unreadable file, a config of something else, and weights whose names, shapes or
+    numbers are wrong.
+    """
+    stored = open_model(Path(path))
+    config = stored.config("controlnet")
+    if base is not None:
+        check_family(stored, base, base_name)
+    with torch.device("meta"):
+        controlnet = _from_config(config, stored.path)
+    state = stored.state("controlnet")
+    check_state(controlnet, state, stored.path)
+    controlnet.load_state_dict(state, assign=True)
+    if dtype is None and any(is_float8(tensor) for tensor in state.values()):
+        dtype = torch.float16  # nothing is computed in float8; float16 holds each of its numbers
+    controlnet = controlnet.to(dtype).to(memory_format=torch.channels_last).eval()
+    align(controlnet)
+    return controlnet
+
+
+def check_family(stored: Stored, base: Mapping, base_name: str) -> None:
+    """Raises ModelError unless a stored ControlNet is made for bases of this UNet's config. Reads no weights."""
+    config = stored.config("controlnet")
+    for key in _FAMILY:
+        if _plain(config.get(key)) != _plain(base.get(key)):
+            net, of_base = (family_name(c.get("cross_attention_dim")) for c in (config, base))
+            families = f" ({net}, the base is {of_base})" if net != of_base else ""
+            raise ModelError(
+                f"{stored.path} does not fit base {base_name}{families}: its {key} is {config.get(key)}, the base's is"
+                f" {base.get(key)}",
+                "choose a ControlNet made for this base, or another --base",
+            )
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _from_config(config: dict, path: Path) -> ControlNet:
+    """The modules are those of a UNet2DConditionModel of the same config; its decoding half is thrown away."""
+    unet_config = {k: v for k, v in config.items() if k in _UNET_KEYS and not k.startswith("_")}
+    try:
+        downs = config["down_block_types"]
+        unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
+        unet = UNet2DConditionModel(**unet_config)
+        parts = SimpleNamespace(
+            config=config, conv_in=unet.conv_in, time_proj=unet.time_proj, time_embedding=unet.time_embedding,
+            down_blocks=unet.down_blocks, mid_block=unet.mid_block,
+        )  # fmt: skip
+        network = ControlNetLite if config.get("copy") == "lite" else ControlNet
+        return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
+    except Exception as error:  # the libraries raise a dozen types for a config that makes no network
+        raise ModelError(f"{path}: the config does not describe a usable ControlNet: {reason(error)}") from error
+
+
+def check_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Raises ModelError unless names, shapes and numbers of `state` fit `module`."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ModelError(f"{source}: weights lack {len(missing)} tensors, among them {missing[0]}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise ModelError(f"{source}: weights hold {len(unknown)} unexpected tensors, among them {unknown[0]}")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise ModelError(f"{source}: {name} has shape {tuple(state[name].shape)}, expected {shape}")
+    check_finite(state, source)
+
+
+def check_finite(state: dict[str, Tensor], source: Path) -> None:
+    """Raises ModelError when a tensor holds NaN or infinity."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # A NaN is the smallest and the largest of its tensor: one pass, ten times as quick as `isfinite`.
+        extremes = torch.stack(torch.aminmax(tensor.half() if is_float8(tensor) else tensor))
+        if not torch.isfinite(extremes).all():
+            raise ModelError(f"{source}: {name} holds NaN or infinite numbers", "download or train the weights again")

@@ -1,0 +1,170 @@
+"""Stage two: prompts and conditions -> images. Joins the base, the ControlNets and the sampling loop.
+
+Reads and writes no files; `cli/generate.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+import psutil
+import torch
+from controlnet.model.base import Base
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.strength import Strength
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.preprocessors.errors import ModelError, UsageError
+from torch import Tensor
+
+BATCH = 4
+"""Images sampled together; more would need more memory, and no image depends on it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one image is made from."""
+
+    prompt: str
+    seed: int
+    conditions: tuple[np.ndarray, ...] = ()
+    """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
+    negative: str = ""
+
+
+@dataclass
+class Memory:
+    """Texts and hint features of the last images: what the next ones share with them is not computed again."""
+
+    texts: dict[str, Tensor] = field(default_factory=dict)
+    hints: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def generate(
+    base: Base,
+    requests: Iterable[Request],
+    nets: Sequence[tuple[ControlNet, Strength]] = (),
+    size: tuple[int, int] | None = None,
+    steps: int = 20,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    on_step: Callable[[float], None] = lambda images: None,
+    memory: Memory | None = None,
+    batch: int = BATCH,
+) -> Iterator[np.ndarray]:
+    """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
+
+    `size` is (width, height), default the base's native one; `guidance`, `scheduler` and the halves that control acts
+    on default to the base's own.
+    on_step is told how many images are made, parts of them included. Raises ModelError when the latents stop being
+    finite.
+    """
+    guidance = base.guidance if guidance is None else guidance
+    nets = [(net, replace(how, control_on=how.control_on or base.control_on)) for net, how in nets]
+    width, height = size or (base.native_size, base.native_size)
+    shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
+    memory = memory or Memory()
+    made = 0
+    for group in _groups(requests, 1 if base.low_memory else batch):
+        texts = {r.prompt for r in group} | {r.negative for r in group if guidance != 1}
+        memory.texts = {t: memory.texts[t] if t in memory.texts else base.encode_text([t]) for t in texts}
+        pairs = [(net, c) for r in group for (net, _), c in zip(nets, r.conditions, strict=True)]
+        with base.at_work(*(net for net, _ in pairs)):
+            memory.hints = {
+                key: memory.hints.get(key) or (c, net.encode_hint(_input(c, base)))
+                for key, (net, c) in {(id(net), id(c)): (net, c) for net, c in pairs}.items()
+            }
+        controls = [
+            Applied(net, _joined([memory.hints[id(net), id(r.conditions[k])][1] for r in group]), strength)
+            for k, (net, strength) in enumerate(nets)
+        ]
+        text = torch.cat([memory.texts[r.prompt] for r in group])  # (B, T, D)
+        null_text = torch.cat([memory.texts[r.negative] for r in group]) if guidance != 1 else None
+
+        def step(done: int, of: int, before: int = made, count: int = len(group)) -> None:
+            on_step(before + count * done / of)
+
+        noise, generators = draw_noise([r.seed for r in group], shape)
+        with base.at_work(base.unet, *(net for net, _ in nets)):
+            latents = sample(
+                base.unet, make_scheduler(base.scheduler, scheduler), noise, text, null_text, controls, steps, guidance,
+                generators, step, base.low_memory,
+            )  # fmt: skip
+        if not torch.isfinite(latents).all():
+            raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
+        for latent in latents:
+            yield to_pixels(base.decode(latent[None].to(base.dtype)))[0]
+        made += len(group)
+
+
+def _groups(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    iterator = iter(requests)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _joined(hints: list[Tensor]) -> Tensor:
+    """(B, C, h, w), or (1, C, h, w) when all images share one."""
+    return hints[0] if all(h is hints[0] for h in hints) else torch.cat(hints)
+
+
+def _input(condition: np.ndarray, base: Base) -> Tensor:
+    return condition_tensor(condition)[None].to(base.device, base.dtype)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, by rounding."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+DETECTED = 512
+"""Pixels of a map's shorter side, as `detect` makes them."""
+
+
+def detection_size(canvas: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the map that is detected for a canvas: of its aspect, in multiples of 8."""
+    ratio = DETECTED / min(canvas)
+    width, height = (round(side * ratio / 8) * 8 for side in canvas)
+    return width, height
+
+
+def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
+    """Raises UsageError for a canvas (width, height) that this machine's free memory is too small for. The estimate
+    counts the numbers that are alive at once: of the decoder 14 per channel and pixel (measured, benchmarks/LOG.md: 512
+    to 768 pixels), of the UNet 40 per channel and latent cell in each half of the guidance."""
+    width, height = size
+    config = base.vae.config
+    channels = (config.get("block_out_channels") or config.decoder_block_out_channels)[0]
+    decoder = 14 * channels * (DETECTED**2 if low_memory else width * height)
+    cells = width * height / base.factor**2
+    unet = 40 * base.unet.config.block_out_channels[0] * cells * (1 if low_memory else 2)
+    needed, free = max(decoder, unet) * base.dtype.itemsize, free_memory(base.device)
+    if needed > free:
+        fits = int((free / needed) ** 0.5 * min(size)) // 64 * 64
+        raise UsageError(
+            f"size {width}x{height}: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free",
+            ("" if low_memory else "--low-memory decodes in tiles; or ") + f"--size {max(64, fits)}",
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:
+    """(width, height): the condition's aspect with its shorter side at the base's native size, in multiples of 8."""
+    native, step = base.native_size, base.factor
+    if condition_size is None:
+        return native, native
+    width, height = condition_size
+    ratio = native / min(width, height)
+    width, height = (max(step, round(side * ratio / step) * step) for side in (width, height))
+    return width, height

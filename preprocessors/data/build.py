@@ -1,0 +1,156 @@
+"""Photos become training data: pictures and conditions of one size, captions, a manifest, a held-out split.
+
+    DATA/images/NAME.png  DATA/conditions/NAME.png  DATA/metadata.jsonl  DATA/manifest.json
+
+metadata.jsonl follows datasets' imagefolder convention, so that other trainers read the folder too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from controlnet.preprocessors.data.pairs import Pair, Pairs
+from controlnet.preprocessors.detectors.registry import find_detector
+from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.jsons import dumps, object_or_empty
+from controlnet.preprocessors.metadata import dump, sha256
+from controlnet.preprocessors.stage_one import detect, record
+from controlnet.preprocessors.workers import workers
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
+
+
+def build(
+    found: Pairs, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str = "crop",
+    jobs: int | None = None, on_pair: Callable[[int], None] = lambda done: None,
+) -> tuple[dict, list[str]]:  # fmt: skip
+    """Make the data set of photos in `out`, in parallel; pairs that are there already, made of the same photo with the
+    same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used,
+    UsageError when `out` holds another data set."""
+    names = _names(found)
+    _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
+    rows: dict[str, dict] = {}
+    failed: list[str] = []
+    work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
+    with workers(jobs) as pool:
+        for done, future in enumerate(as_completed([pool.submit(_build_pair, *one) for one in work]), 1):
+            try:
+                row = future.result()
+                rows[row["file_name"]] = row
+            except ControlNetError as error:
+                failed.append(str(error))
+            on_pair(done)
+    if not rows:
+        raise InputError(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
+    told = {f"images/{name}.png": pair.held_out for pair, name in zip(found.pairs, names, strict=True)}
+    _split(rows, {name: held_out for name, held_out in told.items() if held_out is not None})
+    ordered = [rows[name] for name in sorted(rows)]
+    lines = "".join(dumps(row) + "\n" for row in ordered)
+    write_file(out / "metadata.jsonl", lines.encode())
+    manifest = {
+        "kind": kind, "detector": find_detector(kind).name, "options": options, "size": list(size), "resize": resize,
+        "pairs": len(rows), "held_out": sum(row["split"] != "train" for row in ordered), "failed": failed,
+        "metadata_sha256": sha256(lines.encode()),
+    }  # fmt: skip
+    write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest, failed
+
+
+def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:
+    """Raises UsageError when the manifest in `out` tells of another kind, size, or of other photos alone."""
+    try:
+        before = object_or_empty((out / "manifest.json").read_bytes())
+        rows = [object_or_empty(line) for line in (out / "metadata.jsonl").read_bytes().splitlines()]
+    except OSError:
+        return
+    if not before:
+        return
+    for what, then, now in (("kind", before.get("kind"), kind), ("size", before.get("size"), list(size))):
+        if then != now:
+            raise UsageError(f"{out}: holds pairs of {what} {then}, asked for is {now}", f"-o {out}-{kind}")
+    if rows and not names & {row.get("file_name") for row in rows}:
+        raise UsageError(f"{out}: holds {len(rows)} pairs of other photos", "another folder: -o DATA")
+
+
+def _names(found: Pairs) -> list[str]:
+    """A name for each photo: its own, with folders; where two would share one, with eight digits of a hash of its
+    path. It does not depend on the order of the photos."""
+    paths = [p.image.relative_to(found.folder).as_posix() for p in found.pairs]
+    stems = [str(Path(path).with_suffix("")).replace(os.sep, "-") for path in paths]
+    count = Counter(stem.lower() for stem in stems)  # some file systems know no case
+    return [
+        stem if count[stem.lower()] == 1 else f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+        for stem, path in zip(stems, paths, strict=True)
+    ]
+
+
+def _build_pair(pair: Pair, name: str, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int],
+                resize: str) -> dict:  # fmt: skip
+    data = read_bytes(str(pair.image))
+    image_path, condition_path = out / "images" / f"{name}.png", out / "conditions" / f"{name}.png"
+    detector = find_detector(kind)
+    chosen = detector.load_options()(**options)
+    made = record(detector, chosen, size, resize, pair.image.name, sha256(data))
+    row = {
+        "file_name": f"images/{name}.png", "conditioning_image": f"conditions/{name}.png", "text": pair.caption,
+        "source_sha256": made["source_sha256"],
+    }  # fmt: skip
+    if not (image_path.is_file() and condition_path.is_file() and made.items() <= _record_of(condition_path).items()):
+        image, _ = read_image(data, str(pair.image))
+        write_file(image_path, png_bytes(fit(image, size, resize)))
+        map_, fields = detect(image, detector.ready(chosen), size, resize)
+        write_file(condition_path, png_bytes(map_, dump(made | fields)))
+    return row
+
+
+def _record_of(path: Path) -> dict:
+    from controlnet.preprocessors.metadata import load
+
+    try:
+        return load(read_image(path.read_bytes(), path.name)[1])
+    except ControlNetError:
+        return {}
+
+
+def _split(rows: dict[str, dict], told: dict[str, bool]) -> None:
+    """As the photos' own folders have `told`. Where they say nothing, a twentieth is held out, at least two of eight;
+    chosen by the photos' hashes, which names do not change."""
+    if told:
+        for name, row in rows.items():
+            row["split"] = "held_out" if told.get(name) else "train"
+        return
+    count = min(HELD_OUT_MOST, max(2, round(HELD_OUT_SHARE * len(rows)))) if len(rows) >= 8 else 0
+    chosen = sorted(rows, key=lambda name: rows[name]["source_sha256"])[:count]
+    for name, row in rows.items():
+        row["split"] = "held_out" if name in chosen else "train"
+
+
+def options_of(kind: str, texts: list[str]) -> dict[str, Any]:
+    """All options of a kind's default detector, changed by `key=value` texts."""
+    from dataclasses import fields
+
+    from controlnet.preprocessors.errors import UsageError
+
+    options_type = find_detector(kind).load_options()
+    types: dict[str, Any] = {f.name: type(f.default) for f in fields(options_type)}
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in types:
+            raise UsageError(f"unknown option {name!r} of {kind}: expected one of {', '.join(types)}", "--set low=80")
+        try:
+            values[name] = value.lower() == "true" if types[name] is bool else types[name](value)
+        except ValueError as error:
+            raise UsageError(f"--set {text}: expected {types[name].__name__}") from error
+    return asdict(options_type(**values))

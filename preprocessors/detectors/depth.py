@@ -1,0 +1,143 @@
+"""Depth maps, near is white and far is black, and normal maps made of them.
+
+A network gives numbers that grow towards the viewer: the inverse of the distance, up to a factor (and for most, a
+constant) that a picture cannot tell. `depth_and_normal` makes both detectors of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from controlnet.preprocessors.errors import ModelError, UsageError, reason
+
+Nearness = Callable[[np.ndarray, Path], np.ndarray]
+"""(picture (H, W, 3) uint8 RGB, folder of weights) -> (H, W) float that grows towards the viewer."""
+
+
+@dataclass(frozen=True)
+class DepthOptions:
+    raw: bool = False
+    """16 bits instead of 8."""
+
+
+@dataclass(frozen=True)
+class NormalOptions:
+    strength: float = 1.0
+    """How steep a rise over the whole shorter side from the farthest to the nearest point is: 1 is 45 degrees."""
+
+    def __post_init__(self):
+        if not 0 <= self.strength <= 100:
+            raise UsageError(
+                f"strength={self.strength}: expected 0 to 100",
+                "controlnet detect normal PHOTO --strength 1",
+            )
+
+
+def to_map(nearness: np.ndarray, options: DepthOptions) -> tuple[np.ndarray, dict]:
+    """(H, W) numbers that grow towards the viewer -> the map (H, W), uint8 or uint16, from its least to its greatest
+    number; and these two, for the PNG text. One flat distance is black."""
+    check_finite(nearness)
+    low, high = float(nearness.min()), float(nearness.max())
+    top = 65535 if options.raw else 255
+    scaled = (nearness - low) / (high - low) if high > low else np.zeros(nearness.shape)
+    map_ = np.rint(scaled * top).astype(np.uint16 if options.raw else np.uint8)
+    return map_, {"normalisation": {"black": low, "white": high}}
+
+
+def to_normals(nearness: np.ndarray, options: NormalOptions) -> np.ndarray:
+    """(H, W) numbers that grow towards the viewer -> normals (H, W, 3) uint8, (n + 1) / 2 as RGB: red faces left, green
+    up, blue the viewer, as in ScanNet's normal maps and ControlNet 1.1's normalbae.
+
+    The picture is taken for a relief: its height goes from 0 to 1, its shorter side is 1 long. Slopes are therefore
+    relative, and a step between near and far shows as a steep rim.
+    """
+    check_finite(nearness)
+    span = np.ptp(nearness) or 1.0
+    relief = (nearness.astype(np.float32) - nearness.min()) / span * (options.strength * min(nearness.shape))
+    padded = np.pad(relief, 1, mode="edge")  # ends are halved below: outside, the relief is flat
+    right, down = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2, (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    normals = np.stack([right, down, np.ones_like(right)], 2)
+    normals /= np.linalg.norm(normals, axis=2, keepdims=True)
+    return np.rint((normals + 1) * 127.5).astype(np.uint8)
+
+
+def check_finite(nearness: np.ndarray) -> None:
+    """Raises ModelError for what only damaged weights give."""
+    if not np.isfinite(nearness).all():
+        raise ModelError("the depth network gives NaN or infinite numbers: its weights are damaged", "--weights DIR")
+
+
+def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callable, Callable]:
+    """The depth detector and the normal detector of a network. A coarse one gives `numbers` a shorter side: their
+    grain, which depth hides and slopes show, is smoothed away for the normals."""
+
+    def depth(image: np.ndarray, options: DepthOptions, weights: Path) -> tuple[np.ndarray, dict]:
+        return to_map(near(image, weights), options)
+
+    def normal(image: np.ndarray, options: NormalOptions, weights: Path) -> np.ndarray:
+        relief = near(image, weights)
+        if numbers is not None:
+            relief = cv2.GaussianBlur(
+                relief, (0, 0), 1.5 * min(relief.shape) / numbers, borderType=cv2.BORDER_REPLICATE
+            )
+        return to_normals(relief, options)
+
+    return depth, normal
+
+
+def _tiny(image: np.ndarray, weights: Path) -> np.ndarray:
+    from controlnet.preprocessors.detectors import tiny_depth  # torch, when it is used
+
+    return tiny_depth.nearness(tiny_depth.load(weights), image)
+
+
+def _transformer(image: np.ndarray, weights: Path) -> np.ndarray:
+    """By a network of transformers' depth-estimation classes: those that predict inverse distance (Depth Anything V2,
+    Yang et al. 2024, arXiv 2406.09414) as they are, ZoeDepth (Bhat et al. 2023, arXiv 2302.12288), which predicts
+    metres, inverted."""
+    import torch
+
+    processor, network = _load_transformer(weights)
+    metric = network.config.model_type == "zoedepth"
+    size = [image.shape[:2]]
+    with torch.inference_mode():
+        outputs = network(**processor(images=image, return_tensors="pt"))
+        sizes = {"target_sizes": size} | ({"source_sizes": size} if metric else {})
+        predicted = processor.post_process_depth_estimation(outputs, **sizes)[0]["predicted_depth"].float().numpy()
+    return 1 / predicted.clip(1e-3) if metric else predicted
+
+
+@cache
+def _load_transformer(weights: Path):
+    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(weights, local_files_only=True)
+        return processor, AutoModelForDepthEstimation.from_pretrained(weights, local_files_only=True).eval()
+    except Exception as error:  # transformers raises a dozen types for a folder of something else
+        raise ModelError(f"{weights}: holds no depth network ({reason(error)[:200]})", "--weights DIR") from error
+
+
+def _midas(image: np.ndarray, weights: Path) -> np.ndarray:
+    """MiDaS 3.0, DPT-Hybrid (Ranftl et al. 2021, arXiv 2103.13413), which ControlNet's depth networks were trained
+    on, by controlnet-aux: a shorter side of 384 pixels, both multiples of 32, colours from -1 to 1."""
+    import torch
+    from controlnet.preprocessors.detectors.controlnet_aux import load_detector
+
+    network = load_detector("MidasDetector", weights).model
+    height, width = image.shape[:2]
+    times = 384 / min(height, width)
+    small = cv2.resize(image, [max(32, round(side * times / 32) * 32) for side in (width, height)])
+    with torch.inference_mode():
+        predicted = network(torch.from_numpy(small).permute(2, 0, 1)[None].float() / 127.5 - 1)[0].numpy()
+    return cv2.resize(predicted, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+tiny_depth, tiny_normal = depth_and_normal(_tiny, 80)
+transformer_depth, transformer_normal = depth_and_normal(_transformer)
+midas_depth, midas_normal = depth_and_normal(_midas)
