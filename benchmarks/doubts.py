@@ -12,12 +12,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from controlnet.cli.maps import expand
+from controlnet.model.work.maps import expand
 from controlnet.preprocessors.detectors.registry import find_detector
-from controlnet.preprocessors.doubts import HARD_LINES, LINES, doubts
+from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.images import read_bytes, read_image
-from controlnet.preprocessors.stage_one import detect, rgb
+from controlnet.preprocessors.kinds import HARD_LINES, kind_named
+from controlnet.preprocessors.stage_one import stage_one
 
 KINDS = ("canny", "softedge", "scribble", "lineart", "pose")
 
@@ -30,8 +31,8 @@ def greyed(map_: np.ndarray) -> np.ndarray:
 
 
 FAULTS = {
-    "inverted lines": (lambda kind: kind in LINES, lambda m: 255 - m),
-    "grey lines": (lambda kind: kind in HARD_LINES, greyed),
+    "inverted lines": (lambda kind: kind_named(kind).is_lines, lambda m: 255 - m),
+    "grey lines": (lambda kind: kind_named(kind).form == HARD_LINES, greyed),
     "red and blue exchanged": (lambda kind: kind == "pose", lambda m: m[..., ::-1]),
     "empty condition": (lambda kind: True, lambda m: np.zeros_like(m)),
 }
@@ -46,12 +47,12 @@ def main() -> None:
     print("| kind | maps | right ones doubted | " + " | ".join(FAULTS) + " |\n|" + "---|" * (3 + len(FAULTS)))
     for kind in KINDS:
         row = find_detector(kind)
-        make = row.ready(row.load_options()())
+        ready = row.ready(row.load_options()())
         count, false = 0, Counter()
         caught: dict[str, list[bool]] = {fault: [] for fault in FAULTS}
         for photo in photos:
             try:
-                map_ = rgb(detect(photo, make, (512, 512), "crop")[0])
+                map_ = stage_one(photo, ready).rgb
             except ControlNetError:  # nobody in it
                 continue
             count += 1

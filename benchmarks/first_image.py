@@ -26,15 +26,15 @@ from diffusers import AutoencoderTiny, ControlNetModel, DPMSolverMultistepSchedu
 from transformers import CLIPTextModel, CLIPTokenizer
 """
 CLOCKED = [
-    ("base loaded", "controlnet.model.base", "load_base"),
-    ("ControlNet loaded", "controlnet.model.nets", "load_controlnet"),
-    ("hashes of the models", "controlnet.model.files.hashes", "model_hash"),
-    ("condition read and judged", "controlnet.cli.images", "Studio._placed"),
+    ("base loaded", "controlnet.model.work.studio", "load_base"),
+    ("ControlNet loaded", "controlnet.model.work.studio", "load_controlnet"),
+    ("hashes of the models", "controlnet.model.work.studio", "model_hash"),
+    ("condition read and judged", "controlnet.model.work.studio", "Studio._placed"),
     ("text encoded", "controlnet.model.base", "Base.encode_text"),
     ("hint encoded", "controlnet.model.control.controlnet", "ControlNet.encode_hint"),
     ("20 steps", "controlnet.model.sampling.generate", "sample"),
     ("decoded", "controlnet.model.base", "Base.decode"),
-    ("PNG", "controlnet.cli.images", "_png"),
+    ("PNG", "controlnet.model.work.studio", "Image.png"),
 ]
 INSIDE = """
 import importlib, json, sys, time

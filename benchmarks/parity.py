@@ -99,7 +99,7 @@ class Pair:
 
 def main() -> None:
     import diffusers
-    from controlnet.cli.machine import silence_libraries
+    from controlnet.model.work.machine import silence_libraries
 
     silence_libraries()
     lines, beyond = [], 0

@@ -76,7 +76,7 @@ def build(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from controlnet.cli.options import keeps
+    from controlnet.model.work.outputs import keeps
     from controlnet.preprocessors.data.build import build, options_of
     from controlnet.preprocessors.data.pairs import find_pairs
     from controlnet.preprocessors.geometry import parse_size

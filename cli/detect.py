@@ -6,11 +6,13 @@ Each kind is a sub-command whose flags come from its detectors' options dataclas
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from controlnet.cli.bars import bytes_bar, count_bar
 from controlnet.cli.options import (
     Json,
     Offline,
@@ -18,12 +20,13 @@ from controlnet.cli.options import (
     Overwrite,
     Quiet,
     SkipExisting,
-    check_png,
-    field_doc,
-    is_folder,
-    keeps,
+    command_named,
+    field_docs,
+    parameter,
     say,
+    tell,
 )
+from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
@@ -53,6 +56,10 @@ Preview = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also make a contact sheet of the first photos and their maps.")
 ]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
+
+
+FEW = 4
+"""Photos for which no bar is shown."""
 
 
 class KindGroup(TyperGroup):
@@ -120,7 +127,7 @@ def _command(default: Detector):
     own = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
-            annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=field_doc(owner, field.name))],
+            annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=field_docs(owner)[field.name])],
         )
         for field, owner in all_options.values()
     ]  # fmt: skip
@@ -138,10 +145,10 @@ def _command(default: Detector):
         _make_maps([(chosen, options)], weights, offline, keypoints, **given)
 
     learned = any(row.weights for row in DETECTORS[default.kind].values())
-    return _typer_command(command, default.kind, default.help, [
-        *COMMON, _parameter("detector", DetectorName, None), *own,
-        *[_parameter("weights", WeightsFolder, None)] * learned, _parameter("offline", Offline, False),
-        *[_parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
+    return command_named(command, default.kind, default.help, [
+        *COMMON, parameter("detector", DetectorName, None), *own,
+        *[parameter("weights", WeightsFolder, None)] * learned, parameter("offline", Offline, False),
+        *[parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
     ])  # fmt: skip
 
 
@@ -152,41 +159,28 @@ def _all_command():
         chosen = [find_detector(kind) for kind in DETECTORS]
         _make_maps([(row, row.load_options()()) for row in chosen], None, offline, None, **given)
 
-    return _typer_command(command, "all", ALL_HELP, [*COMMON, _parameter("offline", Offline, False)])
-
-
-def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return command_named(command, "all", ALL_HELP, [*COMMON, parameter("offline", Offline, False)])
 
 
 COMMON = [
-    _parameter("inputs", Inputs), _parameter("out", Out, None), _parameter("as_json", Json, False),
-    _parameter("size", Size, "512"), _parameter("resize", Resize, "crop"), _parameter("recursive", Recursive, False),
-    _parameter("overwrite", Overwrite, False), _parameter("skip_existing", SkipExisting, False),
-    _parameter("preview", Preview, None), _parameter("quiet", Quiet, False),
+    parameter("inputs", Inputs), parameter("out", Out, None), parameter("as_json", Json, False),
+    parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("recursive", Recursive, False),
+    parameter("overwrite", Overwrite, False), parameter("skip_existing", SkipExisting, False),
+    parameter("preview", Preview, None), parameter("quiet", Quiet, False),
 ]  # fmt: skip
-
-
-def _typer_command(function, name: str, help_: str, parameters: list[inspect.Parameter]):
-    function.__signature__ = inspect.Signature(parameters)  # what Typer reads
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, help=help_, context_settings={"help_option_names": ["-h", "--help"]})(function)
-    return typer.main.get_command(single)
 
 
 def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, *, inputs, out, as_json, size, resize,
                recursive, overwrite, skip_existing, preview, quiet) -> None:  # fmt: skip
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    from controlnet.cli.bars import bytes_bar
-    from controlnet.cli.maps import Job, expand, is_points, run, write_preview
+    from controlnet.model.work.maps import Job, expand, is_points  # OpenCV, when it is used
     from controlnet.preprocessors.geometry import RESIZES, parse_size
     from controlnet.preprocessors.images import read_bytes
 
     wanted = parse_size(size)
     if resize not in RESIZES:
         raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
-    sources = expand(inputs, recursive)
+    sources = expand(inputs, recursive, say)
     several = len(chosen) > 1
     if several and (out == "-" or (out is None and "-" in sources)):
         raise UsageError("several kinds of map do not go to standard output", "-o maps/")
@@ -208,23 +202,52 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
     failed, shown = 0, {}
     for detector, options in chosen:
         try:
-            make = None
+            ready = None
             if not all(is_points(detector.kind, source) for source in sources):
                 with bytes_bar(f"fetching {detector.weights}", quiet) as on_bytes:
-                    make = detector.ready(options, weights, offline, on_bytes)
-            job = Job(detector, options, make, wanted, resize, read, overwrite, skip_existing)
-            missed, shown[detector.kind] = run(job, sources, out, as_json, keypoints, preview is not None, quiet)
+                    ready = detector.ready(options, weights, offline, on_bytes)
+            job = Job(detector, options, ready, wanted, resize, read, overwrite, skip_existing)
+            missed, shown[detector.kind] = _run(job, sources, out, as_json, keypoints, preview is not None, quiet)
             failed += missed
         except ControlNetError as error:
             if not several:
                 raise
             failed += len(sources)
             say(f"error: {detector.kind}: {error}")
-    if preview is not None:
-        write_preview(preview, shown)
+    if preview is not None and any(shown.values()):
+        from controlnet.model.work.sheets import write_maps
+
+        write_maps(preview, shown)
+        say(f"look at {preview}")
     if failed:
         say(f"{failed} of {len(sources) * len(chosen)} maps failed")
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _run(job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool, quiet: bool):
+    """Make a map of every source and tell of it; how many failed, and the first photos and their maps, small. One bad
+    photo of several is reported and the rest goes on; a single bad one raises."""
+    from controlnet.model.work.maps import points_of, run, targets_of
+
+    targets = targets_of(sources, out, job.detector.kind)
+    points = points_of(sources, keypoints, targets)
+    failed, shown = 0, {}
+    with count_bar("detect", len(sources), quiet or len(sources) < FEW) as on_item:
+        for done, (source, made) in enumerate(run(job, sources, targets, points, previews, say), 1):
+            if made.error is not None:
+                if len(sources) == 1:
+                    raise made.error
+                failed += 1
+                say(f"error: {made.error}")
+            elif made.png is not None:
+                sys.stdout.buffer.write(made.png)
+                sys.stdout.flush()
+            else:
+                tell(made.fields, as_json)
+            if made.preview is not None:
+                shown[source] = made.preview
+            on_item(done)
+    return failed, shown
 
 
 def _flag(name: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.machine import silence_libraries
 from controlnet.cli.options import Json, Overwrite, say, tell
+from controlnet.model.work.machine import silence_libraries
 from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 
@@ -21,6 +20,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     silence_libraries()
+    from controlnet.model.files.describe import described
     from controlnet.model.files.layouts import open_model
 
     for path in paths:
@@ -31,31 +31,6 @@ def show(
         print(fields.pop("path"))
         for key, value in fields.items():
             print(f"  {key.replace('_', ' '):<13}{_words(value)}")
-
-
-def described(stored) -> dict[str, Any]:
-    """What `models show` tells; reads no tensor."""
-    from controlnet.model.files.families import family_name
-
-    net = "controlnet" in stored.parts
-    configs = {part: stored.config(part) for part in stored.parts}
-    headers = {part: stored.headers(part) for part in stored.parts}
-    first = configs["controlnet" if net else stored.parts[0]]
-    said = {"unet": "base", "controlnet": "ControlNet"}
-    what = [word for part, word in said.items() if part in configs] or [p.replace("_", " ") for p in configs]
-    fields: dict[str, Any] = {
-        "path": str(stored.path), "what": " and ".join(what), "format": stored.layout,
-        "family": family_name(configs.get("unet", first).get("cross_attention_dim")),
-        "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
-        "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
-    }  # fmt: skip
-    if net:
-        config = configs["controlnet"]
-        hint = config.get("hint_encoder", "released")
-        fields["hint_encoder"] = {"form": hint, "widths": list(config["conditioning_embedding_out_channels"])}
-    if "unet" in configs:
-        fields["prediction"] = stored.prediction() or "unknown"
-    return fields
 
 
 def _words(value: Any) -> str:

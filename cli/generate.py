@@ -7,73 +7,40 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from controlnet.cli.bars import images_bar
 from controlnet.cli.options import (
-    BaseName,
     Device,
     Dtype,
     Json,
     Offline,
-    Out,
     Overwrite,
     Quiet,
     SkipExisting,
     Strict,
-    check_png,
     default_base,
-    keeps,
+    flags_of_job,
+    parameter,
     say,
     tell,
+    typed,
 )
+from controlnet.model.work.batch import Wanted, read_jobs_file, spread, targets
+from controlnet.model.work.jobs import Job, check_names, make_job
+from controlnet.model.work.outputs import check_png, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from controlnet.preprocessors.files import is_file, read_text, write_file
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from controlnet.model.work.studio import Image, Studio
 
 HELP = "Make images from condition maps and a prompt."
 SHOWN = 24
 """Images on a preview."""
 
-Cond = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--cond",
-        metavar="PATH[,key=value...]",
-        help="A condition map, or a folder of maps; repeat for several. Keys: detect=KIND, kind, net, scale, start, "
-        "end, weighting, region.",
-    ),
-]
-Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What the image shows; @FILE reads it from a file.")]
-Negative = Annotated[str, typer.Option(help="What it should not show; or @FILE.")]
-Num = Annotated[int, typer.Option("--num", "-n", help="How many images; image k uses seed + k.")]
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="Classifier-free guidance scale; 1 is none. (default: the base's)")
-]
-SchedulerName = Annotated[str | None, typer.Option("--scheduler", help="ddim, euler, unipc, ... (default: the base's)")]
-Size = Annotated[
-    str | None,
-    typer.Option(
-        help="Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"
-    ),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of the first image. (default: random, and told)")]
-
-
-Mode = Annotated[
-    str | None,
-    typer.Option(
-        help="balanced; prompt (deep connections count more); control (only beside the prompt, weighted by "
-        "resolution); guess (the same, deep ones more: for empty prompts). (default: the base's)"
-    ),
-]
-ControlOn = Annotated[
-    str | None, typer.Option(help="Halves of the guidance: both, or cond. (default: the mode's, else the base's)")
-]
-Weighting = Annotated[
-    str | None,
-    typer.Option(help="Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"),
-]
 LowMemory = Annotated[
     bool,
     typer.Option(
@@ -97,6 +64,14 @@ Jobs = Annotated[
         "--jobs", metavar="FILE", help="JSON Lines or CSV, a job each; keys are flags. Other flags are defaults."
     ),
 ]
+PARAMETERS = [
+    *flags_of_job(),
+    parameter("jobs", Jobs, None), parameter("device", Device, None), parameter("dtype", Dtype, None),
+    parameter("as_json", Json, False), parameter("overwrite", Overwrite, False),
+    parameter("skip_existing", SkipExisting, False), parameter("offline", Offline, False),
+    parameter("strict", Strict, False), parameter("quiet", Quiet, False), parameter("low_memory", LowMemory, False),
+    parameter("keep_best", KeepBest, None), parameter("preview", Preview, None),
+]  # fmt: skip
 
 
 LATER = {"--init": "a picture as a start", "--mask": "inpainting", "--lora": "LoRA", "--embedding": "textual inversion"}
@@ -137,23 +112,12 @@ class _Failures:
         raise typer.Exit(Exit.PARTIAL)
 
 
-def generate(
-    cond: Cond = None, prompt: Prompt = "", negative: Negative = "", out: Out = None, num: Num = 1, steps: Steps = 20,
-    guidance: Guidance = None, scheduler: SchedulerName = None, base: BaseName = None, size: Size = None,
-    seed: Seed = None, mode: Mode = None, control_on: ControlOn = None, weighting: Weighting = None,
-    jobs: Jobs = None, device: Device = None, dtype: Dtype = None, as_json: Json = False, overwrite: Overwrite = False,
-    skip_existing: SkipExisting = False, offline: Offline = False, strict: Strict = False, quiet: Quiet = False,
-    low_memory: LowMemory = False, keep_best: KeepBest = None, preview: Preview = None,
+def _generate(
+    *, jobs, device, dtype, as_json, overwrite, skip_existing, offline, strict, quiet, low_memory, keep_best, preview,
+    **job,
 ) -> None:  # fmt: skip
-    from controlnet.cli.bars import images_bar
-    from controlnet.cli.jobs import targets
-
-    defaults = {
-        "cond": cond, "prompt": _from_file("--prompt", prompt), "negative": _from_file("--negative", negative),
-        "out": out, "num": num, "steps": steps, "base": base or default_base(), "guidance": guidance,
-        "scheduler": scheduler, "size": size, "seed": seed, "mode": mode, "control_on": control_on,
-        "weighting": weighting,
-    }  # fmt: skip
+    defaults = job | {name: _from_file(f"--{name}", job[name]) for name in ("prompt", "negative")}
+    defaults["base"] = defaults["base"] or default_base()
     if preview is not None:
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
@@ -161,62 +125,62 @@ def generate(
     todo = _jobs(jobs, defaults, failed)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
-    wanted = targets(todo, overwrite, skip_existing, as_json, failed, keep_best)
+
+    def on_kept(path: Path, seed: int) -> None:
+        tell({"output": str(path), "seed": seed, "skipped": True}, as_json)
+
+    wanted = targets(todo, overwrite, skip_existing, failed, keep_best, on_kept)
     if as_json and any(one.path is None for one in wanted):
         raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
     rows: list[list] = []
     if wanted:
-        from controlnet.cli.images import Studio  # not before: what is wrong with a job is told in a moment
+        # Not before: what is wrong with a job is told in a moment, and this imports torch.
+        from controlnet.model.work.studio import Studio
 
-        studio = Studio(device, dtype, offline, strict, low_memory)
-        if keep_best is not None:
-            wanted = _scorable(wanted, studio, failed)
-        with images_bar(len(wanted), quiet) as on_step:
-            made_images = studio.make(wanted, failed, on_step)
-            if keep_best is not None:
-                made_images = _best(made_images, keep_best, studio, offline, failed)
-            for one, png, made in made_images:
-                _write(one.path, png, made, as_json)
-                if preview is not None and len(rows) < SHOWN:
-                    rows.append(_row(one, png, studio))
+        studio = Studio(device, dtype, offline, strict, low_memory, say)
+        for image in _images(studio, wanted, keep_best, offline, failed, quiet):
+            _write(image, as_json)
+            if preview is not None and len(rows) < SHOWN:
+                rows.append(_row(image, studio))
     if preview is not None and rows:
-        _write_preview(preview, rows)
+        from controlnet.model.work.sheets import write_images
+
+        write_images(preview, rows)
+        say(f"look at {preview}")
     failed.end(todo)
+
+
+generate = typed(_generate, PARAMETERS)
+
+
+def _images(studio: Studio, wanted: list[Wanted], keep_best: int | None, offline: bool, failed: _Failures, quiet: bool):
+    """The images as they are made, or of each job the best of them."""
+    from controlnet.model.work.best import best, scorable
+
+    if keep_best is not None:
+        wanted = scorable(wanted, studio, failed)
+    with images_bar(len(wanted), quiet) as on_step:
+        images = studio.make(wanted, failed, on_step)
+        yield from images if keep_best is None else best(images, keep_best, studio, offline, failed, say)
 
 
 def _from_file(flag: str, text: str) -> str:
     """A prompt as given, or of the file that @FILE names."""
     if not text.startswith("@"):
         return text
-    from controlnet.preprocessors.files import is_file, read_text
-
     if not is_file(text[1:]):
         raise UsageError(f"{flag} {text}: no such file", f'{flag} "..." for the words themselves')
     return " ".join(read_text(Path(text[1:])).split())
 
 
-def _row(one, png: bytes, studio) -> list:
+def _row(image: Image, studio: Studio) -> list:
     """A row of the preview: the conditions of an image, and the image, each with a word on it."""
-    from controlnet.preprocessors.images import read_image
-
-    _, reads = studio.reads(one.job)
-    image, _ = read_image(png, "the image")
-    return [*((read.map, read.kind) for read in reads), (image, f"seed {one.seed}: {one.job.prompt}")]
+    _, conditions = studio.conditions(image.wanted.job)
+    told = f"seed {image.wanted.seed}: {image.wanted.job.prompt}"
+    return [*((condition.rgb, condition.kind) for condition in conditions), (image.pixels, told)]
 
 
-def _write_preview(path: Path, rows: list) -> None:
-    from controlnet.preprocessors.files import write_file
-    from controlnet.preprocessors.images import png_bytes
-    from controlnet.preprocessors.sheet import contact_sheet
-
-    columns = max(map(len, rows))
-    blank = 0 * rows[0][0][0] + 255
-    cells = [cell for row in rows for cell in [(blank, "")] * (columns - len(row)) + row]
-    write_file(path, png_bytes(contact_sheet(cells, columns if columns > 2 else 2 * columns, 256)))
-    say(f"look at {path}")
-
-
-def _check_keep_best(count: int, jobs: list, skip_existing: bool) -> None:
+def _check_keep_best(count: int, jobs: list[Job], skip_existing: bool) -> None:
     if skip_existing:
         raise UsageError("--keep-best writes other images each time, and --skip-existing leaves some", "--overwrite")
     for job in jobs:
@@ -226,62 +190,14 @@ def _check_keep_best(count: int, jobs: list, skip_existing: bool) -> None:
             raise UsageError("--keep-best: the job has no condition to keep to", "--cond map.canny.png")
 
 
-def _scorable(wanted: list, studio, failed) -> list:
-    """The wanted images whose conditions an image can be held against; the others' jobs fail before they are made."""
-    from controlnet.cli.score import Scorer
-
-    bad: set[int] = set()
-    for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
-        try:
-            for flag, read in zip(job.cond, studio.reads(job)[1], strict=True):
-                Scorer.check(read.map, read.kind, read.made, flag.path)
-        except ControlNetError as error:
-            bad.add(id(job))
-            failed(name, error)
-    return [one for one in wanted if id(one.job) not in bad]
-
-
-def _best(made_images, count: int, studio, offline: bool, failed):
-    """Of each job's images the `count` whose conditions are found on them best, in the order of their seeds; the score
-    is the mean over the conditions of the one that tells most of its kind."""
-    from itertools import groupby
-
-    from controlnet.cli.score import Scorer
-    from controlnet.preprocessors.images import read_image
-
-    scorer = Scorer(offline)
-
-    def score(one, png: bytes) -> float:
-        image, _ = read_image(png, "the image")
-        _, reads = studio.reads(one.job)
-        scores = [scorer.compare(image, read.map, read.kind, read.made, flag.path, "the image").main
-                  for flag, read in zip(one.job.cond, reads, strict=True)]  # fmt: skip
-        return sum(scores) / len(scores)
-
-    for _, group in groupby(made_images, lambda made: id(made[0].job)):
-        images = list(group)
-        try:
-            images = [(one, png, made | {"score": round(score(one, png), 4)}) for one, png, made in images]
-        except ControlNetError as error:
-            failed(images[0][0].name, error)
-            continue
-        chosen = sorted(images, key=lambda image: -image[2]["score"])[:count]
-        kept = {one.seed for one, _, _ in chosen}
-        told = [f"{one.seed}: {made['score']:.3f}{' *' * (one.seed in kept)}" for one, _, made in images]
-        say(f"scores by seed, * is kept: {', '.join(told)}")
-        yield from sorted(chosen, key=lambda image: image[0].seed)
-
-
-def _jobs(path: Path | None, defaults: dict[str, Any], failed) -> list:
+def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures) -> list[tuple[str, Job]]:
     """(name, Job) of all that is asked for; the name is empty for a job that stands alone, whose errors end it all."""
-    from controlnet.cli.jobs import check_names, make_job, read_jobs_file, spread
-
     if path is None:
         job = make_job({}, defaults)
         check_names(job)
         alone = spread(job)
         return [(job.cond[0].path if len(alone) > 1 else "", job) for job in alone]
-    jobs = []
+    jobs: list[tuple[str, Job]] = []
     for name, given in read_jobs_file(path):
         try:
             if isinstance(given, UsageError):
@@ -294,12 +210,10 @@ def _jobs(path: Path | None, defaults: dict[str, Any], failed) -> list:
     return jobs
 
 
-def _write(path: Path | None, png: bytes, made: dict, as_json: bool) -> None:
-    from controlnet.preprocessors.files import write_file
-
-    if path is None:
-        sys.stdout.buffer.write(png)
+def _write(image: Image, as_json: bool) -> None:
+    if image.wanted.path is None:
+        sys.stdout.buffer.write(image.png())
         sys.stdout.flush()
     else:
-        write_file(path, png)
-        tell({"output": str(path), **made}, as_json)
+        write_file(image.wanted.path, image.png())
+        tell({"output": str(image.wanted.path), **image.record}, as_json)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from controlnet.cli import formats
 from controlnet.cli.bars import bytes_bar
-from controlnet.cli.machine import silence_libraries
 from controlnet.cli.options import Json, Quiet, default_base, say, use_base
+from controlnet.model.work.machine import silence_libraries
 from controlnet.preprocessors.errors import Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
 

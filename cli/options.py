@@ -1,42 +1,22 @@
-"""The flags that several commands share, and the rules of names and outputs that come with them."""
+"""The flags that several commands share; commands whose flags come from a dataclass; talk and data."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.preprocessors.errors import OutputError, UsageError
-from controlnet.preprocessors.files import exists, is_dir
+from controlnet.model.work.jobs import Job, Option
 from controlnet.preprocessors.jsons import dumps
-
-Out = Annotated[
-    str | None,
-    typer.Option(
-        "-o", "--out", help="Where the result goes: a .png, a folder (any other name), or - for standard output."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a result instead of its path.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
-SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave existing results as they are and go on.")]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="A condition that looks wrong is an error, not a warning.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: by the device)")]
-BaseName = Annotated[
-    str | None,
-    typer.Option(
-        "--base",
-        help="The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub "
-        "id. (default: $CONTROLNET_BASE, what `models use` said, tiny)",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
+from typer.core import TyperCommand
 
 
 def say(text: str) -> None:
@@ -51,6 +31,66 @@ def warn(text: str) -> None:
 def tell(fields: dict[str, Any], as_json: bool) -> None:
     """One line of data on standard output: the path, or the whole object."""
     print(dumps(fields) if as_json else fields["output"], flush=True)
+
+
+@cache
+def field_docs(options: type) -> dict[str, str]:
+    """The docstrings under the fields of a dataclass, and of those that it extends, each in one line."""
+    docs: dict[str, str] = {}
+    for owner in reversed(options.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        for line, after in zip(body, body[1:], strict=False):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and documented:
+                docs[line.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+def flags_of_job(*names: str) -> list[inspect.Parameter]:
+    """A flag for each field of `Job`, or for those that are named."""
+    return [_flag_of(field.name, field.default, field.metadata["option"])
+            for field in fields(Job) if not names or field.name in names]  # fmt: skip
+
+
+def _flag_of(name: str, default: Any, option: Option) -> inspect.Parameter:
+    flag = typer.Option(
+        f"--{name.replace('_', '-')}", *option.flags, metavar=option.metavar, help=field_docs(Job)[name]
+    )
+    default = default if option.flag_default is ... else option.flag_default
+    type_ = option.type | None if default is None else option.type
+    return parameter(name, Annotated[type_, flag], default)
+
+
+def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def typed(function: Callable, parameters: list[inspect.Parameter]) -> Callable:
+    """The function with these parameters in place of its **keywords: what Typer makes a command of."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def command_named(function: Callable, name: str, help_: str, parameters: list[inspect.Parameter]) -> TyperCommand:
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    settings = {"help_option_names": ["-h", "--help"]}
+    single.command(name, help=help_, context_settings=settings)(typed(function, parameters))
+    return typer.main.get_command(single)  # type: ignore[return-value]
+
+
+Out = Annotated[str | None, typer.Option("-o", "--out", help=field_docs(Job)["out"])]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a result instead of its path.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
+SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave existing results as they are and go on.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="A condition that looks wrong is an error, not a warning.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: by the device)")]
+BaseName = Annotated[str | None, typer.Option("--base", help=field_docs(Job)["base"])]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
 
 
 def default_base() -> str:
@@ -73,58 +113,3 @@ def use_base(name: str) -> Path:
 
 def _base_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "controlnet" / "base"
-
-
-def output_path(out: str | None, default: Path, several: bool) -> Path | None:
-    """The path of a result; None for standard output. `default` is its folder and name when -o says nothing."""
-    if out is None:
-        return default
-    if is_folder(out):
-        return Path(out) / default.name
-    if several:
-        hint = "-o DIR/" if out == "-" else f"-o {Path(out).with_suffix('')}/"
-        raise UsageError(f"-o {out} takes one result, but there are several", hint)
-    return None if out == "-" else Path(out)
-
-
-def is_folder(out: str) -> bool:
-    """Whether -o names a folder: all but `-` and `NAME.png`. Raises UsageError for another type of picture."""
-    path = Path(out)
-    if out.endswith("/") or is_dir(path):
-        return True
-    check_png("-o", path)
-    return out != "-" and path.suffix.lower() != ".png"
-
-
-def check_png(flag: str, path: Path) -> None:
-    """Raises UsageError for a file that a PNG would be written to under the name of another type of picture."""
-    from controlnet.preprocessors.images import suffixes
-
-    if path.suffix.lower() in suffixes() - {".png", ".apng"}:
-        raise UsageError(f"{flag} {path}: pictures are written as PNG files", f"{flag} {path.with_suffix('.png')}")
-
-
-def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
-    """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
-    cannot be written: before the work, not after it."""
-    there = next(p for p in path.absolute().parents if exists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OutputError(f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
-                          "choose another place with -o DIR/")  # fmt: skip
-    if is_dir(path):
-        raise OutputError(f"{path}: is a folder, expected a file", f"-o {path}/")
-    if overwrite or not exists(path):
-        return False
-    if skip_existing:
-        return True
-    raise OutputError(f"{path}: exists already", "add --overwrite to replace it, or --skip-existing to leave it")
-
-
-def field_doc(options: type, name: str) -> str:
-    """The docstring under a field of a dataclass, or of the one that it extends."""
-    for owner in options.__mro__[:-1]:
-        lines = inspect.getsource(owner).splitlines()
-        for line, after in zip(lines, lines[1:], strict=False):
-            if line.strip().startswith(f"{name}:") and after.strip().startswith('"""'):
-                return after.strip().strip('"')
-    return ""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.options import BaseName, Device, Json, Offline, Quiet, Strict, default_base, keeps, say, tell, warn
+from controlnet.cli.options import BaseName, Device, Json, Offline, Quiet, Strict, default_base, say, tell, warn
+from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 
@@ -49,7 +50,7 @@ def _settings(wanted: bool) -> None:
     if wanted:
         from dataclasses import fields
 
-        from controlnet.cli.options import field_doc
+        from controlnet.cli.options import field_docs
         from controlnet.model.registry import BASES
         from controlnet.model.training.config import TrainConfig
 
@@ -58,7 +59,7 @@ def _settings(wanted: bool) -> None:
             if known.training:
                 print(f"# {name}: {', '.join(f'{key} = {value:g}' for key, value in known.training.items())}")
         for field in fields(TrainConfig):
-            print(f"{field.name:24} {field.default!s:10} {field_doc(TrainConfig, field.name)}".rstrip())
+            print(f"{field.name:24} {field.default!s:10} {field_docs(TrainConfig).get(field.name, '')}".rstrip())
         raise typer.Exit
 
 
@@ -88,7 +89,7 @@ def train(
     settings_of = _config(folder if resume else None, config, set_ or [], base, seed, kind)
     with claimed(folder, numbered=not (out or resume)) as (folder, lock):
         if processes > 1 and "RANK" not in os.environ:
-            from controlnet.cli.launch import launch
+            from controlnet.model.work.processes import launch
 
             raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])], lock))
         with _stoppable(folder):
@@ -99,7 +100,7 @@ def train(
 def _stoppable(folder: Path):
     """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first. So does the end
     of the command that started this process."""
-    from controlnet.cli.launch import ORPHANED, stop_without_parent
+    from controlnet.model.work.processes import ORPHANED, stop_without_parent
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -163,7 +164,7 @@ def _config(run: Path | None, config_path: Path | None, assignments: list[str], 
 def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):
     from dataclasses import replace
 
-    from controlnet.cli.machine import choose_device, silence_libraries
+    from controlnet.model.work.machine import choose_device, silence_libraries
     from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 
     silence_libraries()

@@ -20,7 +20,7 @@ from controlnet.model.control.modes import MODES
 from controlnet.model.control.strength import Strength
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
-from controlnet.model.sampling.canvas import to_canvas
+from controlnet.model.sampling.canvas import on_canvas
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.readers import pose_of, user_canny, user_depth
 from controlnet.model.tiny.world.render import MAIN, render
@@ -31,8 +31,8 @@ from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.sheet import contact_sheet
-from controlnet.preprocessors.skeleton import cut_people, draw, from_text
-from controlnet.preprocessors.stage_one import detect, rgb
+from controlnet.preprocessors.skeleton import cut_people, draw
+from controlnet.preprocessors.stage_one import stage_one
 
 Cells = list[tuple[np.ndarray, str]]
 SCENES, SHOWN = 60, 3
@@ -66,18 +66,15 @@ class Studio:
         photo = getattr(skimage.data, name)()
         row = find_detector(kind)
         options = row.load_options()(**({"auto": True} if kind == "canny" else {}))
-        map_, _ = detect(photo, row.ready(options), (512, 512), "crop")
-        return photo, to_canvas(rgb(map_), kind, (self.size, self.size))
+        return photo, on_canvas(stage_one(photo, row.ready(options)), (self.size, self.size)).map
 
     def of_person(self) -> tuple[np.ndarray, np.ndarray]:
         """(a photo of a person, their pose on the canvas)."""
         import skimage.data
 
         photo = read_image(self.person.read_bytes(), str(self.person))[0] if self.person else skimage.data.astronaut()
-        row = find_detector("pose")
         square = fit(photo, (512, 512), "crop")
-        _, found = detect(square, row.ready(row.load_options()()), (512, 512), "crop")
-        people = from_text(found, "the photo") or []
+        people = stage_one(square, "pose").people or []
         people = people if self.person else cut_people(people, -0.5, -0.15, 2, 2)
         return square, draw(people, (self.size, self.size))
 

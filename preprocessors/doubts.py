@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from controlnet.preprocessors.kinds import HARD_LINES, PEOPLE, kind_named
 from controlnet.preprocessors.skeleton import COLOURS, LIMBS
 
-LINES = ("canny", "softedge", "scribble", "lineart", "mlsd")
-"""Kinds that are white lines on black."""
-HARD_LINES = ("canny", "mlsd")
-"""Those of them that know no grey."""
 FLAT = 8
 """A map whose levels differ by less says nothing."""
 STRETCH = 0.05
@@ -41,19 +38,20 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
     """What looks wrong with a condition (H, W, 3) uint8 of a kind, for a canvas or picture of `size` (width,
     height)."""
     found = []
+    row = kind_named(kind)
     height, width = condition.shape[:2]
     if int(condition.max()) - int(condition.min()) < FLAT:
         found.append(Doubt("empty condition", "one flat colour: there is nothing to follow", "make the map again"))
-    elif kind in LINES and condition.mean() > 127:
+    elif row.is_lines and condition.mean() > 127:
         found.append(Doubt("inverted lines", "mostly white; lines must be white on black", "invert the map's colours"))
-    elif kind in HARD_LINES and (share := grey_share(condition)) > GREY_SHARE:
+    elif row.form == HARD_LINES and (share := grey_share(condition)) > GREY_SHARE:
         found.append(
             Doubt("grey lines", f"{share:.0%} of its lines are grey; {kind} has white ones alone",
                   "kind=softedge if they are soft edges; else make the map again, as a PNG at its final size")
         )  # fmt: skip
-    if kind == "pose" and not has_skeleton(condition):
+    if row.form == PEOPLE and not has_skeleton(condition):
         found.append(Doubt("no skeleton", "not a coloured skeleton on black, which the kind pose is", _DETECT_POSE))
-    elif kind == "pose" and red_and_blue_exchanged(condition):
+    elif row.form == PEOPLE and red_and_blue_exchanged(condition):
         found.append(
             Doubt("red and blue exchanged", "its limbs do not lie between their joints: BGR was taken for RGB",
                   "exchange red and blue: image[..., ::-1]")

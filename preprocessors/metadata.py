@@ -8,11 +8,10 @@ from pathlib import Path
 
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.jsons import dumps, object_or_empty
+from controlnet.preprocessors.kinds import KINDS
 
 KEY = "controlnet"
 """Name of the PNG text chunk; its value is one JSON object."""
-KINDS = ("canny", "pose", "depth", "normal", "softedge", "scribble", "lineart", "mlsd", "seg")
-"""Kinds of condition that a file's name may tell."""
 
 
 def sha256(data: bytes) -> str:

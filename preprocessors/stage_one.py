@@ -1,15 +1,54 @@
-"""Stage one: photo -> condition map, with the record of how it was made."""
+"""Stage one: photo -> condition, with the record of how it was made."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-from controlnet.preprocessors.detectors.registry import Detector, Maker
+from controlnet.preprocessors.condition import Condition, recorded
+from controlnet.preprocessors.detectors.registry import Detector, Ready, find_detector
 from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.metadata import sha256
+
+MAKING = ("kind", "detector", "options", "resize", "size", "source", "source_sha256", "versions")
+"""The keys of a condition's record that say how it was made; others say what was found."""
+
+
+def stage_one(
+    photo: np.ndarray | str | Path, detector: Ready | str, size: tuple[int, int] = (512, 512), resize: str = "crop",
+    name: str = "photo", digest: str = "",
+) -> Condition:  # fmt: skip
+    """The condition of a photo, (H, W, 3) uint8 RGB or a file's path.
+
+    The photo is brought to `size` (width, height) first, as `resize` says (geometry.fit), then looked at in that size.
+    `detector` is a kind, for its default detector and options, or what `Detector.ready` gives. `name` and `digest`, the
+    sha256 of the photo's file, go into the record; of a path they are known. Raises InputError for a photo that cannot
+    be read, NothingFoundError where a detector finds nothing, ModelError for weights that cannot be had.
+    """
+    if isinstance(photo, (str, Path)):
+        data = read_bytes(str(photo))
+        name, digest = Path(photo).name, sha256(data)
+        photo, _ = read_image(data, str(photo))
+    if isinstance(detector, str):
+        row = find_detector(detector)
+        detector = row.ready(row.load_options()())
+    map_, found = detector(fit(photo, size, resize))
+    made = record(detector.row, detector.options, (map_.shape[1], map_.shape[0]), resize, name, digest)
+    return recorded(map_, detector.row.kind, name, made | found)
+
+
+def record(row: Detector, options: Any, size: tuple[int, int], resize: str, name: str, digest: str) -> dict[str, Any]:
+    """What a condition's record says of its making; `digest` is the sha256 of the photo's file."""
+    return {
+        "kind": row.kind, "detector": row.name, "options": asdict(options), "resize": resize, "size": list(size),
+        "source": name, "source_sha256": digest, "versions": {"controlnet": version(), "opencv": cv2.__version__},
+    }  # fmt: skip
 
 
 @cache
@@ -19,28 +58,3 @@ def version() -> str:
         return importlib.metadata.version("controlnet-toolkit")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def detect(image: np.ndarray, make: Maker, size: tuple[int, int], resize: str) -> tuple[np.ndarray, dict]:
-    """The map of a photo (H, W, 3) uint8 RGB, and what else is known of it: the photo is brought to the map's size
-    first, then looked at in that size."""
-    return make(fit(image, size, resize))
-
-
-def rgb(map_: np.ndarray) -> np.ndarray:
-    """A map (H, W) or (H, W, 3) as (H, W, 3)."""
-    return map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
-
-
-def record(detector: Detector, options, size: tuple[int, int], resize: str, name: str, source: str) -> dict:
-    """What a map's PNG text says of its making; `source` is the sha256 of the photo's file."""
-    return {
-        "kind": detector.kind,
-        "detector": detector.name,
-        "options": asdict(options),
-        "resize": resize,
-        "size": list(size),
-        "source": name,
-        "source_sha256": source,
-        "versions": {"controlnet": version(), "opencv": cv2.__version__},
-    }

@@ -1,7 +1,7 @@
 """--cond PATH[,key=value...]."""
 
 import pytest
-from controlnet.cli.conditions import KEYS, ConditionFlag, parse_condition
+from controlnet.model.work.condition import KEYS, ConditionFlag, parse_condition
 from controlnet.preprocessors.errors import UsageError
 from hypothesis import given
 from hypothesis import strategies as st

@@ -308,9 +308,9 @@ def test_a_photo_is_detected_at_the_aspect_of_the_canvas(run, common, tmp_path, 
     (["--cond", "map.png,kind=cany"], "no such file"), (["--cond", "map.canny.png,kind=cany"], "kind=canny"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_before_libraries_load(run, common, monkeypatch, args, said):
-    import controlnet.cli.images
+    import controlnet.model.work.studio
 
-    monkeypatch.setattr(controlnet.cli.images, "Studio", lambda *a: pytest.fail("the libraries were loaded"))
+    monkeypatch.setattr(controlnet.model.work.studio, "Studio", lambda *a: pytest.fail("the libraries were loaded"))
     code, out, err = run(*args)
     assert code != 0 and out == "" and said in err, err
 

@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-from controlnet.cli.jobs import KEYS, Job, make_job, read_jobs, spread, stem_of
+from controlnet.model.work.batch import read_jobs, spread
+from controlnet.model.work.jobs import KEYS, Job, make_job, stem_of
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.images import read_image
 from helpers import Counter
@@ -131,13 +132,12 @@ def test_folders_are_paired_by_name(tmp_path, maps):
 
 def test_alike_jobs_are_made_together_and_as_if_alone(run, maps, flags, net, tmp_path, monkeypatch):
     """One load of each model; images of jobs that share a batch are those of the jobs alone, within a level."""
-    from controlnet.model import base as base_module
-    from controlnet.model import nets as checkpoint
+    from controlnet.model.work import studio
 
     loads, counters = [], []
-    for module, name in ((base_module, "load_base"), (checkpoint, "load_controlnet")):
-        load = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, load=load, name=name: loads.append(name) or watched(load(*a)))
+    for name in ("load_base", "load_controlnet"):
+        load = getattr(studio, name)
+        monkeypatch.setattr(studio, name, lambda *a, load=load, name=name: loads.append(name) or watched(load(*a)))
 
     def watched(model):
         if hasattr(model, "unet"):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.data.build import _names
 from controlnet.preprocessors.data.mirror import flip_condition, flip_words
 from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
@@ -205,11 +206,11 @@ def test_flips():
     assert flip_words(told) == "a cone on the right of a cube, Left: a ball. The leftover bright stays"
     normal = np.zeros((2, 3, 3), np.uint8)
     normal[:, 0] = (255, 10, 20)
-    flipped = flip_condition(normal, "normal")
+    flipped = flip_condition(Condition(normal, "normal")).map
     assert flipped[0, 2].tolist() == [0, 10, 20] and flipped[0, 0].tolist() == [255, 0, 0]
-    assert np.array_equal(flip_condition(normal, "canny"), normal[:, ::-1])
+    assert np.array_equal(flip_condition(Condition(normal, "canny")).map, normal[:, ::-1])
     with pytest.raises(UsageError, match="pose map without key points"):
-        flip_condition(normal, "pose")
+        flip_condition(Condition(normal, "pose"))
 
 
 def test_check_of_good_data(tmp_path, capsys):

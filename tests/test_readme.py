@@ -5,8 +5,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from controlnet.cli.conditions import parse_condition
 from controlnet.cli.main import app
+from controlnet.model.work.condition import parse_condition
 from controlnet.preprocessors.errors import Exit
 from typer.testing import CliRunner
 
@@ -78,7 +78,7 @@ def test_exit_codes():
 
 
 def test_no_package_folder_is_missing_from_the_wheel():
-    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)[1]
     there = {
         f"controlnet.{p.parent.relative_to(ROOT)}".replace("/", ".")
         for f in ("cli", "model", "preprocessors")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from controlnet.cli.score import interval
+from controlnet.model.work.score import interval
 from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.files import write_file

@@ -136,7 +136,8 @@ def test_launch_speaks_for_the_process_that_failed(tmp_path):
         "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('mine alone')\ntime.sleep(1000)"
     )
     (tmp_path / "parent.py").write_text(
-        "import sys\nimport controlnet.cli.launch as launch\nlaunch.command_of = lambda args: [sys.executable, *args]\n"
+        "import sys\nimport controlnet.model.work.processes as launch\n"
+        "launch.command_of = lambda args: [sys.executable, *args]\n"
         f"sys.exit(launch.launch(3, [{str(tmp_path / 'child.py')!r}]))"
     )
     command = [sys.executable, tmp_path / "parent.py"]

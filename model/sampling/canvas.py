@@ -7,12 +7,14 @@ other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from controlnet.preprocessors.doubts import LINES
+from controlnet.preprocessors.condition import Condition
+from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.skeleton import draw
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def to_canvas(
     width, height = size
     if condition.shape[:2] == (height, width):
         return condition
-    if kind not in LINES:
+    if not kind_named(kind).is_lines:
         shrinks = width * height < condition.shape[0] * condition.shape[1]
         return cv2.resize(condition, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     h, w = min(height, condition.shape[0]), min(width, condition.shape[1])
@@ -39,6 +41,11 @@ def to_canvas(
     pixels = torch.from_numpy(np.array(condition)).permute(2, 0, 1).half()
     pooled = F.adaptive_max_pool2d(pixels, (h, w)).byte().permute(1, 2, 0).numpy()
     return cv2.resize(pooled, size, interpolation=cv2.INTER_NEAREST)
+
+
+def on_canvas(condition: Condition, size: tuple[int, int]) -> Condition:
+    """The condition with its map (H, W, 3) uint8 at the canvas's size (width, height)."""
+    return replace(condition, map=to_canvas(condition.rgb, condition.kind, size, condition.people))
 
 
 def condition_tensor(condition: np.ndarray) -> Tensor:

@@ -148,10 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
                 controlnet=begun[kind] or copy.deepcopy(nets.get("canny")),
             )  # fmt: skip
             finish(kind, reached)
-    earlier = json.loads((args.start / "training.json").read_text())["stages"] if args.start else {}
+    earlier = json.loads((args.start / "training.json").read_text()) if args.start else {"stages": {}}
     stages = {}
     for name, reached in progress.items():
-        before = earlier.get(name, {}) if name in kept else {}
+        before = earlier["stages"].get(name, {}) if name in kept else {}
         steps, spent = before.get("steps", 0) + reached.step, before.get("minutes", 0.0) + reached.seconds / 60
         if steps:
             stages[name] = {"steps": steps, "minutes": round(spent, 1)}
@@ -162,6 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         save_controlnet(net, args.out / f"controlnet-{kind}", torch.float16)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     machine += f", torch {torch.__version__}"
+    if not any(reached.step for reached in progress.values()):  # nothing was trained here
+        machine = earlier.get("machine", machine)
     training = {
         "size": args.size, "scenes": args.scenes, "machine": machine, "stages": stages,
     }  # fmt: skip

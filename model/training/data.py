@@ -15,8 +15,9 @@ from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.data.check import LEAST_PAIRS
 from controlnet.preprocessors.data.pairs import Pair, Pairs
-from controlnet.preprocessors.doubts import LINES, doubts
+from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError, UsageError
+from controlnet.preprocessors.kinds import kind_named
 
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
@@ -48,9 +49,10 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
     `check` is the command that looks at the data.
     """
     maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
+    lines = kind_named(sets[0].config.kind).is_lines
     spread = float(np.stack([m.astype(np.float32) for m in maps]).std(0).mean() / 255)
     if all(int(m.max()) - int(m.min()) < 8 for m in maps):
-        inverted = sets[0].config.kind in LINES and np.mean([m.mean() for m in maps]) > 127
+        inverted = lines and np.mean([m.mean() for m in maps]) > 127
         raise InputError(
             "nothing to learn: every condition is "
             + ("white; lines must be white on black, these are inverted" if inverted else "one flat colour"),
@@ -66,7 +68,7 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
             raise InputError(text, doubt.cure)
         warn(f"{text}; {doubt.cure}")
     facts = {"condition_spread": round(spread, 4)}
-    if sets[0].config.kind in LINES:
+    if lines:
         facts["line_map_brightness"] = round(float(np.mean([m.mean() for m in maps]) / 255), 4)
     return facts
 

@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from controlnet.model.base import Base
-from controlnet.model.sampling.canvas import condition_tensor, to_canvas
+from controlnet.model.sampling.canvas import condition_tensor, on_canvas
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.objective import Batch
+from controlnet.preprocessors.condition import Condition, read_condition
 from controlnet.preprocessors.data.check import same_aspect
-from controlnet.preprocessors.data.mirror import flip_condition, flip_words
+from controlnet.preprocessors.data.mirror import cut_condition, flip_condition, flip_words
 from controlnet.preprocessors.data.pairs import Pair
 from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
-from controlnet.preprocessors.metadata import load
-from controlnet.preprocessors.skeleton import cut_people, from_text, mirror
-from controlnet.preprocessors.stage_one import detect, rgb
+from controlnet.preprocessors.stage_one import stage_one
 from torch import Tensor
 
 VALIDATION_TIMES = 4
@@ -102,40 +101,39 @@ class Samples:
         return np.ascontiguousarray(image[:, ::-1]) if flip else image
 
     def _condition(self, pair: Pair, crop: int, flip: bool) -> np.ndarray:
-        if pair.condition is None:
-            if self.detector is None:
-                raise InputError(
-                    f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
-                )
-            # Detected as `detect` does it, at 512 pixels; then brought to the canvas as `generate` does it.
-            side = max(512, self.size)
-            photo = fit(cut(_read(str(pair.image)), crop, place_of(pair.image)), (side, side), "stretch")
-            make = self.detector.ready(self.detector.load_options()())
-            try:
-                map_, fields = detect(photo, make, (side, side), "stretch")
-            except NothingFoundError as error:
-                raise NothingFoundError(
-                    f"{pair.image}: {error}",
-                    f"controlnet dataset build {pair.image.parent} --kind {self.config.kind} -o DATA leaves such photos"
-                    " out; then: controlnet train DATA"
-                ) from error  # fmt: skip
-            map_, people = rgb(map_), from_text(fields, str(pair.image))
-        else:
-            map_, text = read_image(read_bytes(str(pair.condition)), str(pair.condition))
-            people = from_text(load(text), str(pair.condition)) if self.config.kind == "pose" else None
-            height, width = _read(str(pair.image)).shape[:2]
-            if not same_aspect((map_.shape[1], map_.shape[0]), (width, height)):
-                raise InputError(
-                    f"{pair.condition}: {map_.shape[1]}x{map_.shape[0]} for a picture of {width}x{height}",
-                    f"{self.check} lists all such pairs",
-                )
-            if people is not None:
-                people = cut_people(people, *_window(map_, crop, place_of(pair.image)))
-            map_ = cut(map_, crop, place_of(pair.image))
-        if flip and people is not None:
-            return to_canvas(map_, self.config.kind, (self.size, self.size), mirror(people))
-        map_ = to_canvas(map_, self.config.kind, (self.size, self.size), people)
-        return flip_condition(map_, self.config.kind, str(pair.condition)) if flip else map_
+        made = self._detected(pair, crop) if pair.condition is None else self._read(pair, crop)
+        placed = on_canvas(made, (self.size, self.size))
+        return (flip_condition(placed) if flip else placed).rgb
+
+    def _detected(self, pair: Pair, crop: int) -> Condition:
+        """The condition of a photo's crop: detected as `detect` does it, at 512 pixels."""
+        if self.detector is None:
+            raise InputError(
+                f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
+            )
+        side = max(512, self.size)
+        photo = cut(_read(str(pair.image)), crop, place_of(pair.image))
+        ready = self.detector.ready(self.detector.load_options()())
+        try:
+            return stage_one(photo, ready, (side, side), "stretch", str(pair.image))
+        except NothingFoundError as error:
+            raise NothingFoundError(
+                f"{pair.image}: {error}",
+                f"controlnet dataset build {pair.image.parent} --kind {self.config.kind} -o DATA leaves such photos"
+                " out; then: controlnet train DATA"
+            ) from error  # fmt: skip
+
+    def _read(self, pair: Pair, crop: int) -> Condition:
+        """The crop of a condition that came with its picture."""
+        condition = read_condition(str(pair.condition), self.config.kind)
+        height, width = _read(str(pair.image)).shape[:2]
+        if not same_aspect(condition.size, (width, height)):
+            raise InputError(
+                f"{pair.condition}: {condition.size[0]}x{condition.size[1]} for a picture of {width}x{height}",
+                f"{self.check} lists all such pairs",
+            )
+        place = place_of(pair.image)
+        return cut_condition(condition, cut(condition.map, crop, place), _window(condition.map, crop, place))
 
     @torch.no_grad()
     def _encode_image(self, image: np.ndarray) -> np.ndarray:

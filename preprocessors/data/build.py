@@ -25,7 +25,7 @@ from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import dumps, object_or_empty
 from controlnet.preprocessors.metadata import dump, sha256
-from controlnet.preprocessors.stage_one import detect, record
+from controlnet.preprocessors.stage_one import record, stage_one
 from controlnet.preprocessors.workers import workers
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
@@ -109,8 +109,8 @@ def _build_pair(pair: Pair, name: str, out: Path, kind: str, options: dict[str, 
     if not (image_path.is_file() and condition_path.is_file() and made.items() <= _record_of(condition_path).items()):
         image, _ = read_image(data, str(pair.image))
         write_file(image_path, png_bytes(fit(image, size, resize)))
-        map_, fields = detect(image, detector.ready(chosen), size, resize)
-        write_file(condition_path, png_bytes(map_, dump(made | fields)))
+        condition = stage_one(image, detector.ready(chosen), size, resize, pair.image.name, made["source_sha256"])
+        write_file(condition_path, png_bytes(condition.map, dump(condition.record)))
     return row
 
 

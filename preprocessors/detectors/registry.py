@@ -20,9 +20,6 @@ from controlnet.preprocessors.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-Maker = Callable[["np.ndarray"], "tuple[np.ndarray, dict]"]
-"""A photo (H, W, 3) uint8 RGB -> its map and what else there is to say of it."""
-
 
 @dataclass(frozen=True)
 class Detector:
@@ -43,19 +40,28 @@ class Detector:
 
     def ready(
         self, options: Any, weights: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None
-    ) -> Maker:
-        """The function that makes maps with these options. Weights come from the folder `weights`, else from the cache,
-        else they are fetched. Raises ModelError when they cannot be had."""
+    ) -> Ready:
+        """This detector with these options. Weights come from the folder `weights`, else from the cache, else they are
+        fetched. Raises ModelError when they cannot be had."""
         from controlnet.preprocessors.weights import find  # here: it imports what reaches the network
 
-        function = _resolve(self.function)
         more = (find(self.weights, weights, offline, on_bytes),) if self.weights else ()
+        return Ready(self, options, _resolve(self.function), more)
 
-        def make(image: np.ndarray) -> tuple[np.ndarray, dict]:
-            made = function(image, options, *more)
-            return made if isinstance(made, tuple) else (made, {})
 
-        return make
+@dataclass(frozen=True)
+class Ready:
+    """A detector with its options and weights, ready to look at photos."""
+
+    row: Detector
+    options: Any
+    function: Callable
+    weights: tuple[Path, ...] = ()
+
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, dict]:
+        """A photo (H, W, 3) uint8 RGB -> its map, of the same height and width, and what else was found on it."""
+        made = self.function(image, self.options, *self.weights)
+        return made if isinstance(made, tuple) else (made, {})
 
 
 def _resolve(reference: str) -> Any:

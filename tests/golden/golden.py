@@ -106,7 +106,9 @@ class Golden:
         for name, args in IMAGES.items():
             out = self.at / "images" / name
             given = {word for word in args if word.startswith("--")}
-            rest = [w for flag, w in zip(common[::2], common[1::2], strict=False) if flag not in given for w in (flag, w)]
+            rest = [
+                w for flag, w in zip(common[::2], common[1::2], strict=False) if flag not in given for w in (flag, w)
+            ]
             self.run("generate", *args, *rest, "-q", "-o", str(out))
             for path in sorted(out.glob("*.png")):
                 self.note_pixels(f"image {name} {path.name}", path)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from controlnet.cli.conditions import ConditionFlag
-from controlnet.cli.jobs import Job, no_net
+from controlnet.model.work.condition import ConditionFlag
+from controlnet.model.work.jobs import Job, no_net
 from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.files import exists
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from controlnet.cli.options import keeps, output_path, say, tell, warn
-from controlnet.preprocessors.detectors.registry import Detector, Maker
+import cv2
+import numpy as np
+from controlnet.model.work.outputs import keeps, output_path
+from controlnet.preprocessors.condition import Condition, recorded
+from controlnet.preprocessors.detectors.registry import Detector, Ready
 from controlnet.preprocessors.errors import ControlNetError, InputError, NothingFoundError, UsageError
-from controlnet.preprocessors.files import is_dir, is_file
-
-if TYPE_CHECKING:
-    import numpy as np
+from controlnet.preprocessors.files import is_dir, is_file, write_file
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import read_image, suffixes, why_skipped
+from controlnet.preprocessors.keypoints import draw_json, to_json
+from controlnet.preprocessors.kinds import KINDS
+from controlnet.preprocessors.metadata import load, sha256
+from controlnet.preprocessors.stage_one import record, stage_one
+from PIL import Image
 
 AHEAD = 4
 """Photos in work at once, times the threads: memory does not grow with their number."""
@@ -31,7 +38,7 @@ class Job:
 
     detector: Detector
     options: Any
-    make: Maker | None
+    ready: Ready | None
     """None where there are only key points to draw."""
     size: tuple[int, int]
     resize: str
@@ -84,72 +91,35 @@ def points_of(sources: list[str], keypoints: Path | None, targets: dict[str, Pat
     return points
 
 
-def run(job: Job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool,
-        quiet: bool) -> tuple[int, dict[str, tuple[np.ndarray, np.ndarray]]]:  # fmt: skip
-    """Make a map of every source; how many failed, and with `previews` the first photos and their maps, small. One bad
-    photo of several is reported and the rest goes on; a single bad one raises."""
-    targets = targets_of(sources, out, job.detector.kind)
-    points = points_of(sources, keypoints, targets)
+def run(
+    job: Job, sources: list[str], targets: dict[str, Path | None], points: dict[str, Path | None], previews: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[str, Made]]:  # fmt: skip
+    """(source, what became of it) for every source, in order; with `previews` also the first photos and their maps,
+    small. A photo that fails is told in its turn. `say` is told what is odd about a picture."""
     lock = Lock()
-    shown: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    failed = 0
 
     def work(source: str, wanted: bool) -> Made:
         try:
-            return _one(job, source, targets[source], points[source], wanted, lock)
+            return _one(job, source, targets[source], points[source], wanted, lock, say)
         except ControlNetError as error:
             return Made({}, error=error)
 
-    for source, made in _in_order(work, sources, previews, quiet):
-        if made.error is not None:
-            if len(sources) == 1:
-                raise made.error
-            failed += 1
-            say(f"error: {made.error}")
-        elif made.png is not None:
-            sys.stdout.buffer.write(made.png)
-            sys.stdout.flush()
-        else:
-            tell(made.fields, as_json)
-        if made.preview is not None:
-            shown[source] = made.preview
-    return failed, shown
+    return _in_order(work, sources, previews)
 
 
-def write_preview(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
-    """A contact sheet of what `run` has shown for each kind: every photo, and its maps beside it."""
-    from controlnet.preprocessors.files import write_file
-    from controlnet.preprocessors.images import png_bytes
-    from controlnet.preprocessors.sheet import contact_sheet
-
-    sources = list(dict.fromkeys(source for kind in shown.values() for source in kind))
-    if not sources:
-        return
-    cells: list[tuple[np.ndarray, str]] = []
-    for source in sources:
-        own = {kind: pictures[source] for kind, pictures in shown.items() if source in pictures}
-        cells.append((next(iter(own.values()))[0], Path(source).name))
-        blank = 0 * cells[-1][0] + 255
-        cells += [(own[kind][1], kind) if kind in own else (blank, f"no {kind}") for kind in shown]
-    columns = len(shown) + 1
-    write_file(path, png_bytes(contact_sheet(cells, 2 * columns if columns == 2 < len(cells) else columns, 256)))
-    say(f"look at {path}")
-
-
-def _in_order(work, sources: list[str], previews: bool, quiet: bool) -> Iterator[tuple[str, Made]]:
+def _in_order(work, sources: list[str], previews: bool) -> Iterator[tuple[str, Made]]:
     """(source, work(source, whether a preview is wanted)) of every source, in order; a few are in work at once. When
     the command is interrupted, those that are ready come still."""
     if len(sources) == 1:
         yield sources[0], work(sources[0], previews)
         return
-    import cv2
-
     threads = os.cpu_count() or 1
     cv2.setNumThreads(1)  # the photos share the cores, not the pixels of one
     waiting: dict[str, Future] = {}
     pool = ThreadPoolExecutor(threads)
     try:
-        for i, source in enumerate(_progress(sources, quiet)):
+        for i, source in enumerate(sources):
             waiting[source] = pool.submit(work, source, previews and i < SHOWN)
             if len(waiting) >= AHEAD * threads:
                 first = next(iter(waiting))
@@ -171,14 +141,8 @@ def _is_ready(future: Future) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock) -> Made:
-    from controlnet.preprocessors.files import write_file
-    from controlnet.preprocessors.geometry import fit
-    from controlnet.preprocessors.images import png_bytes, read_image
-    from controlnet.preprocessors.keypoints import draw_json, to_json
-    from controlnet.preprocessors.metadata import dump, sha256
-    from controlnet.preprocessors.stage_one import detect, record, rgb
-
+def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock,
+         say: Callable[[str], None]) -> Made:  # fmt: skip
     def told(size: tuple[int, int]) -> dict:
         return record(job.detector, job.options, size, job.resize, Path(source).name, digest)
 
@@ -195,41 +159,39 @@ def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, pre
     image = None
     if is_points(job.detector.kind, source):
         map_, fields = draw_json(data, source, job.size, job.resize, job.options.allow_empty)
+        condition = recorded(map_, "pose", source, told((map_.shape[1], map_.shape[0])) | fields)
     else:
-        assert job.make is not None
-        image, _ = read_image(data, source, warn)
-        try:
-            if job.detector.weights:
-                with lock:  # networks take one photo at a time
-                    map_, fields = detect(image, job.make, job.size, job.resize)
-            else:
-                map_, fields = detect(image, job.make, job.size, job.resize)
-        except NothingFoundError as error:
-            raise NothingFoundError(f"{source}: {error}", error.hint) from error
-    made = told((map_.shape[1], map_.shape[0])) | fields
-    png = png_bytes(map_, dump(made), two_levels=job.detector.kind in ("canny", "scribble"))
+        assert job.ready is not None
+        image, _ = read_image(data, source, lambda text: say(f"warning: {text}"))
+        # Networks take one photo at a time.
+        with lock if job.detector.weights else nullcontext():
+            try:
+                condition = stage_one(image, job.ready, job.size, job.resize, Path(source).name, digest)
+            except NothingFoundError as error:
+                raise NothingFoundError(f"{source}: {error}", error.hint) from error
     if keypoints is not None:
         # With --skip-existing, a map that is made again makes its key points again.
         keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)
-        write_file(keypoints, to_json(fields["keypoints"], (map_.shape[1], map_.shape[0])))
-    both = None
-    if preview:
-        shown = map_ if image is None else fit(image, (map_.shape[1], map_.shape[0]), job.resize)
-        ratio = 256 / max(map_.shape[:2])
-        small = max(1, round(map_.shape[1] * ratio)), max(1, round(map_.shape[0] * ratio))
-        eight = map_ if map_.dtype == "uint8" else (map_ >> 8).astype("uint8")
-        both = fit(rgb(shown), small, "stretch"), fit(rgb(eight), small, "stretch")
+        write_file(keypoints, to_json(condition.record["keypoints"], condition.size))
+    both = _small(image, condition, job.resize) if preview else None
     if target is None:
-        return Made(made, png, both)
-    write_file(target, png)
-    return Made({"output": str(target), **made, "source": source}, preview=both)
+        return Made(condition.record, condition.png(), both)
+    write_file(target, condition.png())
+    return Made({"output": str(target), **condition.record, "source": source}, preview=both)
+
+
+def _small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple[np.ndarray, np.ndarray]:
+    """A photo, or its key points' map, and its map, with 256 pixels on the longer side."""
+    width, height = condition.size
+    ratio = 256 / max(width, height)
+    small = max(1, round(width * ratio)), max(1, round(height * ratio))
+    shown = condition.rgb if image is None else fit(image, condition.size, resize)
+    eight = condition.rgb if condition.map.dtype == np.uint8 else (condition.rgb >> 8).astype(np.uint8)
+    return fit(shown, small, "stretch"), fit(eight, small, "stretch")
 
 
 def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
     """What an existing map's PNG text says of its making, and its size; None for a file that is not ours."""
-    from controlnet.preprocessors.metadata import load
-    from PIL import Image
-
     try:
         with Image.open(target) as picture:
             return load(getattr(picture, "text", {})) or None, picture.size
@@ -237,12 +199,9 @@ def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
         return None, (0, 0)
 
 
-def expand(inputs: list[str], recursive: bool) -> list[str]:
+def expand(inputs: list[str], recursive: bool, say: Callable[[str], None] = lambda text: None) -> list[str]:
     """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
-    without pictures."""
-    from controlnet.preprocessors.images import suffixes, why_skipped
-    from controlnet.preprocessors.metadata import KINDS
-
+    without pictures. `say` is told of pictures that are skipped."""
     maps = tuple(f".{kind}.png" for kind in KINDS)
     sources: list[str] = []
     for name in inputs:
@@ -254,7 +213,7 @@ def expand(inputs: list[str], recursive: bool) -> list[str]:
         inside = sorted(path for path in Path(name).glob("**/*" if recursive else "*") if is_file(path))
         found = [str(p) for p in inside if p.suffix.lower() in suffixes() and not p.name.endswith(maps)]
         if skipped := [f"{path} ({why})" for path in inside if (why := why_skipped(path))]:
-            warn(f"{len(skipped)} pictures skipped, the first: {skipped[0]}")
+            say(f"warning: {len(skipped)} pictures skipped, the first: {skipped[0]}")
         if not found:
             raise InputError(
                 f"{name}: the folder holds no pictures (it is searched for {', '.join(sorted(suffixes())[:8])}, ...)",
@@ -262,13 +221,3 @@ def expand(inputs: list[str], recursive: bool) -> list[str]:
             )
         sources += found
     return list(dict.fromkeys(sources))
-
-
-def _progress(sources: list[str], quiet: bool):
-    """A bar on standard error when someone is watching many files."""
-    if quiet or len(sources) < 4 or not sys.stderr.isatty():
-        return sources
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(sources, "detect", console=Console(stderr=True), transient=True)

@@ -1,0 +1,32 @@
+"""What a model on disk is, in words and figures, from its headers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from controlnet.model.files.families import family_name
+from controlnet.model.files.layouts import Stored
+
+
+def described(stored: Stored) -> dict[str, Any]:
+    """What `models show` tells; reads no tensor."""
+    net = "controlnet" in stored.parts
+    configs = {part: stored.config(part) for part in stored.parts}
+    headers = {part: stored.headers(part) for part in stored.parts}
+    first = configs["controlnet" if net else stored.parts[0]]
+    said = {"unet": "base", "controlnet": "ControlNet"}
+    what = [word for part, word in said.items() if part in configs] or [p.replace("_", " ") for p in configs]
+    fields: dict[str, Any] = {
+        "path": str(stored.path), "what": " and ".join(what), "format": stored.layout,
+        "family": family_name(configs.get("unet", first).get("cross_attention_dim")),
+        "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
+        "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
+    }  # fmt: skip
+    if net:
+        config = configs["controlnet"]
+        hint = config.get("hint_encoder", "released")
+        fields["hint_encoder"] = {"form": hint, "widths": list(config["conditioning_embedding_out_channels"])}
+    if "unet" in configs:
+        fields["prediction"] = stored.prediction() or "unknown"
+    return fields

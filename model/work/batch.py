@@ -1,0 +1,159 @@
+"""Many jobs: read from a file, spread over folders of conditions, and the images that they make. Loads no model."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from controlnet.model.work.jobs import Job, stem_of
+from controlnet.model.work.outputs import keeps, output_path
+from controlnet.preprocessors.errors import ControlNetError, InputError, OutputError, UsageError
+from controlnet.preprocessors.files import decoded, is_dir, is_file
+from controlnet.preprocessors.jsons import read_object
+
+EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
+
+
+def read_jobs_file(path: Path) -> list[tuple[str, dict[str, Any] | UsageError]]:
+    """`read_jobs` of a file."""
+    from controlnet.preprocessors.images import read_bytes
+
+    empty = is_file(path) and path.stat().st_size == 0
+    return list(read_jobs(str(path), b"" if empty else read_bytes(str(path))))
+
+
+def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | UsageError]]:
+    """(where, what is given) for every job of a file: JSON Lines, or CSV with the keys in its first line, several
+    conditions of a job between |. A line that is no job gives its error. Raises InputError for a file without jobs."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        decoded(data, path)  # raises: every line of it is unreadable
+    if not data.strip():
+        raise InputError(f"{path}: no jobs in it", f"{EXAMPLE}   (one per line)")
+    # Bytes that are not UTF-8 spoil their own line alone.
+    text = data.decode("utf-8", errors="surrogateescape")
+    if path.lower().endswith(".csv"):
+        rows = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+        while True:
+            try:
+                row = next(rows)
+                _check_text(" ".join(str(value) for value in row.values()))
+            except StopIteration:
+                return
+            except (csv.Error, UsageError) as error:
+                yield f"{path} line {rows.line_num}", UsageError(str(error))
+                continue
+            where = f"{path} line {rows.line_num}"
+            if "" in row or None in row.values():
+                many = "more" if "" in row else "fewer"
+                yield where, UsageError(f"{many} values than keys in the first line", ",".join(rows.fieldnames or []))
+                continue
+            given: dict[str, Any] = {k.strip(): v for k, v in row.items()}
+            if given.get("cond"):
+                given["cond"] = [part.strip() for part in given["cond"].split("|")]
+            yield where, given
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside a prompt
+        if line.strip():
+            where = f"{path} line {number}"
+            try:
+                _check_text(line)
+                yield where, read_object(line, line.strip()[:60], UsageError, EXAMPLE)
+            except UsageError as error:
+                yield where, error
+
+
+def _check_text(line: str) -> None:
+    """Raises UsageError for a line of a file with bytes that are no text."""
+    if "\0" in line:
+        raise UsageError("holds a NUL byte, expected text")
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"not UTF-8 (character {error.start + 1})", "iconv -f latin1 -t utf-8 FILE") from error
+
+
+def spread(job: Job) -> list[Job]:
+    """A folder as a condition stands for all pictures in it: a job each. Several folders are paired by name, without
+    the kind. Raises InputError for a folder without pictures or one without the partner of another's."""
+    from controlnet.preprocessors.images import suffixes
+
+    folders = [(k, flag) for k, flag in enumerate(job.cond) if flag.path != "-" and is_dir(flag.path)]
+    if not folders:
+        return [job]
+    found: list[dict[str, str]] = []
+    for _, flag in folders:
+        paths = sorted(p for p in Path(flag.path).iterdir() if p.suffix.lower() in suffixes())
+        stems = {stem_of(str(p)): str(p) for p in paths}
+        if not stems:
+            raise InputError(
+                f"{flag.path}: the folder holds no pictures", f"controlnet detect canny PHOTOS -o {flag.path}"
+            )
+        if len(stems) < len(paths):
+            raise InputError(f"{flag.path}: holds several maps of one photo", "a folder for each kind")
+        found.append(stems)
+        if lacking := sorted(found[0].keys() ^ stems.keys()):
+            raise InputError(
+                f"{folders[0][1].path} and {flag.path}: {lacking[0]} is in one and not in the other",
+                "give both folders maps of the same names",
+            )
+    jobs = []
+    for stem in found[0]:
+        flags = list(job.cond)
+        for (k, flag), stems in zip(folders, found, strict=True):
+            flags[k] = replace(flag, path=stems[stem])
+        jobs.append(replace(job, cond=tuple(flags)))
+    return jobs
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An image to be made: where it goes (None: standard output), and what of."""
+
+    name: str
+    job: Job
+    seed: int
+    path: Path | None
+
+
+def targets(
+    jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, failed: Callable[[str, ControlNetError], None],
+    keep_best: int | None = None, on_kept: Callable[[Path, int], None] = lambda path, seed: None,
+) -> list[Wanted]:  # fmt: skip
+    """The images to be made. An output that is in the way fails its job; `on_kept` is told the path and seed of one
+    that is there and stays. Of a job's images `keep_best` are written, all by default; a single one may have a name of
+    its own."""
+    wanted: list[Wanted] = []
+    taken: dict[Path | None, str] = {}
+    several = sum(keep_best or job.num for _, job in jobs) > 1
+    for name, job in jobs:
+        try:
+            seeded = job.seeded()
+            assert seeded.seed is not None
+            images: list[Wanted] = []
+            for seed in range(seeded.seed, seeded.seed + job.num):
+                default = Path("out") / f"{seed}-{job.stem}.png"
+                alone = (keep_best or job.num) == 1 and (not several or (job.out or "").endswith(".png"))
+                path = output_path(job.out, default, not alone)
+                if images and images[0].path == path:  # the best one goes there
+                    images.append(Wanted(name, seeded, seed, path))
+                    continue
+                if job.seed is None and skip_existing and path is not None and path.name == default.name:
+                    raise UsageError("without a seed its images have new names each time", "--seed 1")
+                if path in taken:
+                    raise OutputError(f"{path}: {taken[path]} is written there too", "a seed or an out of its own")
+                if path is not None and keeps(path, overwrite, skip_existing):
+                    on_kept(path, seed)
+                else:
+                    images.append(Wanted(name, seeded, seed, path))
+                if path is not None:
+                    taken[path] = name
+            wanted += images
+        except ControlNetError as error:
+            failed(name, error)
+    return wanted

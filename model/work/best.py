@@ -1,0 +1,54 @@
+"""The best of a job's images: those on which its conditions are found again best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
+
+from controlnet.model.work.batch import Wanted
+from controlnet.model.work.score import Scorer
+from controlnet.model.work.studio import Image, Studio
+from controlnet.preprocessors.errors import ControlNetError
+
+Failed = Callable[[str, ControlNetError], None]
+"""Told the name of a job and why it failed."""
+
+
+def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wanted]:
+    """The wanted images whose conditions an image can be held against; the others' jobs fail before they are made."""
+    bad: set[int] = set()
+    for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
+        try:
+            for condition in studio.conditions(job)[1]:
+                Scorer.check(condition)
+        except ControlNetError as error:
+            bad.add(id(job))
+            failed(name, error)
+    return [one for one in wanted if id(one.job) not in bad]
+
+
+def best(images: Iterator[Image], count: int, studio: Studio, offline: bool, failed: Failed,
+         say: Callable[[str], None]) -> Iterator[Image]:  # fmt: skip
+    """Of each job's images the `count` that keep best to their conditions, in the order of their seeds, with `score` in
+    their records: the mean over the conditions of the score that tells most of each."""
+    scorer = Scorer(offline)
+
+    def scored(image: Image) -> Image:
+        _, conditions = studio.conditions(image.wanted.job)
+        scores = [scorer.compare(image.pixels, condition, "the image").main for condition in conditions]
+        return replace(image, record=image.record | {"score": round(sum(scores) / len(scores), 4)})
+
+    for _, group in groupby(images, lambda image: id(image.wanted.job)):
+        made = list(group)
+        try:
+            made = [scored(image) for image in made]
+        except ControlNetError as error:
+            failed(made[0].wanted.name, error)
+            continue
+        chosen = sorted(made, key=lambda image: -image.record["score"])[:count]
+        kept = {image.wanted.seed for image in chosen}
+        told = [f"{image.wanted.seed}: {image.record['score']:.3f}{' *' * (image.wanted.seed in kept)}"
+                for image in made]  # fmt: skip
+        say(f"scores by seed, * is kept: {', '.join(told)}")
+        yield from sorted(chosen, key=lambda image: image.wanted.seed)

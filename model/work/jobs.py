@@ -1,0 +1,261 @@
+"""What `generate` is asked for: a job, and how its fields are read. Loads no model.
+
+A field of `Job` is a flag of the command, a key of a file of jobs, an entry of an image's record, and what `replay`
+reads there; its docstring is the help. To add one: a field here, and its use in `studio.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from controlnet.model.control.modes import CONTROL_ON, MODES
+from controlnet.model.work.condition import ConditionFlag, parse_condition, parse_weighting
+from controlnet.model.work.outputs import is_folder
+from controlnet.preprocessors.errors import InputError, ModelError, UsageError
+from controlnet.preprocessors.files import exists, is_file
+from controlnet.preprocessors.kinds import KINDS
+from controlnet.preprocessors.metadata import kind_of, text_of
+
+MAX_NUM = 10_000
+MAX_STEPS = 999  # schedulers with an offset of one step have no more
+
+Read = Callable[[str, Any], Any]
+"""(name of the field, text or JSON value) -> its value. Raises UsageError."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of `Job` is read, and what else it is good for."""
+
+    read: Read
+    type: type = str
+    """Of its flag."""
+    flags: tuple[str, ...] = ()
+    """Other names of the flag, beside --NAME."""
+    metavar: str | None = None
+    flag_default: Any = ...
+    """Of the flag, where the command finds out the field's own default."""
+    recorded: bool = False
+    """Whether it stands in an image's record, settled (`Job.settled`)."""
+    shared: bool = False
+    """Whether images that are sampled together must agree in it."""
+
+
+def option(default: Any, read: Read, type: type = str, *flags: str, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(read, type, flags, **more)})
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: {value!r}, expected text", f'"{name}": "..."')
+    return value
+
+
+def _number(name: str, value: Any, reader: Callable[[Any], Any] = float, what: str = "a number") -> Any:
+    try:
+        if isinstance(value, bool) or (reader is int and float(value) != int(value)):
+            raise ValueError
+        return reader(value)
+    except (ValueError, TypeError, OverflowError):
+        raise UsageError(f"{name}: {value!r}, expected {what}", f"{name}=1") from None
+
+
+def _whole(name: str, value: Any) -> int:
+    return _number(name, value, int, "a whole number")
+
+
+def _size(name: str, value: Any) -> tuple[int, int]:
+    from controlnet.preprocessors.geometry import parse_size  # here: it imports the libraries of pictures
+
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        value = f"{value[0]}x{value[1]}"
+    return parse_size(str(value))
+
+
+def _conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name}: {texts!r}, expected text or a list of texts", f'"{name}": ["map.png,scale=0.8"]')
+    return tuple(parse_condition(text) for text in texts)
+
+
+def _weighting(name: str, value: Any) -> str | tuple[float, ...]:
+    return parse_weighting("--weighting", str(value))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt with its conditions, for one or more images. Raises UsageError for what is wrong without a model."""
+
+    cond: tuple[ConditionFlag, ...] = option(
+        (), _conditions, list[str], metavar="PATH[,key=value...]", flag_default=None
+    )  # fmt: skip
+    """A condition map, or a folder of maps; repeat for several. Keys: detect=KIND, kind, net, scale, start, end,
+    weighting, region."""
+    prompt: str = option("", _text, str, "-p", recorded=True)
+    """What the image shows; @FILE reads it from a file."""
+    negative: str = option("", _text, recorded=True)
+    """What it should not show; or @FILE."""
+    out: str | None = option(None, _text, str, "-o")
+    """Where the result goes: a .png, a folder (any other name), or - for standard output."""
+    num: int = option(1, _whole, int, "-n")
+    """How many images; image k uses seed + k."""
+    steps: int = option(20, _whole, int, recorded=True, shared=True)
+    """Sampling steps."""
+    guidance: float | None = option(None, _number, float, recorded=True, shared=True)
+    """Classifier-free guidance scale; 1 is none. (default: the base's)"""
+    scheduler: str | None = option(None, _text, recorded=True, shared=True)
+    """ddim, euler, unipc, ... (default: the base's)"""
+    base: str = option("tiny", _text, flag_default=None, recorded=True, shared=True)
+    """The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub id.
+    (default: $CONTROLNET_BASE, what `models use` said, tiny)"""
+    size: tuple[int, int] | None = option(None, _size, recorded=True, shared=True)
+    """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
+    seed: int | None = option(None, _whole, int, recorded=True)
+    """Seed of the first image. (default: random, and told)"""
+    mode: str | None = option(None, _text)
+    """balanced; prompt (deep connections count more); control (only beside the prompt, weighted by resolution); guess
+    (the same, deep ones more: for empty prompts). (default: the base's)"""
+    control_on: str | None = option(None, _text, recorded=True, shared=True)
+    """Halves of the guidance: both, or cond. (default: the mode's, else the base's)"""
+    weighting: str | tuple[float, ...] | None = option(None, _weighting)
+    """Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
+
+    def __post_init__(self):
+        if not self.cond and not self.prompt:
+            raise UsageError(
+                "nothing to go by: neither --cond nor --prompt",
+                'controlnet generate --cond map.canny.png --prompt "..."',
+            )
+        if not 1 <= self.num <= MAX_NUM:
+            raise UsageError(f"--num {self.num}: expected 1 to {MAX_NUM}", "--num 4")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise UsageError(f"--steps {self.steps}: expected 1 to {MAX_STEPS}", "--steps 20")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 1):
+            raise UsageError(f"--guidance {self.guidance}: expected a number from 1 on", "--guidance 7.5")
+        if self.seed is not None and not 0 <= self.seed < 2**63 - self.num:
+            raise UsageError(f"--seed {self.seed}: expected 0 to {2**63 - 1}", "--seed 42")
+        for flag, value, known in (("mode", self.mode, MODES), ("control-on", self.control_on, CONTROL_ON)):
+            if value is not None and value not in known:
+                near = difflib.get_close_matches(value, known, 1)
+                raise UsageError(
+                    f"--{flag} {value}: expected one of {', '.join(known)}", f"--{flag} {(near or list(known))[0]}"
+                )
+
+        for flag, text in (("prompt", self.prompt), ("negative", self.negative)):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"--{flag} {text!r}: not UTF-8", "locale tells the terminal's own coding") from None
+
+    @property
+    def acts_on(self) -> str | None:
+        """`both` halves of the guidance, or `cond`; None is the base's own way."""
+        return self.control_on or (MODES[self.mode].control_on if self.mode else None)
+
+    def weighting_of(self, flag: ConditionFlag) -> str | tuple[float, ...]:
+        """The condition's own, else the job's, else the mode's, else uniform."""
+        return flag.weighting or self.weighting or MODES[self.mode or "balanced"].weighting
+
+    def settled(self, base: Any, size: tuple[int, int]) -> Job:
+        """With what it leaves to the base and its conditions said: guidance, canvas, halves of the guidance."""
+        return replace(
+            self, size=size, guidance=base.guidance if self.guidance is None else self.guidance,
+            control_on=self.acts_on or base.control_on,
+        )  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        """What an image's record says of its job."""
+        return {name: getattr(self, name) for name, option in OPTIONS.items() if option.recorded}
+
+    def shared(self) -> str:
+        """What images that are sampled together agree in."""
+        return json.dumps([getattr(self, name) for name, option in OPTIONS.items() if option.shared])
+
+    def seeded(self) -> Job:
+        """With a random seed where it has none."""
+        return self if self.seed is not None else replace(self, seed=random.randrange(2**31))
+
+    @property
+    def stem(self) -> str:
+        """Of its images' names: the first condition's, without its kind, so that no image is taken for a map later."""
+        return stem_of(self.cond[0].path) if self.cond else "image"
+
+
+def stem_of(path: str) -> str:
+    stem = Path(path).stem if path != "-" else "stdin"
+    for kind in KINDS:
+        stem = stem.removesuffix(f".{kind}").removesuffix(f"_{kind}")
+    return stem or "image"
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(Job)}
+KEYS = tuple(OPTIONS)
+"""What a job in a file may say: the flags of `generate`, with _ or - between words."""
+
+
+def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
+    """A job of what is given under the names of KEYS, as text or JSON values, on top of `defaults`. Raises UsageError
+    for unknown names, naming the nearest, and for values that are none."""
+    values = dict(defaults)
+    folder = defaults.get("out")
+    for name, value in given.items():
+        key = name.replace("-", "_")
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, 1)
+            raise UsageError(f"unknown key {name!r}, expected one of {', '.join(KEYS)}", (near or KEYS)[0])
+        if value is None or (value == "" and key not in ("prompt", "negative")):
+            continue
+        values[key] = value
+    place = values.get("out")
+    if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder):
+        # Places in a file of jobs are below -o.
+        values["out"] = str(Path(folder) / place) + "/" * place.endswith("/")
+    return Job(**{key: OPTIONS[key].read(key, value) for key, value in values.items() if value is not None})
+
+
+def check_names(job: Job) -> None:
+    """Raises UsageError or InputError for models, kinds, schedulers and files that cannot be: in a moment, before a
+    library is loaded that takes seconds."""
+    from controlnet.model.registry import BASES, check_base_name, check_net_name, net_for
+    from controlnet.model.sampling.schedulers import check_scheduler_name
+    from controlnet.preprocessors.detectors.registry import find_detector
+
+    check_base_name(job.base)
+    if job.scheduler is not None:
+        check_scheduler_name(job.scheduler)
+    for flag in job.cond:
+        for path in filter(None, (flag.path, flag.region)):
+            if path != "-" and not exists(path):
+                raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")
+        if flag.detect is not None:
+            find_detector(flag.detect)
+        if flag.net is not None:
+            check_net_name(flag.net)
+            continue
+        kind = flag.kind or flag.detect
+        if kind is None and flag.path != "-" and is_file(flag.path):
+            kind = kind_of(flag.path, text_of(Path(flag.path)))
+        if kind and job.base in BASES and net_for(BASES[job.base].family, kind) is None:
+            raise no_net(flag.path, kind, job.base, BASES[job.base].family)
+
+
+def no_net(path: str, kind: str, base: str, family: str) -> ModelError:
+    """The error for a kind that the table has no ControlNet for."""
+    from controlnet.model.registry import NETS
+
+    has = [net.kind for net in NETS.values() if net.family == family]
+    near = difflib.get_close_matches(kind, has, 1)
+    return ModelError(
+        f"{path}: no ControlNet is known for kind {kind!r} on base {base}"
+        + (f"; there are some for: {', '.join(has)}" if has else ""),
+        f"kind={near[0]}" if near else f"--cond {path},net=FOLDER",
+    )

@@ -1,0 +1,54 @@
+"""Where results go, and what is in their way: the rules of -o, --overwrite and --skip-existing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from controlnet.preprocessors.errors import OutputError, UsageError
+from controlnet.preprocessors.files import exists, is_dir
+
+
+def output_path(out: str | None, default: Path, several: bool) -> Path | None:
+    """The path of a result; None for standard output. `default` is its folder and name when -o says nothing."""
+    if out is None:
+        return default
+    if is_folder(out):
+        return Path(out) / default.name
+    if several:
+        hint = "-o DIR/" if out == "-" else f"-o {Path(out).with_suffix('')}/"
+        raise UsageError(f"-o {out} takes one result, but there are several", hint)
+    return None if out == "-" else Path(out)
+
+
+def is_folder(out: str) -> bool:
+    """Whether -o names a folder: all but `-` and `NAME.png`. Raises UsageError for another type of picture."""
+    path = Path(out)
+    if out.endswith("/") or is_dir(path):
+        return True
+    check_png("-o", path)
+    return out != "-" and path.suffix.lower() != ".png"
+
+
+def check_png(flag: str, path: Path) -> None:
+    """Raises UsageError for a file that a PNG would be written to under the name of another type of picture."""
+    from controlnet.preprocessors.images import suffixes  # here: it imports the libraries of pictures
+
+    if path.suffix.lower() in suffixes() - {".png", ".apng"}:
+        raise UsageError(f"{flag} {path}: pictures are written as PNG files", f"{flag} {path.with_suffix('.png')}")
+
+
+def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
+    """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
+    cannot be written: before the work, not after it."""
+    there = next(p for p in path.absolute().parents if exists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
+                          "choose another place with -o DIR/")  # fmt: skip
+    if is_dir(path):
+        raise OutputError(f"{path}: is a folder, expected a file", f"-o {path}/")
+    if overwrite or not exists(path):
+        return False
+    if skip_existing:
+        return True
+    raise OutputError(f"{path}: exists already", "add --overwrite to replace it, or --skip-existing to leave it")

@@ -1,0 +1,160 @@
+"""An image made again from its own record; how far off that is, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from controlnet.model.sampling.schedulers import SCHEDULERS
+from controlnet.model.work.batch import Wanted
+from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting
+from controlnet.model.work.jobs import OPTIONS, Job
+from controlnet.model.work.machine import choose_device
+from controlnet.model.work.studio import Image, Studio
+from controlnet.preprocessors.errors import InputError, UsageError, reason
+from controlnet.preprocessors.files import is_file
+from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.metadata import load
+
+MOST_TOGETHER = 64
+WHOLE = "replay the file that generate wrote"
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """An image file with its record."""
+
+    path: Path
+    pixels: np.ndarray
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between two images of equal size, in levels of 0 to 255."""
+
+    largest: int
+    mean: float
+    changed: float
+    """Part of the pixels that differ at all."""
+
+
+def read_recorded(path: Path) -> Recorded:
+    """Raises InputError for an image without a record."""
+    pixels, text = read_image(read_bytes(str(path)), str(path))
+    record = load(text)
+    if "prompt" not in record or "seed" not in record:
+        raise InputError(f"{path}: holds no record of its making", "an image as controlnet generate wrote it")
+    return Recorded(path, pixels, record)
+
+
+def replay(image: Recorded, job: Job, device: str | None = None, offline: bool = False,
+           say: Callable[[str], None] = lambda text: None) -> Image:  # fmt: skip
+    """`job` is `job_of(image)`, or changed from it; made on the recorded device where it is here, in the recorded
+    type. Raises as `Studio.make` does."""
+    record = image.record
+    studio = Studio(_available(device or record.get("device")), record.get("dtype"), offline, strict=False,
+                    low_memory=bool(record.get("low_memory")), say=say)  # fmt: skip
+    # An image away from the base's native size depends, by rounding, on how many are sampled together and on its place
+    # among them: as many are sampled again.
+    together, place = _batch(record) if job == job_of(image, [flag.path for flag in job.cond]) else (1, 0)
+    copies = [Wanted("", job, job.seed or 0, None)] * together
+    return list(studio.make(copies))[place]
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> Difference:
+    """a and b are (H, W, 3) uint8."""
+    off = np.abs(a.astype(int) - b)
+    return Difference(int(off.max()), float(off.mean()), float((off.max(2) > 0).mean()))
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What two records say differently about models, conditions and machine: a line each."""
+    found = []
+    for name in ("base_sha256", "device", "dtype", "threads", "low_memory", "batch"):
+        if (before.get(name) or None) != (after[name] or None):
+            found.append(f"{name}: {before.get(name)}, now {after[name]}")
+    for name, version in after["versions"].items():
+        if (was := (before.get("versions") or {}).get(name)) != version:
+            found.append(f"{name}: {was}, now {version}")
+    for old, new in zip(before.get("conditions") or [], after["conditions"], strict=False):
+        for name in ("sha256", "map_sha256", "net_sha256", "region_sha256"):
+            if old.get(name) != new.get(name):
+                found.append(f"{new['path']}: {name} {str(old.get(name))[:12]}, now {str(new.get(name))[:12]}")
+    return found
+
+
+def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
+    """The job of an image's record; `moved` are the conditions' paths today, in the recorded order. Raises InputError
+    for a record that `generate` cannot have written, UsageError for another number of paths."""
+    record = image.record
+    _check(record, _RECORD, image.path)
+    conditions = record.get("conditions") or []
+    for condition in conditions:
+        _check(condition, _CONDITION, image.path)
+    if moved and len(moved) != len(conditions):
+        raise UsageError(f"--cond is given {len(moved)} times, the image has {len(conditions)} conditions")
+    try:
+        values = {name: option.read(name, record[name]) for name, option in OPTIONS.items()
+                  if option.recorded and record.get(name) is not None}  # fmt: skip
+        if record["scheduler"] not in SCHEDULERS:  # the class of the base's own
+            del values["scheduler"]
+        flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
+        return Job(cond=tuple(flags), **{"control_on": "both", **values})
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error
+
+
+_RECORD: dict[str, tuple[type, ...]] = {
+    "prompt": (str,), "negative": (str,), "steps": (int,), "guidance": (int, float), "base": (str,), "size": (list,),
+    "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)), "control_on": (str, type(None)),
+    "device": (str, type(None)), "dtype": (str, type(None)), "versions": (dict, type(None)),
+}  # fmt: skip
+_CONDITION: dict[str, tuple[type, ...]] = {
+    "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),
+    "end": (int, float), "weighting": (str, type(None)), "region": (str, type(None)), "detect": (dict, type(None)),
+}  # fmt: skip
+"""What a record holds, and of which types; what may be None may be missing."""
+
+
+def _check(fields: Any, types: dict[str, tuple[type, ...]], image: Path) -> None:
+    wrong = "a condition" if not isinstance(fields, dict) else None
+    for name, known in types.items():
+        if wrong is None and (not isinstance(fields.get(name), known) or isinstance(fields.get(name), bool)):
+            wrong = f"{name}: {fields.get(name)!r}"
+    if wrong:
+        raise InputError(f"{image}: its record is not whole ({wrong})", WHOLE)
+
+
+def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> ConditionFlag:
+    path = moved or condition["path"]
+    if path == "-":
+        raise InputError(f"{image}: its condition came from standard input", f"controlnet replay {image} --cond MAP")
+    beside = image.parent / Path(path).name
+    if not is_file(path) and is_file(beside):
+        path = str(beside)
+    scale, detect = condition["scale"], condition.get("detect") or {}
+    return ConditionFlag(
+        path, str(detect["kind"]) if detect else None, condition["kind"], condition["net"],
+        parse_scale("scale", str(scale)), condition["start"], condition["end"],
+        parse_weighting("weighting", condition.get("weighting") or "uniform"), condition.get("region"),
+    )  # fmt: skip
+
+
+def _batch(record: dict[str, Any]) -> tuple[int, int]:
+    """(how many images were sampled together, this one's place among them), as recorded."""
+    count, place = record.get("batch", 1), record.get("place", 0)
+    if isinstance(count, int) and isinstance(place, int) and 0 <= place < count <= MOST_TOGETHER:
+        return count, place
+    return 1, 0
+
+
+def _available(device: str | None) -> str | None:
+    """The recorded device if this machine has it, else the default one."""
+    try:
+        return str(choose_device(device))
+    except UsageError:
+        return None

@@ -1,0 +1,235 @@
+"""How well an image keeps to its conditions: each is found on the image again, by its own detector, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from controlnet.model.sampling.canvas import to_canvas
+from controlnet.model.work.condition import parse_condition
+from controlnet.preprocessors.agreement import (
+    aligned,
+    depth_rmse,
+    edge_f1,
+    match_people,
+    oks,
+    pck,
+    rank_correlation,
+    ssim,
+)
+from controlnet.preprocessors.condition import Condition, read_condition, recorded, rgb
+from controlnet.preprocessors.detectors.registry import Ready, find_detector
+from controlnet.preprocessors.errors import InputError, UsageError, reason
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.kinds import KINDS, PEOPLE, kind_named
+from controlnet.preprocessors.metadata import load
+from controlnet.preprocessors.skeleton import draw
+from controlnet.preprocessors.stage_one import stage_one
+
+ASPECT = 0.05
+"""Aspects of image and map may differ by so much (of 1)."""
+RESAMPLES = 2000
+SCORED = tuple(name for name, kind in KINDS.items() if kind.score)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of an image for one condition, and the maps that were compared, at the image's size."""
+
+    kind: str
+    scores: dict[str, float]
+    condition: np.ndarray
+    found: np.ndarray
+    shown: np.ndarray
+    """Where they agree and where not, (H, W, 3) uint8."""
+
+    @property
+    def main(self) -> float:
+        """The score that tells most."""
+        return self.scores[MEASURES[kind_named(self.kind).score or "lines"].main]
+
+
+class Scorer:
+    """Finds conditions on images again; each detector is loaded once."""
+
+    def __init__(self, offline: bool = False):
+        self.offline = offline
+        self.ready = cache(self._ready)
+
+    def of_file(self, path: str, conditions: list[str]) -> list[tuple[str, Scored]]:
+        """(condition, its scores) of an image file, for conditions PATH[,kind=KIND], or for those of its own record.
+        Raises InputError for conditions that do not fit the image."""
+        image, text = read_image(read_bytes(path), path)
+        if conditions:
+            return [(cond, self.of(image, path, cond)) for cond in conditions]
+        entries = load(text).get("conditions", [])
+        if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
+            raise InputError(
+                f"{path}: its record is not whole (conditions: {entries!r})", "an image as generate wrote it"
+            )
+        if not entries:
+            raise InputError(f"{path}: its record names no condition", f"controlnet score {path} --cond MAP")
+        return [self.of_record(image, path, entry) for entry in entries]
+
+    def of_record(self, image: np.ndarray, name: str, entry: dict) -> tuple[str, Scored]:
+        """The scores for a condition of the image's own record; where it was made of a photo, it is made again."""
+        path = _recorded_path(entry, name)
+        made = entry.get("detect")
+        if made is None:
+            return path, self.of(image, name, f"{path},kind={entry['kind']}")
+        photo, _ = read_image(read_bytes(path), path)
+        ready = self.ready(made["kind"], made["detector"], json.dumps(made["options"]))
+        again = stage_one(photo, ready, tuple(made["size"]), made["resize"], path)
+        return path, self.compare(image, recorded(again.map, entry["kind"], path, made | again.record), name)
+
+    def of(self, image: np.ndarray, name: str, cond: str) -> Scored:
+        """The scores of an image (H, W, 3) uint8 for one condition, PATH[,kind=KIND]."""
+        flag = parse_condition(cond)
+        return self.compare(image, read_condition(flag.path, flag.kind, (image.shape[1], image.shape[0])), name)
+
+    def compare(self, image: np.ndarray, condition: Condition, name: str) -> Scored:
+        """The scores of an image (H, W, 3) uint8 for a condition. Raises as `check` does, and InputError for another
+        aspect."""
+        self.check(condition)
+        if condition.record.get("resize") in ("crop", "pad") and not _same_aspect(image, condition.map):
+            # The photo itself, brought to the map's size as the map's record says.
+            image = fit(image, condition.size, condition.record["resize"])
+        if not _same_aspect(image, condition.map):
+            raise InputError(
+                f"{condition.name}: {condition.size[0]}x{condition.size[1]}, of another aspect than {name},"
+                f" {image.shape[1]}x{image.shape[0]}",
+                "the map that the image was made from",
+            )
+        return MEASURES[kind_named(condition.kind).score or ""].function(self, image, condition)
+
+    @staticmethod
+    def check(condition: Condition) -> None:
+        """Raises UsageError or InputError for a condition that no image can be held against."""
+        path, kind = condition.name, kind_named(condition.kind)
+        if kind.score is None:
+            raise UsageError(
+                f"{path}: kind {kind.name!r} has no score; expected {', '.join(SCORED)}", f"{path},kind=canny"
+            )
+        if kind.form == PEOPLE and "keypoints" not in condition.record:
+            raise InputError(
+                f"{path}: carries no key points in its PNG text",
+                "a map of controlnet detect pose, or its --keypoints file",
+            )
+        if kind.form != PEOPLE and int(condition.map.max()) - int(condition.map.min()) < 8:
+            raise InputError(f"{path}: one flat colour, there is nothing to keep to", "make the map again")
+
+    def found(self, image: np.ndarray, size: tuple[int, int], condition: Condition, default: bool = False
+              ) -> tuple[np.ndarray, dict]:  # fmt: skip
+        """What the condition's own detector and options, or the `default` options, find on the image, looked at in
+        `size` (width, height)."""
+        record = condition.record if condition.record.get("kind") == condition.kind else {}
+        own = record.get("detector")
+        ready = self.ready(condition.kind, own if isinstance(own, str) else None,
+                           json.dumps({} if default else record.get("options", {})))  # fmt: skip
+        return ready(fit(image, size, "stretch"))
+
+    def _ready(self, kind: str, name: str | None, options: str) -> Ready:
+        row = find_detector(kind, name)
+        try:
+            given = {**json.loads(options)} | ({"allow_empty": True} if kind_named(kind).form == PEOPLE else {})
+            chosen = row.load_options()(**given)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the map's record has options that {row.name} does not know: {reason(error)}", "make the map again"
+            ) from error
+        return row.ready(chosen, offline=self.offline)
+
+
+def _same_aspect(image: np.ndarray, map_: np.ndarray) -> bool:
+    ratio = map_.shape[1] / map_.shape[0] * image.shape[0] / image.shape[1]
+    return abs(ratio - 1) <= ASPECT
+
+
+def _lines(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
+    """F1 of the lines, exact and within a pixel for every 256 of the image; structural similarity."""
+    again, _ = scorer.found(image, condition.size, condition)
+    size = (image.shape[1], image.shape[0])
+    true, found = (to_canvas(m, condition.kind, size).max(2) for m in (condition.rgb, rgb(again)))
+    near = max(1, round(min(size) / 256))
+    lit_true, lit = ((m > 127).astype(np.uint8) * 255 for m in (true, found))
+    scores = {"f1": edge_f1(lit, lit_true), "f1_near": edge_f1(lit, lit_true, near), "ssim": ssim(found, true)}
+    shown = np.stack([lit_true, np.minimum(lit, lit_true), lit], 2)
+    return Scored(condition.kind, scores, true, found, shown)
+
+
+def _depth(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
+    """Root mean square error after the best scale and shift, and the rank correlation."""
+    again, _ = scorer.found(image, condition.size, condition, default=True)
+    size = (image.shape[1], image.shape[0])
+    true, found = (to_canvas(m, condition.kind, size)[..., 0] for m in (condition.rgb, rgb(again)))
+    scores = {"rmse": depth_rmse(found, true), "rank_correlation": rank_correlation(found, true)}
+    off = np.abs(aligned(found, true) - true).clip(0, 255).astype(np.uint8)
+    return Scored(condition.kind, scores, true, found, cv2.applyColorMap(off, cv2.COLORMAP_INFERNO)[..., ::-1])
+
+
+def _people(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
+    """Object keypoint similarity and the share of joints that are near, over the people of the condition."""
+    size = (image.shape[1], image.shape[0])
+    asked = condition.people or []
+    people = [p * (*size, 1) for p in asked if (p[:, 2] > 0).sum() >= 3]
+    if not people:
+        raise InputError(f"{condition.name}: nobody in it", "a map with people")
+    # People are looked for at 512 pixels, as `detect` does.
+    _, fields = scorer.found(image, (512 * size[0] // min(size), 512 * size[1] // min(size)), condition)
+    others = [np.array(p) * (*size, 1) for p in fields["keypoints"]]
+    pairs = match_people(others, people)
+    nobody = np.zeros((18, 3))
+    matched = [(nobody if i is None else others[i], people[k]) for i, k in pairs]
+    scores = {measure.__name__: float(np.mean([measure(*pair) for pair in matched])) for measure in (oks, pck)}
+    scores |= {"people": float(len(people)), "found": float(len(others))}
+    shown = draw(asked, size) // 3
+    for other, person in matched:
+        for joint in np.flatnonzero((other[:, 2] > 0) & (person[:, 2] > 0)):
+            a, b = (tuple(int(v) for v in p[joint, :2]) for p in (person, other))
+            cv2.line(shown, a, b, (255, 60, 60), max(1, min(size) // 256))
+            cv2.circle(shown, b, max(1, min(size) // 128), (255, 255, 255), -1)
+    drawn = draw([other / (*size, 1) for other in others], size)
+    return Scored(condition.kind, scores, draw(asked, size), drawn, shown)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A way to hold an image against a condition: the function, the score of it that tells most, and what the colours
+    of its picture mean."""
+
+    function: Callable[[Scorer, np.ndarray, Condition], Scored]
+    main: str
+    legend: str
+
+
+MEASURES = {
+    "lines": Measure(_lines, "f1_near", "red missed, blue too much, white kept"),
+    "depth": Measure(_depth, "rank_correlation", "off by: black little, yellow much"),
+    "people": Measure(_people, "oks", "from where it should be to where it is"),
+}
+"""By `Kind.score`."""
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval of it (percentile; Efron 1979), the same for the same values."""
+    sample = np.asarray(values)
+    rng = np.random.default_rng(0)
+    means = sample[rng.integers(0, len(sample), (RESAMPLES, len(sample)))].mean(1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(sample.mean()), float(low), float(high)
+
+
+def _recorded_path(entry: dict[str, Any], image: str) -> str:
+    """Where a condition of an image's record is now."""
+    path = Path(entry["path"])
+    if entry["path"] == "-":
+        raise InputError(f"{image}: its condition came from standard input", f"controlnet score {image} --cond MAP")
+    beside = Path(image).parent / path.name
+    return str(beside if not path.is_file() and beside.is_file() else path)

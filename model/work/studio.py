@@ -1,0 +1,341 @@
+"""Stage two for many jobs: conditions read, each model loaded once, images of equal settings made together.
+
+studio = Studio()
+for image in studio.make(wanted_of(Job(cond=parse_conditions("map.canny.png"), prompt="..."))):
+    write_file(Path("image.png"), image.png())
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from controlnet.model.base import Base, load_base
+from controlnet.model.control.strength import Strength
+from controlnet.model.files.hashes import model_hash
+from controlnet.model.nets import load_controlnet
+from controlnet.model.sampling.canvas import on_canvas, to_canvas
+from controlnet.model.sampling.generate import (
+    BATCH,
+    Memory,
+    Request,
+    canvas_size,
+    check_memory,
+    detection_size,
+    generate,
+)
+from controlnet.model.sampling.loop import count_evaluations
+from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.work.batch import Wanted
+from controlnet.model.work.condition import ConditionFlag, scale_text, weighting_text
+from controlnet.model.work.jobs import Job
+from controlnet.model.work.machine import choose_device, choose_dtype, silence_libraries
+from controlnet.model.work.sources import Sources
+from controlnet.preprocessors.condition import Condition, recorded
+from controlnet.preprocessors.detectors.registry import Ready, find_detector
+from controlnet.preprocessors.doubts import doubts
+from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
+from controlnet.preprocessors.files import is_file
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.jsons import object_or_empty
+from controlnet.preprocessors.metadata import dump, kind_of, load, sha256
+from controlnet.preprocessors.stage_one import MAKING, stage_one, version
+
+ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
+"""What a condition's entry in the record says of how it acts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image that was made: its pixels (H, W, 3) uint8, and the record that makes it again."""
+
+    wanted: Wanted
+    pixels: np.ndarray
+    record: dict[str, Any]
+
+    def png(self) -> bytes:
+        """A PNG that carries the record, and the `parameters` line that other tools read."""
+        return png_bytes(self.pixels, {**dump(self.record), "parameters": parameters(self.record)})
+
+
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """A condition at work: its ControlNet, its strength, its map on the canvas, and its entry in the record."""
+
+    net: Any
+    strength: Strength
+    map: np.ndarray
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A wanted image with all that it is made from; its job is settled. Images of equal `shared` are made together."""
+
+    wanted: Wanted
+    job: Job
+    base: Base
+    memory: Memory
+    acting: list[Acting]
+    shared: str
+    record: dict[str, Any]
+
+    @property
+    def request(self) -> Request:
+        maps = tuple(one.map for one in self.acting)
+        return Request(self.job.prompt, self.wanted.seed, maps, self.job.negative)
+
+
+def fail(name: str, error: ControlNetError) -> None:
+    """What `Studio.make` does about a failed job unless told otherwise."""
+    raise error
+
+
+class Studio:
+    """Loads every base and ControlNet once, reads conditions, and makes images.
+
+    device and dtype are names, or None for the best there is; `offline` never asks the network; `strict` makes an error
+    of a condition that looks wrong; `low_memory` has a network on the device only while it works. `say` is told what
+    happens, line by line.
+    """
+
+    def __init__(self, device: str | None = None, dtype: str | None = None, offline: bool = False, strict: bool = False,
+                 low_memory: bool = False, say: Callable[[str], None] = lambda text: None):  # fmt: skip
+        silence_libraries()
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.offline, self.strict, self.low_memory, self.say = offline, strict, low_memory, say
+        # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
+        self.base = cache(self._base)
+        self.net = cache(self._net)
+        self.sources = Sources(offline)
+        self.detector = cache(self._detector)
+        self.kind = lru_cache(64)(self._kind)
+        self.condition = lru_cache(8)(self._condition)
+        self.picture = lru_cache(8)(self._picture)
+        self.placed = lru_cache(8)(self._placed)
+        self.region = lru_cache(8)(self._region)
+        self.told: set[str] = set()
+
+    def make(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None] = fail,
+             on_step: Callable[[float], None] = lambda images: None) -> Iterator[Image]:  # fmt: skip
+        """One image after another. What fails is reported and the rest goes on; on_step is told how many images are
+        made, parts of them included."""
+        made = 0
+        together = 1 if self.low_memory else BATCH
+        for _, alike in groupby(self._prepare(wanted, failed), lambda one: one.shared):
+            while group := list(islice(alike, together)):
+                try:
+                    yield from self._sample(group, partial(_tell, on_step, made))
+                except ControlNetError as error:
+                    for name in dict.fromkeys(one.wanted.name for one in group):
+                        failed(name, error)
+                made += len(group)
+
+    def _sample(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
+        first, job = group[0], group[0].job
+        images = generate(
+            first.base, [one.request for one in group], [(one.net, one.strength) for one in first.acting], job.size,
+            job.steps, job.guidance, job.scheduler, on_step, first.memory,
+        )  # fmt: skip
+        for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
+            yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
+
+    def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
+        bad = None
+        for one in wanted:
+            if one.job is bad:  # its other images would fail as the first one did
+                continue
+            try:
+                yield self._prepared(one)
+            except ControlNetError as error:
+                bad = one.job
+                failed(one.name, error)
+
+    def _prepared(self, one: Wanted) -> Prepared:
+        base, memory = self.base_for(one.job)
+        scheduler = make_scheduler(base.scheduler, one.job.scheduler)
+        size, conditions = self.conditions(one.job)
+        self._say_canvas(one, size)
+        self._check_words(base, one.job)
+        check_memory(base, size, self.low_memory)
+        # What is wrong with a condition is told before any of them is loaded.
+        evaluations = count_evaluations(scheduler, one.job.steps)
+        job = one.job.settled(base, size)
+        acting = [self._acting(job, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
+        for flag, at_work in zip(job.cond, acting, strict=True):
+            at_work.strength.check_window(evaluations, f"--cond {flag.path}")
+        entries = [at_work.entry for at_work in acting]
+        acts = [{key: value for key, value in entry.items() if key in ("net", *ACTS)} for entry in entries]
+        record = job.record() | {
+            "scheduler": job.scheduler or type(scheduler).__name__, "base_sha256": model_hash(base.path),
+            "conditions": entries, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions(), "threads": torch.get_num_threads(), "low_memory": self.low_memory,
+            "seed": one.seed,
+        }  # fmt: skip
+        return Prepared(one, job, base, memory, acting, job.shared() + json.dumps(acts, sort_keys=True), record)
+
+    def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> Acting:
+        assert job.size is not None
+        source = self.sources.source(job.base, flag, condition.kind)
+        net, net_hash = self.net(base.name, source)
+        map_ = self.placed(flag, condition, job.size)
+        weighting = job.weighting_of(flag)
+        region, region_entry = self.region(flag.region, job.size) if flag.region else (None, {})
+        strength = Strength(flag.scale, flag.start, flag.end, weighting, job.control_on, region)
+        strength.check(net, f"--cond {flag.path}")
+        scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
+        acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
+        entry = self._origin(flag, condition) | acts | region_entry
+        entry |= {"kind": condition.kind, "net": source, "net_sha256": net_hash, "map_sha256": sha256(map_.tobytes())}
+        return Acting(net, strength, map_, entry)
+
+    def _origin(self, flag: ConditionFlag, condition: Condition) -> dict[str, Any]:
+        """Where a condition comes from: its file, how it was detected, and the people on it."""
+        _, _, digest = self.picture(flag.path)
+        entry: dict[str, Any] = {"path": flag.path, "sha256": digest}
+        if flag.detect is None:
+            return entry | ({"keypoints": condition.record["keypoints"]} if condition.people is not None else {})
+        found = {key: value for key, value in condition.record.items() if key not in MAKING}
+        return entry | {"detect": {key: condition.record[key] for key in MAKING}} | found
+
+    def base_for(self, job: Job) -> tuple[Base, Memory]:
+        """The base of a job, once it is known that all its models are here, or may be fetched, and fit together."""
+        if self.offline:
+            self.sources.check_here(job, self.kind)
+        for flag in job.cond:
+            self.sources.fits(job.base, self.sources.source(job.base, flag, self.kind(flag)))
+        return self.base(job.base)
+
+    def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
+        """The canvas of a job (width, height), and its conditions as they were read, or detected at the canvas's
+        aspect."""
+        base, _ = self.base_for(job)
+        size = job.size
+        if size is None:
+            first = self.picture(job.cond[0].path)[0] if job.cond else None
+            size = canvas_size(base, (first.shape[1], first.shape[0]) if first is not None else None)
+        return size, [self.condition(flag, size if flag.detect else None) for flag in job.cond]
+
+    def _picture(self, path: str) -> tuple[np.ndarray, dict[str, str], str]:
+        """(image, its PNG text, its bytes' sha256) of a picture file."""
+        data = read_bytes(path)
+        image, text = read_image(data, path, self._warn)
+        return image, text, sha256(data)
+
+    def _kind(self, flag: ConditionFlag) -> str:
+        """The kind of a condition: of one that is to be detected as the flag says, else as `_kind_of`."""
+        if flag.detect is not None:
+            return flag.kind or flag.detect
+        return _kind_of(flag, self.picture(flag.path)[1])
+
+    def _base(self, name: str) -> tuple[Base, Memory]:
+        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory)
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
+        return base, Memory()
+
+    def _net(self, base_name: str, source: str) -> tuple[Any, str]:
+        """A ControlNet that fits the base, and its hash."""
+        base, _ = self.base(base_name)
+        path = self.sources.find(source)
+        net = load_controlnet(path, base.dtype, base.unet.config, base.name)
+        return net if self.low_memory else net.to(base.device), model_hash(path)
+
+    def _detector(self, kind: str) -> Ready:
+        row = find_detector(kind)
+        return row.ready(row.load_options()(), offline=self.offline)
+
+    def _condition(self, flag: ConditionFlag, canvas: tuple[int, int] | None = None) -> Condition:
+        """A condition as its file has it; stage one, for a canvas (width, height), where `detect` asks for it."""
+        image, text, digest = self.picture(flag.path)
+        if flag.detect is None:
+            return recorded(image, self.kind(flag), flag.path, load(text))
+        assert canvas is not None
+        ready = self.detector(flag.detect)
+        made = stage_one(image, ready, detection_size(canvas), "crop", flag.path, digest)
+        return recorded(made.map, self.kind(flag), flag.path, made.record)
+
+    def _placed(self, flag: ConditionFlag, condition: Condition, size: tuple[int, int]) -> np.ndarray:
+        """The condition's map on the canvas; what looks wrong with it is said, or an error when strict."""
+        for doubt in doubts(condition.rgb, condition.kind, size):
+            if self.strict:
+                raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
+            self._warn(f"{flag.path}: {doubt.text}; {doubt.cure}")
+        return on_canvas(condition, size).map
+
+    def _region(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict]:
+        """(H, W) float32 in [0, 1] on the canvas, and its entry in the record."""
+        image, _, digest = self.picture(path)
+        if (image.shape[1], image.shape[0]) != size:
+            self.say(f"{path}: region of {image.shape[1]}x{image.shape[0]} brought to the canvas {size[0]}x{size[1]}")
+        mask = to_canvas(image, "region", size).mean(2, dtype=np.float32) / 255
+        if not mask.any():
+            self._warn(f"{path}: the region is black everywhere, so its ControlNet does not act")
+        return mask, {"region": path, "region_sha256": digest}
+
+    def _say_canvas(self, one: Wanted, size: tuple[int, int]) -> None:
+        """Once for a job that stands alone, with its seeds; once for each size of many jobs."""
+        said = f"canvas {size[0]}x{size[1]}"
+        if not one.name and one.job.seed is not None:
+            last = one.job.seed + one.job.num - 1
+            said += f", seed {last}" if one.job.num == 1 else f", seeds {one.job.seed} to {last}"
+        if said not in self.told:
+            self.told.add(said)
+            self.say(said)
+
+    def _check_words(self, base: Base, job: Job) -> None:
+        for text in filter(None, (job.prompt, job.negative)):
+            if text in self.told:
+                continue
+            self.told.add(text)
+            if cut := base.cut_words(text):
+                self._warn(f"the text encoder reads {base.max_tokens - 2} tokens; these words are beyond: {cut}")
+            if unknown := base.unknown_words(text):
+                self._warn(f"{job.base} never met these words in training: {', '.join(unknown)}")
+
+    def _warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+
+def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:
+    on_step(before + images)
+
+
+def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
+    """As given, or told by the map's text or name; or by the training run that made its net. With another net of one's
+    own it may be any."""
+    run = Path(flag.net) / "run.json" if flag.net else None
+    settings = object_or_empty(run.read_bytes()).get("settings") if run and is_file(run) else None
+    trained = settings.get("kind") if isinstance(settings, dict) else None
+    try:
+        return kind_of(flag.path, text, flag.kind)
+    except UsageError:
+        if flag.net:
+            return trained or "own"
+        raise
+
+
+def parameters(record: dict[str, Any]) -> str:
+    """The record in a line that other tools read."""
+    size = "x".join(map(str, record["size"]))
+    lines = [record["prompt"], f"Negative prompt: {record['negative']}" if record["negative"] else ""]
+    settings = f"Steps: {record['steps']}, Sampler: {record['scheduler']}, CFG scale: {record['guidance']:g}, "
+    settings += f"Seed: {record['seed']}, Size: {size}, Model: {record['base']}"
+    nets = "".join(f", ControlNet {i}: {c['kind']} weight {c['scale']}" for i, c in enumerate(record["conditions"]))
+    return "\n".join(line for line in (*lines, settings + nets) if line)
+
+
+@cache
+def versions() -> dict[str, str]:
+    return {"controlnet": version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__}  # fmt: skip

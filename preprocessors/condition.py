@@ -1,0 +1,72 @@
+"""The condition: a map of some kind, and what is known of its making. A file holds one, `stage_one` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.keypoints import draw_json
+from controlnet.preprocessors.kinds import PEOPLE, kind_named
+from controlnet.preprocessors.metadata import dump, kind_of, load
+from controlnet.preprocessors.skeleton import from_text
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A map, as a detector made it or a file holds it."""
+
+    map: np.ndarray
+    """(H, W) or (H, W, 3), uint8; raw depth is uint16."""
+    kind: str
+    name: str = "condition"
+    """Of its file or photo, for messages."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What its PNG text says: how it was made (stage_one.MAKING), and what was found (`keypoints`)."""
+    people: list[np.ndarray] | None = None
+    """Of a pose: (18, 3) for each person (preprocessors.skeleton); None where they are not known."""
+
+    @cached_property
+    def rgb(self) -> np.ndarray:
+        """The map as (H, W, 3)."""
+        return rgb(self.map)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.map.shape[1], self.map.shape[0]
+
+    def png(self) -> bytes:
+        """The map as a PNG file that carries its record."""
+        return png_bytes(self.map, dump(self.record), two_levels=kind_named(self.kind).two_levels)
+
+
+def rgb(map_: np.ndarray) -> np.ndarray:
+    """A map (H, W) or (H, W, 3) as (H, W, 3)."""
+    return map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
+
+
+def read_condition(path: str, kind: str | None = None, size: tuple[int, int] | None = None,
+                   warn: Callable[[str], None] = lambda text: None) -> Condition:  # fmt: skip
+    """The condition of a file: a map, of the kind that is given, or that its text or name tells; or, with a `size`
+    (width, height) to draw them at, OpenPose's key points as JSON. Raises InputError for a file that is neither,
+    UsageError where nobody knows the kind."""
+    if size is not None and is_keypoints(path):
+        map_, record = draw_json(read_bytes(path), path, size, "stretch")
+        return recorded(map_, "pose", path, record)
+    map_, text = read_image(read_bytes(path), path, warn)
+    return recorded(map_, kind_of(path, text, kind), path, load(text))
+
+
+def recorded(map_: np.ndarray, kind: str, name: str, record: dict[str, Any]) -> Condition:
+    """The condition of a map whose PNG text says `record`. Raises InputError for key points that are damaged."""
+    people = from_text(record, name) if kind_named(kind).form == PEOPLE else None
+    return Condition(map_, kind, name, record, people)
+
+
+def is_keypoints(path: str) -> bool:
+    """Whether a file is key points to be drawn, by its name."""
+    return path.lower().endswith(".json")
