@@ -31,7 +31,7 @@ CLOCKED = [
     ("hashes of the models", "controlnet.model.work.studio", "model_hash"),
     ("condition read and judged", "controlnet.model.work.studio", "Studio._placed"),
     ("text encoded", "controlnet.model.base", "Base.encode_text"),
-    ("hint encoded", "controlnet.model.control.controlnet", "ControlNet.encode_hint"),
+    ("hint encoded", "controlnet.model.control.controlnet", "ControlNet.prepare"),
     ("20 steps", "controlnet.model.sampling.generate", "sample"),
     ("decoded", "controlnet.model.base", "Base.decode"),
     ("PNG", "controlnet.model.work.studio", "Image.png"),

@@ -70,14 +70,16 @@ class Networks:
 
     def ours(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
         import torch
+        from controlnet.model.control.prompt import Prompt
         from controlnet.model.sampling.loop import Applied, sample
         from controlnet.model.sampling.schedulers import make_scheduler
+        from controlnet.model.sampling.starts import FromNoise
 
         noise, text, null, condition = self.inputs(side, batch)
         with torch.no_grad():
-            applied = [Applied(net, net.encode_hint(condition)) for net in self.nets[:nets]]
+            applied = [Applied(net, net.prepare(condition)) for net in self.nets[:nets]]
             own = make_scheduler(self.scheduler)
-            return sample(self.unet, own, noise, text, null, applied, steps, GUIDANCE)
+            return sample(self.unet, own, FromNoise(noise), Prompt(text), Prompt(null), applied, steps, GUIDANCE)
 
     def theirs(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
         noise, text, null, condition = self.inputs(side, batch)
@@ -208,6 +210,7 @@ def image(args, device) -> None:
     """One image of three evaluations with SD 1.5's VAE; prints seconds and peak memory."""
     import torch
     from controlnet.model.base import Base
+    from controlnet.model.control.prompt import Prompt
     from controlnet.model.control.strength import Strength
     from controlnet.model.files.families import VAE
     from controlnet.model.sampling.generate import Request, generate
@@ -223,7 +226,8 @@ def image(args, device) -> None:
     )  # fmt: skip
     if args.low:
         base.vae.enable_tiling()
-    base.encode_text = lambda prompts: torch.zeros(len(prompts), 77, 768, device=device, dtype=dtype)  # type: ignore
+    zeros = torch.zeros(1, 77, 768, device=device, dtype=dtype)
+    base.encode_text = lambda prompts: Prompt(zeros).rows(len(prompts))  # type: ignore[method-assign]
     import numpy as np
 
     condition = np.zeros((args.image, args.image, 3), np.uint8)

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.modes import MODES
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import SOFT, Strength
 from controlnet.model.files.families import FAMILIES, VAE, Family, scheduler_config
-from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.loop import Applied, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
+from controlnet.model.sampling.starts import FromNoise
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -80,18 +82,20 @@ class Pair:
         for network in (self.unet, self.net, self.pipeline.controlnet, self.pipeline.vae):
             torch.nn.Module.to(network, dtype)
         text, null, condition = self.text.to(dtype), self.null.to(dtype), self.condition.to(dtype)
-        noise, generators = draw_noise(SEEDS, (4, CANVAS // 8, CANVAS // 8))
+        start = FromNoise.seeded(SEEDS, (4, CANVAS // 8, CANVAS // 8))
+        start.noise = start.noise.to(dtype)
         strength = Strength(SCALE, weighting=settings.weighting, control_on=settings.control_on)
-        applied = [Applied(self.net, self.net.encode_hint(condition), strength)]
+        applied = [Applied(self.net, self.net.prepare(condition), strength)]
         own = make_scheduler(self.scheduler, scheduler)
-        ours = sample(self.unet, own, noise.to(dtype), text, null, applied, STEPS, GUIDANCE, generators)
+        ours = sample(self.unet, own, start, Prompt(text), Prompt(null), applied, STEPS, GUIDANCE)
 
         self.pipeline.scheduler = make_scheduler(self.scheduler, scheduler)
         self.pipeline.controlnet.weights = WEIGHTS[settings.weighting]
-        noise, generators = draw_noise(SEEDS, (4, CANVAS // 8, CANVAS // 8))
+        start = FromNoise.seeded(SEEDS, (4, CANVAS // 8, CANVAS // 8))
         theirs = self.pipeline(
-            image=condition, prompt_embeds=text, negative_prompt_embeds=null.expand_as(text), latents=noise.to(dtype),
-            generator=generators, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
+            image=condition, prompt_embeds=text, negative_prompt_embeds=null.expand_as(text),
+            latents=start.noise.to(dtype), generator=start.generators,
+            num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent",
             controlnet_conditioning_scale=SCALE, guess_mode=settings.control_on == "cond", height=CANVAS, width=CANVAS,
         ).images  # fmt: skip
         return len(own.timesteps), float((ours - theirs).abs().max() / theirs.std())

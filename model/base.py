@@ -18,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.files import hub
 from controlnet.model.files.families import FAMILIES, MERGES, UNSUPPORTED, clip_vocabulary, family_name
@@ -75,13 +76,14 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """c_t (B, T, D). Words beyond the encoder's length are cut; `cut_words` tells which."""
+    def encode_text(self, prompts: list[str]) -> Prompt:
+        """Of B texts. Words beyond the encoder's length are cut; `cut_words` tells which."""
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         with self.at_work(self.text_encoder):
-            return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.to(self.dtype)
+            c_t = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state  # (B, T, D)
+        return Prompt(c_t.to(self.dtype))
 
     @property
     def max_tokens(self) -> int:
@@ -104,7 +106,7 @@ class Base:
             return self.vae.decode(latents / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
 
     @contextmanager
-    def at_work(self, *networks: nn.Module) -> Iterator[None]:
+    def at_work(self, *networks: Any) -> Iterator[None]:
         """Inside, these networks are on the device; with low_memory they are on the CPU before and after."""
         if self.low_memory:
             for network in networks:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from controlnet.model.control.controlnet import ControlNet, skip_channels
 from controlnet.model.control.hint import PaperHintEncoder, ReleasedHintEncoder
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise
 from controlnet.model.nets import load_controlnet, save_controlnet
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -24,7 +25,8 @@ def inputs(unet, batch=2, size=8, dtype=torch.float32):
 
 
 def controlled(unet, net, z, t, text, condition):
-    return denoise(unet, z, t, text, net(z, t, text, net.encode_hint(condition)))
+    prompt = Prompt(text)
+    return denoise(unet, z, t, prompt, net(z, t, prompt, net.prepare(condition)))
 
 
 @pytest.mark.parametrize("hint", ["released", "paper"])
@@ -34,7 +36,7 @@ def test_fresh_net_changes_nothing_and_wakes_in_order(hint):
     unet.requires_grad_(False)
     before = copy.deepcopy(unet.state_dict())
     z, t, text, condition = inputs(unet)
-    assert torch.equal(controlled(unet, net, z, t, text, condition), denoise(unet, z, t, text))
+    assert torch.equal(controlled(unet, net, z, t, text, condition), denoise(unet, z, t, Prompt(text)))
 
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     awake = []
@@ -82,7 +84,7 @@ def test_parity_with_diffusers(tmp_path, dtype, limit):
         ours = controlled(unet, net, z, t, text, condition)
         down, middle = reference(z, t, text, condition, return_dict=False)
         theirs = unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
-        assert (theirs - denoise(unet, z, t, text)).std() > 0.05 * theirs.std()  # control is at work
+        assert (theirs - denoise(unet, z, t, Prompt(text))).std() > 0.05 * theirs.std()  # control is at work
     assert (ours - theirs).abs().max() <= limit * theirs.std()
 
 
@@ -101,7 +103,7 @@ def test_diffusers_files_load_here(tmp_path, order):
     z, t, text, condition = inputs(unet)
     with torch.no_grad():
         down, middle = reference(z, t, text, condition, return_dict=False)
-        ours = net(z, t, text, net.encode_hint(condition))
+        ours = net(z, t, Prompt(text), net.prepare(condition))
     for a, b in zip([*ours.down, ours.middle], [*down, middle], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -130,5 +132,5 @@ def test_parity_on_the_full_sd15_configuration(tmp_path):
         ours = controlled(unet, net, z, t, text, condition)
         down, middle = reference(z, t, text, condition, return_dict=False)
         theirs = unet(z, t, text, down_block_additional_residuals=down, mid_block_additional_residual=middle).sample
-        assert (theirs - denoise(unet, z, t, text)).std() > 0.01 * theirs.std()
+        assert (theirs - denoise(unet, z, t, Prompt(text))).std() > 0.01 * theirs.std()
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.std()

@@ -26,7 +26,7 @@ def samples_of(data, config, cache=None, pairs=None):
 
 
 def tensors(batch):
-    return [batch.z0, batch.eps, batch.t, batch.text, batch.condition]
+    return [batch.z0, batch.eps, batch.t, batch.prompt.c_t, batch.condition]
 
 
 def same(a, b):
@@ -113,14 +113,16 @@ def test_parts_of_several_processes_are_the_batch_of_one(data, config, processes
 
 def test_an_epoch_sees_every_pair_once_and_the_next_one_in_another_order(data, config):
     samples = samples_of(data, replace(config, prompt_dropout=0.0))
-    seen = [[t for k in range(3 * e, 3 * e + 3) for t in samples.batch(k).text.sum((1, 2)).tolist()] for e in (0, 1)]
+    seen = [
+        [t for k in range(3 * e, 3 * e + 3) for t in samples.batch(k).prompt.c_t.sum((1, 2)).tolist()] for e in (0, 1)
+    ]
     assert len(set(seen[0])) == 12 and sorted(seen[0]) == sorted(seen[1]) and seen[0] != seen[1]
 
 
 def test_half_of_the_prompts_are_empty(data, config):
     samples = samples_of(data, config)
     empty = torch.from_numpy(samples.text("")).float()
-    share = np.mean([(samples.batch(k).text == empty).all((1, 2)).float().mean() for k in range(60)])
+    share = np.mean([(samples.batch(k).prompt.c_t == empty).all((1, 2)).float().mean() for k in range(60)])
     assert 0.4 < share < 0.6
 
 

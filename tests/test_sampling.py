@@ -10,8 +10,9 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import Request, generate
-from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.loop import Applied, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
+from controlnet.model.sampling.starts import FromNoise
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from helpers import Counter
 
@@ -35,24 +36,16 @@ def condition():
 
 
 def run(base, net, condition, dtype=torch.float64, scheduler="ddim", seeds=(5, 6), **options):
-    noise, generators = draw_noise(list(seeds), (4, 8, 8))
-    text = base.encode_text([PROMPT]).to(dtype).expand(len(seeds), -1, -1)
-    null = base.encode_text([""]).to(dtype)
-    hint = net.encode_hint(condition_tensor(condition)[None].to(dtype))
+    start = FromNoise.seeded(list(seeds), (4, 8, 8))
+    start.noise = start.noise.to(dtype)
+    prompt = base.encode_text([PROMPT]).to(dtype).rows(len(seeds))
+    negative = base.encode_text([""]).to(dtype)
+    hint = net.prepare(condition_tensor(condition)[None].to(dtype))
     acting = {f.name: options.pop(f.name) for f in fields(Strength) if f.name in options}
     controls = [Applied(net, hint, Strength(**acting))]
     steps = options.pop("steps", 10)
-    return sample(
-        base.unet,
-        make_scheduler(base.scheduler, scheduler),
-        noise.to(dtype),
-        text,
-        null,
-        controls,
-        steps,
-        generators=generators,
-        **options,
-    )
+    own = make_scheduler(base.scheduler, scheduler)
+    return sample(base.unet, own, start, prompt, negative, controls, steps, **options)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -67,11 +60,11 @@ def test_parity_with_diffusers_pipeline(small_base_folder, condition, scheduler)
     base = load_base(str(folder / "base"), dtype=torch.float64)
     net = load_controlnet(folder / "net", torch.float64)
     pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
-    noise, generators = draw_noise([5, 6], (4, 8, 8))
+    start = FromNoise.seeded([5, 6], (4, 8, 8))
     with torch.no_grad():
         theirs = pipeline(
-            [PROMPT] * 2, image=condition_tensor(condition)[None].double(), latents=noise.double(), guidance_scale=7.5,
-            generator=generators,
+            [PROMPT] * 2, image=condition_tensor(condition)[None].double(), latents=start.noise.double(),
+            guidance_scale=7.5, generator=start.generators,
             num_inference_steps=10, controlnet_conditioning_scale=0.8, output_type="latent", height=64, width=64,
         ).images  # fmt: skip
         ours = run(base, net, condition, scheduler=scheduler, scale=0.8)
@@ -92,8 +85,7 @@ def test_every_scheduler_runs_and_counts_its_evaluations(base, net, condition, n
 @pytest.mark.parametrize("name", ["ddim", "euler_a", "sde-dpm++", "lcm"])
 def test_an_image_does_not_depend_on_its_batch(base, net, condition, name):
     """Noise bit for bit, latents to rounding, also for schedulers that draw noise at each step."""
-    together, _ = draw_noise([5, 6, 7], (4, 8, 8))
-    alone, _ = draw_noise([6], (4, 8, 8))
+    together, alone = (FromNoise.seeded(seeds, (4, 8, 8)).noise for seeds in ([5, 6, 7], [6]))
     assert torch.equal(together[1], alone[0])
     three = run(base, net, condition, torch.float32, name, (5, 6, 7), steps=5)
     one = run(base, net, condition, torch.float32, name, (6,), steps=5)
@@ -141,12 +133,12 @@ def test_a_net_that_does_not_act_is_not_run(base, net, condition, acting, runs):
 
 def test_controls_are_added(base, net, condition):
     one = run(base, net, condition, torch.float32, scale=2.0)
-    noise, generators = draw_noise([5, 6], (4, 8, 8))
-    hint = net.encode_hint(condition_tensor(condition)[None])
-    text = base.encode_text([PROMPT]).expand(2, -1, -1)
+    hint = net.prepare(condition_tensor(condition)[None])
+    prompt = base.encode_text([PROMPT]).rows(2)
     controls = [Applied(net, hint, Strength(1.5)), Applied(net, hint, Strength(0.5))]
-    scheduler, null_text = make_scheduler(base.scheduler, "ddim"), base.encode_text([""])
-    two = sample(base.unet, scheduler, noise, text, null_text, controls, 10, generators=generators)
+    scheduler, negative = make_scheduler(base.scheduler, "ddim"), base.encode_text([""])
+    start = FromNoise.seeded([5, 6], (4, 8, 8))
+    two = sample(base.unet, scheduler, start, prompt, negative, controls, 10)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
 
 

@@ -5,11 +5,14 @@ import pytest
 import torch
 from controlnet.model.base import load_base
 from controlnet.model.control.controlnet import Control
-from controlnet.model.control.strength import Strength, weights_of
+from controlnet.model.control.strength import Strength
+from controlnet.model.control.weighting import weights_of
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.loop import Applied, sample
 from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.sampling.starts import FromNoise
+from controlnet.model.work.condition import ConditionFlag, check_weighting, check_window
 from controlnet.preprocessors.errors import UsageError
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
@@ -43,15 +46,16 @@ def conditions():
 
 
 def ours(base, nets, conditions, *strengths, steps=EVALUATIONS, scheduler="ddim"):
-    noise, generators = draw_noise([5, 6], (4, 8, 8))
+    start = FromNoise.seeded([5, 6], (4, 8, 8))
+    start.noise = start.noise.double()
     controls = [
-        Applied(net, net.encode_hint(condition_tensor(condition)[None].double()), strength)
+        Applied(net, net.prepare(condition_tensor(condition)[None].double()), strength)
         for net, condition, strength in zip(nets, conditions, strengths, strict=False)
     ]
-    text, null_text = base.encode_text([PROMPT] * 2), base.encode_text([""])
+    prompt, negative = base.encode_text([PROMPT] * 2), base.encode_text([""])
     own = make_scheduler(base.scheduler, scheduler)
     with torch.no_grad():
-        return sample(base.unet, own, noise.double(), text, null_text, controls, steps, GUIDANCE, generators)
+        return sample(base.unet, own, start, prompt, negative, controls, steps, GUIDANCE)
 
 
 def theirs(folder, base, nets, conditions, **options):
@@ -66,7 +70,7 @@ def theirs(folder, base, nets, conditions, **options):
     ).to(torch.float64)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(base.scheduler, "ddim")
-    noise, _ = draw_noise([5, 6], (4, 8, 8))
+    noise = FromNoise.seeded([5, 6], (4, 8, 8)).noise
     images = [condition_tensor(condition)[None].double() for condition in conditions[: len(nets)]]
     with torch.no_grad():
         return pipeline(
@@ -185,11 +189,13 @@ def test_a_negative_scale_leads_away(base, nets, conditions):
 
 
 def test_twelve_weights_instead_of_thirteen(nets):
-    n = len(nets[0].controlnet_down_blocks) + 1
+    n = nets[0].connections
+    assert n == len(nets[0].controlnet_down_blocks) + 1
+    flag = ConditionFlag("a.png")
     with pytest.raises(UsageError, match=f"{n - 1} weights, expected {n}: one for each of the {n - 1} skip") as caught:
-        Strength(weighting=(1.0,) * (n - 1)).check(nets[0], "--cond a.png")
+        check_weighting(flag, Strength(weighting=(1.0,) * (n - 1)), n)
     assert caught.value.hint == "weighting=" + "/".join("1" * n)
-    Strength(weighting=(1.0,) * n).check(nets[0], "x"), Strength(weighting="soft").check(nets[0], "x")
+    check_weighting(flag, Strength(weighting=(1.0,) * n), n), check_weighting(flag, Strength(weighting="soft"), n)
 
 
 @pytest.mark.parametrize("strength", [
@@ -198,16 +204,12 @@ def test_twelve_weights_instead_of_thirteen(nets):
 ])  # fmt: skip
 def test_a_window_that_holds_nothing_is_refused(strength):
     with pytest.raises(UsageError, match="acts in none of the 2 evaluations"):
-        strength.check_window(2, "--cond x")
+        check_window(ConditionFlag("x", start=strength.start, end=strength.end), strength, 2)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 60))
-def test_a_window_is_refused_iff_it_never_acts(a, b, evaluations):
+def test_a_window_holds_nothing_iff_it_never_acts(a, b, evaluations):
     strength = Strength(start=min(a, b), end=max(a, b))
     acts = any(strength.at(i, evaluations) for i in range(evaluations))
-    if acts:
-        strength.check_window(evaluations, "--cond x")
-    else:
-        with pytest.raises(UsageError):
-            strength.check_window(evaluations, "--cond x")
-    Strength(scale=0.0, start=min(a, b), end=max(a, b)).check_window(evaluations, "--cond x")
+    assert strength.acts_in(evaluations) == acts
+    assert Strength(scale=0.0, start=min(a, b), end=max(a, b)).acts_in(evaluations)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from controlnet.model.control.controlnet import Control
-from controlnet.model.control.unet import Text, denoise, embed_time, encode, predict
+from controlnet.model.control.prompt import Prompt
+from controlnet.model.control.unet import denoise, embed_times, encode, predict
 from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.starts import FromNoise
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from helpers import Counter, randomise, small_unet
 
@@ -39,7 +41,7 @@ def inputs(unet, batch=2, height=16, width=16):
 
     z, text, t = draw(batch, 4, height, width), draw(batch, 5, 12), torch.tensor([900, 12])[:batch]
     with torch.no_grad():
-        skips, middle = encode(unet, unet.conv_in(z), embed_time(unet, t, z.dtype), Text(text))
+        skips, middle = encode(unet, unet.conv_in(z), embed_times(unet, t, z.dtype), Prompt(text))
     return z, t, text, Control([draw(*s.shape) for s in skips], draw(*middle.shape))
 
 
@@ -50,11 +52,11 @@ def test_equal_to_diffusers(name, size):
     z, t, text, control = inputs(unet, 2, *size)
     with torch.no_grad():
         reference = unet(z, t, text).sample
-        assert (denoise(unet, z, t, text) - reference).abs().max() <= 1e-9 * reference.std()
+        assert (denoise(unet, z, t, Prompt(text)) - reference).abs().max() <= 1e-9 * reference.std()
         controlled = unet(
             z, t, text, down_block_additional_residuals=control.down, mid_block_additional_residual=control.middle
         ).sample
-        assert (denoise(unet, z, t, text, control) - controlled).abs().max() <= 1e-9 * controlled.std()
+        assert (denoise(unet, z, t, Prompt(text), control) - controlled).abs().max() <= 1e-9 * controlled.std()
         assert (controlled - reference).std() > 0.1 * reference.std()
 
 
@@ -66,11 +68,29 @@ def test_both_halves_of_the_guidance_share_what_reads_no_text(name):
     null, t = torch.zeros_like(text), torch.tensor([300])
     first, last = Counter(unet.conv_in), Counter(unet.conv_out)
     with torch.no_grad():
-        both = predict(unet, z, embed_time(unet, t, z.dtype), Text(torch.cat([null, text])))
+        both = predict(unet, z, embed_times(unet, t, z.dtype), Prompt(torch.cat([null, text])))
         assert (first.batches, last.batches) == ([2], [4])
         apart = [unet(z, t.expand(2), c).sample for c in (null, text)]
     assert (both - torch.cat(apart)).abs().max() <= 1e-9 * both.std()
     assert (apart[0] - apart[1]).std() > 1e-3 * both.std()
+
+
+def test_an_added_embedding_is_diffusers_own():
+    """A UNet of SDXL's form: pooled text and ids of size and crop join the time; several transformer blocks a place."""
+    unet = build(
+        (False, True, True), transformer_layers_per_block=(1, 2, 3), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 10,
+    )  # fmt: skip
+    z, t, text, _ = inputs(unet)
+    generator = torch.Generator().manual_seed(3)
+    pooled = torch.randn((2, 10), generator=generator, dtype=torch.float64)
+    ids = torch.tensor([[64.0, 64, 0, 0, 64, 64], [48, 64, 8, 0, 64, 48]], dtype=torch.float64)
+    with torch.no_grad():
+        theirs = unet(z, t, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+        ours = denoise(unet, z, t, Prompt(text, pooled, ids))
+        others = denoise(unet, z, t, Prompt(text, pooled.flip(0), ids))
+    assert (ours - theirs).abs().max() <= 1e-9 * theirs.std()
+    assert (ours - others).std() > 1e-4 * ours.std()
 
 
 def test_gradients_are_diffusers_own_with_and_without_checkpointing():
@@ -83,10 +103,10 @@ def test_gradients_are_diffusers_own_with_and_without_checkpointing():
         return [p.grad.clone() for p in unet.parameters()]
 
     reference = gradients(lambda: unet(z, t, text).sample)
-    ours = gradients(lambda: denoise(unet, z, t, text))
+    ours = gradients(lambda: denoise(unet, z, t, Prompt(text)))
     unet.enable_gradient_checkpointing()
     unet.train()
-    checkpointed = gradients(lambda: denoise(unet, z, t, text))
+    checkpointed = gradients(lambda: denoise(unet, z, t, Prompt(text)))
     for other in (ours, checkpointed):
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(reference, other, strict=True))
 
@@ -100,8 +120,9 @@ def test_keys_values_and_times_once_a_sampling():
     counters = [Counter(m) for m in (*attentions, unet.time_embedding, net.time_embedding)]
     runs = Counter(net.conv_in)
     noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
-    hint = net.encode_hint(torch.rand(1, 3, 64, 64))
-    sample(unet, DDIMScheduler(), noise, text, text[:1], [Applied(net, hint)], steps=4, guidance=3.0)
+    hint = net.prepare(torch.rand(1, 3, 64, 64))
+    prompt, negative = Prompt(text), Prompt(text[:1])
+    sample(unet, DDIMScheduler(), FromNoise(noise), prompt, negative, [Applied(net, hint)], steps=4, guidance=3.0)
     assert runs.batches == [2] * 4 and len(attentions) >= 4
     assert [c.count for c in counters] == [1] * len(counters)
 
@@ -115,5 +136,5 @@ def test_the_layout_stays():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
     with torch.no_grad():
-        out = denoise(unet, z.contiguous(memory_format=torch.channels_last), t, text)
+        out = denoise(unet, z.contiguous(memory_format=torch.channels_last), t, Prompt(text))
     assert len(seen) > 40 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (*seen, out))

@@ -10,40 +10,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from controlnet.model.control.control import Control
 from controlnet.model.control.hint import HINT_ENCODERS, SD_WIDTHS
-from controlnet.model.control.unet import Text, add, embed_time, encode
+from controlnet.model.control.prompt import Prompt
+from controlnet.model.control.unet import embed, embed_times, encode
 from controlnet.model.control.zero import zero_conv
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
-@dataclass
-class Control:
-    """One residual per skip connection, conv_in's first, and one for the middle block."""
-
-    down: list[Tensor]
-    middle: Tensor
-
-    def __add__(self, other: Control) -> Control:
-        """Composition: controls of several ControlNets are added, unweighted (paper 3.5)."""
-        return Control([add(*pair) for pair in zip(self.down, other.down, strict=True)], add(self.middle, other.middle))
-
-    def scaled(self, weights: Sequence[float | Tensor] | Tensor) -> Control:
-        """Each residual times its weight, in the order down, then middle. A weight is a number or broadcasts to the
-        residual's (B, C, h, w)."""
-        *down, middle = weights
-        return Control([w * r for w, r in zip(down, self.down, strict=True)], middle * self.middle)
-
-
 class ControlNet(nn.Module):
-    """The trainable copy, its hint encoder and its zero convolutions. Use `from_base` or `checkpoint.load_controlnet`.
+    """The trainable copy, its hint encoder and its zero convolutions. Use `from_base` or `nets.load_controlnet`.
 
     Letters: B batch, C channels, H W pixels, h w latent, T tokens, D text width.
     """
+
+    COPIED: tuple[str, ...] = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
+    """The parts of a UNet that become the trainable copy."""
 
     def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
         """encoder: anything with a UNet2DConditionModel's conv_in, time_proj, time_embedding, down_blocks, mid_block
@@ -52,14 +39,17 @@ class ControlNet(nn.Module):
         config = encoder.config
         if config.get("addition_embed_type") or config.get("class_embed_type"):
             raise ValueError("bases with added or class embeddings (such as SDXL) are not supported")
-        self.config = dict(config)
-        self.hint, self.hint_widths = hint, tuple(hint_widths)
         self.gradient_checkpointing = False
         self.conv_in = encoder.conv_in
         self.time_proj = encoder.time_proj
         self.time_embedding = encoder.time_embedding
         self.down_blocks = encoder.down_blocks
         self.mid_block = encoder.mid_block
+        self.add_new(dict(config), hint, hint_widths)
+
+    def add_new(self, config: dict, hint: str, hint_widths: Sequence[int]) -> None:
+        """What no base has: the hint encoder, and a zero convolution for each connection."""
+        self.config, self.hint, self.hint_widths = config, hint, tuple(hint_widths)
         channels = skip_channels(config)
         self.controlnet_cond_embedding = HINT_ENCODERS[hint](channels[0], hint_widths)
         self.controlnet_down_blocks = nn.ModuleList(zero_conv(c) for c in channels)
@@ -70,30 +60,41 @@ class ControlNet(nn.Module):
         cls, unet: UNet2DConditionModel, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS
     ) -> ControlNet:
         """A fresh ControlNet: the base's encoding half copied, everything new at zero. The base stays untouched."""
-        parts = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
-        copies = {part: copy.deepcopy(getattr(unet, part)) for part in parts}
+        copies = {part: copy.deepcopy(getattr(unet, part)) for part in cls.COPIED}
         return cls(SimpleNamespace(config=unet.config, **copies), hint, hint_widths).requires_grad_(True)
 
-    def encode_hint(self, condition: Tensor) -> Tensor:
+    @property
+    def connections(self) -> int:
+        """Residuals of a Control: one per skip connection, and the middle's."""
+        return len(self.controlnet_down_blocks) + 1
+
+    def prepare(self, condition: Tensor, kind: str = "") -> Tensor:
         """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once an image: it depends on neither z_t nor t. Some
         public networks say in their config that they were trained on maps with red and blue exchanged."""
         if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
             condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
 
-    def forward(self, z: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> Control:
-        """Control for z_t (B, 4, h, w) at timesteps t (B,) with text c_t (B, T, D) and hint c_f (B, C, h, w)."""
-        return self.control(z, embed_time(self, t, z.dtype), Text(text), hint)
+    def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[Any]:
+        """The time embeddings (1, 4C) of timesteps (n,)."""
+        return embed_times(self, times, dtype).split(1)
 
-    def control(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> Control:
-        """The same with a time embedding (B or 1, 4C) and a text that keeps its keys and values."""
-        skips, x = self.encode(z, embedding, text, hint)
+    def control(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> Control:
+        """Control for z_t (B, 4, h, w) at a step of `begin`, or time embeddings (B, 4C), under a prompt and a feature
+        c_f (B, C, h, w): Eq. 2 in every block at once. The copy F(.; Theta_c) reads x + Z(c; Theta_z1), whose last
+        convolution is the hint encoder's; each output passes its own Z(.; Theta_z2); the locked UNet adds it."""
+        skips, middle = self.features(z, step, prompt, feature)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        return Control(down, self.controlnet_mid_block(x))
+        return Control(down, self.controlnet_mid_block(middle))
 
-    def encode(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The trainable copy's features, before the zero convolutions: one per skip connection, and the middle's."""
-        return encode(self, self.conv_in(z) + hint, embedding, text, self.gradient_checkpointing)
+    def features(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the trainable copy makes of z_t and c_f, before the zero convolutions: one per skip connection, and the
+        middle's."""
+        return encode(self, self.conv_in(z) + feature, embed(self, step, prompt), prompt, self.gradient_checkpointing)
+
+    def forward(self, z: Tensor, t: Tensor, prompt: Prompt, feature: Tensor) -> Control:
+        """`control` for z_t (B, 4, h, w) at timesteps t (B,), as training asks for it."""
+        return self.control(z, embed_times(self, t, z.dtype), prompt, feature)
 
 
 def skip_channels(config: dict) -> list[int]:

@@ -1,7 +1,7 @@
 """The hint encoder E: a condition (B, 3, H, W) in [0, 1] becomes a feature c_f (B, C, h, w) with h = H/8 (paper Eq. 4).
 
 Two forms. `released` is what the public checkpoints use (github.com/lllyasviel/ControlNet, cldm/cldm.py); `paper` is
-what section 3.3 describes.
+what section 3.2 describes.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
+from controlnet.model.control.control import Control
 from controlnet.model.control.controlnet import ControlNet, skip_channels
 from controlnet.model.control.hint import SD_WIDTHS, gaussian_
-from controlnet.model.control.unet import Text
+from controlnet.model.control.prompt import Prompt
 from torch import Tensor, nn
 
 
@@ -19,25 +21,33 @@ class ControlNetLite(ControlNet):
     are of this project alone (config `copy: lite`).
     """
 
-    def __init__(self, encoder, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
-        config = dict(encoder.config)
-        channels = skip_channels(config)
-        convolutions = nn.ModuleList()
-        for narrow, wide, halves in zip(channels, channels[1:], halvings(config), strict=False):
-            convolutions.append(nn.Conv2d(narrow, wide, 3, stride=2 if halves else 1, padding=1))
-        middle = nn.Conv2d(channels[-1], channels[-1], 3, padding=1)
-        for convolution in (*convolutions, middle):
-            gaussian_(convolution)
-        parts = SimpleNamespace(config=config, conv_in=encoder.conv_in, time_proj=nn.Identity(),
-                                time_embedding=nn.Identity(), down_blocks=convolutions, mid_block=middle)  # fmt: skip
-        super().__init__(parts, hint, hint_widths)
-        self.config["copy"] = "lite"
+    COPIED = ("conv_in",)
 
-    def encode(self, z: Tensor, embedding: Tensor, text: Text, hint: Tensor) -> tuple[list[Tensor], Tensor]:
-        skips = [self.conv_in(z) + hint]
+    def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
+        """encoder: anything with a UNet2DConditionModel's conv_in and config."""
+        nn.Module.__init__(self)
+        config = dict(encoder.config) | {"copy": "lite"}
+        channels = skip_channels(config)
+        self.conv_in = encoder.conv_in
+        self.down_blocks = nn.ModuleList()
+        for narrow, wide, halves in zip(channels, channels[1:], halvings(config), strict=False):
+            self.down_blocks.append(nn.Conv2d(narrow, wide, 3, stride=2 if halves else 1, padding=1))
+        self.mid_block = nn.Conv2d(channels[-1], channels[-1], 3, padding=1)
+        for convolution in (*self.down_blocks, self.mid_block):
+            gaussian_(convolution)
+        self.add_new(config, hint, hint_widths)
+
+    def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[None]:
+        return [None] * len(times)
+
+    def features(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
+        skips = [self.conv_in(z) + feature]
         for convolution in self.down_blocks:
             skips.append(F.silu(convolution(skips[-1])))
         return skips, F.silu(self.mid_block(skips[-1]))
+
+    def forward(self, z: Tensor, t: Tensor, prompt: Prompt, feature: Tensor) -> Control:
+        return self.control(z, None, prompt, feature)
 
 
 def halvings(config: dict) -> list[bool]:

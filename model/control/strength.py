@@ -1,22 +1,18 @@
-"""How strongly a control acts, where and when: scale, window, weighting, region (paper sections 3.4 and 3.5).
+"""How strongly a control acts, where and when: scale, window, weighting, region (paper section 3.4).
 
 Order of the connections everywhere: the down residuals, conv_in's first, then the middle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from controlnet.model.control.controlnet import Control, ControlNet
-from controlnet.preprocessors.errors import UsageError
+from controlnet.model.control.control import Control
+from controlnet.model.control.weighting import weights_of
 from torch import Tensor
-
-SOFT = 0.825
-"""Ratio of neighbouring connections under `soft` (the released code's guess mode)."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +41,15 @@ class Strength:
             return self.scale
         return next((value for value, begin in reversed(self.scale) if i / evaluations >= begin), 0.0)
 
-    def check_window(self, evaluations: int, flag: str) -> None:
-        """Raises UsageError when the window, or a schedule in it, leaves no evaluation to act in."""
+    def acts_in(self, evaluations: int) -> bool:
+        """Whether there is an evaluation to act in, among so many; a scale of 0 asks for none."""
         wanted = any(value for value, _ in self.scale) if isinstance(self.scale, tuple) else self.scale
         everywhere = replace(self, region=None)
-        if not wanted or any(everywhere.at(i, evaluations) for i in range(evaluations)):
-            return
-        raise UsageError(
-            f"{flag}: acts in none of the {evaluations} evaluations (start={self.start:g}, end={self.end:g})",
-            f"a window of {1 / evaluations:.2g} or more, such as end={min(1.0, self.start + 1 / evaluations):.2g};"
-            " scale=0 for no control",
-        )
+        return not wanted or any(everywhere.at(i, evaluations) for i in range(evaluations))
+
+    def fits(self, connections: int) -> bool:
+        """Whether a weighting by numbers has one for each connection."""
+        return isinstance(self.weighting, str) or len(self.weighting) == connections
 
     def _inside(self, i: int, evaluations: int) -> bool:
         return i / evaluations >= self.start and (i + 1) / evaluations <= self.end
@@ -71,27 +65,3 @@ class Strength:
         elif all(w == 1 for w in weights):
             return control
         return control.scaled(weights)
-
-    def check(self, net: ControlNet, name: str) -> None:
-        """Raises UsageError when a weighting by numbers does not fit the ControlNet."""
-        connections = len(net.controlnet_down_blocks) + 1
-        if not isinstance(self.weighting, str) and len(self.weighting) != connections:
-            raise UsageError(
-                f"{name}: weighting has {len(self.weighting)} weights, expected {connections}: one for each of the "
-                f"{connections - 1} skip connections, then the middle's",
-                "weighting=" + "/".join(["1"] * connections),
-            )
-
-
-def weights_of(weighting: str | Sequence[float], residuals: Sequence[Tensor]) -> list[float]:
-    """A weight for each connection, from the residuals' real sizes (B, C, h_i, w_i).
-
-    `resolution`: proportional to 64 / h_i (paper section 3.4), the largest being 1. `soft`: 0.825 ** (n - 1 - i).
-    """
-    if not isinstance(weighting, str):
-        return list(weighting)
-    n = len(residuals)
-    if weighting == "resolution":
-        sides = [(r.shape[-2] * r.shape[-1]) ** 0.5 for r in residuals]
-        return [min(sides) / side for side in sides]
-    return [SOFT ** (n - 1 - i) if weighting == "soft" else 1.0 for i in range(n)]

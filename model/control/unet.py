@@ -1,7 +1,7 @@
 """The UNet walked block by block: the modules are diffusers', the way through them is ours, so that nothing is computed
 twice in a sampling. The locked base and the trainable copy take the same way.
 
-* Keys and values of the prompt are computed once an image (`Text`), time embeddings once a schedule (`embed_time`).
+* Keys and values of the prompt are computed once an image (`Prompt`), time embeddings once a schedule (`embed_times`).
 * What lies before the first cross-attention reads no prompt: both halves of the guidance share it. There z has B images
   and the text 2B rows; the batch grows at the first cross-attention.
 * Feature maps stay in channels_last between convolutions and attention: no copies from one layout to the other.
@@ -11,84 +11,68 @@ Knows of control only that it is added. Letters: B batch, C channels, h w latent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from controlnet.model.control.control import Control, add, grow
+from controlnet.model.control.prompt import Prompt
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from controlnet.model.control.controlnet import Control
     from diffusers import UNet2DConditionModel
 
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn"}
 """The blocks that this way goes through."""
 
 
-class Text:
-    """c_t (B, T, D), and its keys and values in every cross-attention that has read it."""
-
-    def __init__(self, c_t: Tensor):
-        self.c_t = c_t
-        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def keys_values(self, attention: Any) -> tuple[Tensor, Tensor]:
-        """Two (B, heads, T, C / heads)."""
-        if attention in self._kept:
-            return self._kept[attention]
-        pair = _keys_values(attention, self.c_t)
-        if not torch.is_grad_enabled():  # gradient checkpointing computes everything again, and must find it gone
-            self._kept[attention] = pair
-        return pair
+def embed_times(network: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
+    """The time embedding (n, 4C) of timesteps (n,), once a schedule."""
+    return network.time_embedding(network.time_proj(times).to(dtype))
 
 
-def embed_time(network: Any, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, 4C) of timesteps (n,)."""
-    return network.time_embedding(network.time_proj(t).to(dtype))
+def embed(network: Any, time: Tensor, prompt: Prompt) -> Tensor:
+    """The embedding that every block reads, (1 or B, 4C): a time embedding, and what the prompt adds to it in a family
+    with an added embedding."""
+    if prompt.pooled is None or prompt.ids is None:
+        return time
+    ids = network.add_time_proj(prompt.ids.flatten()).reshape(len(prompt), -1)  # (B, 6 x 256)
+    return time + network.add_embedding(torch.cat([prompt.pooled, ids.to(prompt.pooled)], 1))
 
 
-def encode(network: Any, x: Tensor, embedding: Tensor, text: Text, checkpointed: bool = False):
+def encode(network: Any, x: Tensor, embedding: Tensor, prompt: Prompt, checkpointed: bool = False):
     """The encoding half of a UNet or of its copy, from conv_in's output x (B, C, h, w): a feature for each skip
     connection, x first, and the middle's. embedding is (B, 4C), or (1, 4C) for all."""
     skips = [x]
     for block in network.down_blocks:
-        x, outputs = _run(_down, checkpointed, block, x, embedding, text)
+        x, outputs = _run(_down, checkpointed, block, x, embedding, prompt)
         skips += outputs
-    return skips, _run(_middle, checkpointed, network.mid_block, x, embedding, text)
+    return skips, _run(_middle, checkpointed, network.mid_block, x, embedding, prompt)
 
 
 def predict(
-    unet: UNet2DConditionModel, z: Tensor, embedding: Tensor, text: Text, control: Control | None = None
+    unet: UNet2DConditionModel, z: Tensor, time: Tensor, prompt: Prompt, control: Control | None = None
 ) -> Tensor:
-    """eps_theta(z_t, t, c_t, c_f): the locked base's output, (B, 4, h, w) with as many rows as the text has, control
-    added to its skips and middle."""
+    """eps_theta(z_t, t, c_t, c_f): the locked base's output, (B, 4, h, w) with as many rows as the prompt has, control
+    added to its skips and middle. `time` is `embed_times`, (1 or B, 4C)."""
     checkpointed = torch.is_grad_enabled() and unet.is_gradient_checkpointing
-    skips, x = encode(unet, unet.conv_in(z), embedding, text, checkpointed)
+    embedding = embed(unet, time, prompt)
+    skips, x = encode(unet, unet.conv_in(z), embedding, prompt, checkpointed)
     if control is not None:
         skips = [add(skip, residual) for skip, residual in zip(skips, control.down, strict=True)]
         x = add(x, control.middle)
     for block in unet.up_blocks:
         own = [skips.pop() for _ in block.resnets]
         size = skips[-1].shape[-2:] if skips else None  # of the next block; the canvas need not be a power of 2
-        x = _run(_up, checkpointed, block, x, own, size, embedding, text)
+        x = _run(_up, checkpointed, block, x, own, size, embedding, prompt)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
 
-def denoise(unet: UNet2DConditionModel, z: Tensor, t: Tensor, text: Tensor, control: Control | None = None) -> Tensor:
-    """`predict` for z_t (B, 4, h, w) at timesteps t (B,) with c_t (B, T, D), nothing kept."""
-    return predict(unet, z, embed_time(unet, t, z.dtype), Text(text), control)
-
-
-def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, where one may have a row for both halves of the guidance and the other a row for each."""
-    return grow(a, len(b)) + grow(b, len(a))
-
-
-def grow(x: Tensor, batch: int) -> Tensor:
-    """x repeated along its first dimension to at least `batch`."""
-    return x if len(x) >= batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+def denoise(unet: UNet2DConditionModel, z: Tensor, t: Tensor, prompt: Prompt, control: Control | None = None) -> Tensor:
+    """`predict` for z_t (B, 4, h, w) at timesteps t (B,), no schedule being known."""
+    return predict(unet, z, embed_times(unet, t, z.dtype), prompt, control)
 
 
 def _run(function: Callable, checkpointed: bool, *arguments):
@@ -97,12 +81,12 @@ def _run(function: Callable, checkpointed: bool, *arguments):
     return function(*arguments)
 
 
-def _down(block: Any, x: Tensor, embedding: Tensor, text: Text) -> tuple[Tensor, list[Tensor]]:
+def _down(block: Any, x: Tensor, embedding: Tensor, prompt: Prompt) -> tuple[Tensor, list[Tensor]]:
     outputs = []
     for resnet, attention in zip(block.resnets, _attentions(block), strict=True):
         x = resnet(x, embedding)
         if attention is not None:
-            x = _transformer(attention, x, text)
+            x = _transformer(attention, x, prompt)
         outputs.append(x)
     for downsampler in block.downsamplers or ():
         x = downsampler(x)
@@ -110,18 +94,18 @@ def _down(block: Any, x: Tensor, embedding: Tensor, text: Text) -> tuple[Tensor,
     return x, outputs
 
 
-def _middle(block: Any, x: Tensor, embedding: Tensor, text: Text) -> Tensor:
+def _middle(block: Any, x: Tensor, embedding: Tensor, prompt: Prompt) -> Tensor:
     x = block.resnets[0](x, embedding)
     for resnet, attention in zip(block.resnets[1:], block.attentions, strict=True):
-        x = resnet(_transformer(attention, x, text), embedding)
+        x = resnet(_transformer(attention, x, prompt), embedding)
     return x
 
 
-def _up(block: Any, x: Tensor, skips: list[Tensor], size, embedding: Tensor, text: Text) -> Tensor:
+def _up(block: Any, x: Tensor, skips: list[Tensor], size, embedding: Tensor, prompt: Prompt) -> Tensor:
     for resnet, attention, skip in zip(block.resnets, _attentions(block), skips, strict=True):
         x = resnet(torch.cat([grow(x, len(skip)), grow(skip, len(x))], 1), embedding)
         if attention is not None:
-            x = _transformer(attention, x, text)
+            x = _transformer(attention, x, prompt)
     for upsampler in block.upsamplers or ():
         x = upsampler(x, size)
     return x
@@ -131,23 +115,30 @@ def _attentions(block: Any) -> list:
     return list(getattr(block, "attentions", None) or [None] * len(block.resnets))
 
 
-def _transformer(module: Any, x: Tensor, text: Text) -> Tensor:
-    """(B, C, h, w) -> (B', C, h, w), B' the text's batch."""
-    tokens = module.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, C)
-    tokens = _project(module.proj_in, tokens)
+def _transformer(module: Any, x: Tensor, prompt: Prompt) -> Tensor:
+    """(B, C, h, w) -> (B', C, h, w), B' the prompt's rows."""
+    tokens = _to_tokens(module, module.norm(x))  # (B, N, C)
     for block in module.transformer_blocks:
         normed = block.norm1(tokens)
         tokens = tokens + _attention(block.attn1, normed, *_keys_values(block.attn1, normed))
-        tokens = grow(tokens, len(text.c_t))
-        tokens = tokens + _attention(block.attn2, block.norm2(tokens), *text.keys_values(block.attn2))
+        tokens = grow(tokens, len(prompt))  # (B', N, C): from here on the prompt is read
+        tokens = tokens + _attention(block.attn2, block.norm2(tokens), *prompt.keys_values(block.attn2, _keys_values))
         tokens = tokens + block.ff(block.norm3(tokens))
-    tokens = _project(module.proj_out, tokens)
-    return grow(x, len(tokens)) + tokens.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
+    return grow(x, len(tokens)) + _to_features(module, tokens, x.shape[-2:])
 
 
-def _project(layer: Any, tokens: Tensor) -> Tensor:
-    """A linear layer, or a 1x1 convolution as one."""
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+def _to_tokens(module: Any, x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, N, C), through proj_in: a linear layer, or a 1x1 convolution."""
+    if module.use_linear_projection:
+        return module.proj_in(x.permute(0, 2, 3, 1).flatten(1, 2))
+    return module.proj_in(x).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _to_features(module: Any, tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """The reverse, through proj_out."""
+    if module.use_linear_projection:
+        return module.proj_out(tokens).unflatten(1, tuple(size)).permute(0, 3, 1, 2)
+    return module.proj_out(tokens.unflatten(1, tuple(size)).permute(0, 3, 1, 2))
 
 
 def _attention(module: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,6 +148,7 @@ def _attention(module: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _keys_values(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two (B, heads, N or T, C / heads)."""
     return _heads(module.to_k(x), module.heads), _heads(module.to_v(x), module.heads)
 
 

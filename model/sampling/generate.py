@@ -1,6 +1,6 @@
 """Stage two: prompts and conditions -> images. Joins the base, the ControlNets and the sampling loop.
 
-Reads and writes no files; `cli/generate.py` does.
+Reads and writes no files; `work/studio.py` reads, the commands write.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import numpy as np
 import psutil
 import torch
 from controlnet.model.base import Base
-from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.net import Net
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.loop import Applied, sample
 from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.sampling.starts import FromNoise
 from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
@@ -38,17 +40,17 @@ class Request:
 
 @dataclass
 class Memory:
-    """Texts and hint features of the last images: what the next ones share with them is not computed again."""
+    """Prompts and features of the last images: what the next ones share with them is not computed again."""
 
-    texts: dict[str, Tensor] = field(default_factory=dict)
-    hints: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
+    features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def generate(
     base: Base,
     requests: Iterable[Request],
-    nets: Sequence[tuple[ControlNet, Strength]] = (),
+    nets: Sequence[tuple[Net, Strength]] = (),
     size: tuple[int, int] | None = None,
     steps: int = 20,
     guidance: float | None = None,
@@ -72,29 +74,27 @@ def generate(
     made = 0
     for group in _groups(requests, 1 if base.low_memory else batch):
         texts = {r.prompt for r in group} | {r.negative for r in group if guidance != 1}
-        memory.texts = {t: memory.texts[t] if t in memory.texts else base.encode_text([t]) for t in texts}
+        memory.prompts = {t: memory.prompts[t] if t in memory.prompts else base.encode_text([t]) for t in texts}
         pairs = [(net, c) for r in group for (net, _), c in zip(nets, r.conditions, strict=True)]
         with base.at_work(*(net for net, _ in pairs)):
-            memory.hints = {
-                key: memory.hints.get(key) or (c, net.encode_hint(_input(c, base)))
+            memory.features = {
+                key: memory.features.get(key) or (c, net.prepare(_input(c, base)))
                 for key, (net, c) in {(id(net), id(c)): (net, c) for net, c in pairs}.items()
             }
         controls = [
-            Applied(net, _joined([memory.hints[id(net), id(r.conditions[k])][1] for r in group]), strength)
+            Applied(net, _joined([memory.features[id(net), id(r.conditions[k])][1] for r in group]), strength)
             for k, (net, strength) in enumerate(nets)
         ]
-        text = torch.cat([memory.texts[r.prompt] for r in group])  # (B, T, D)
-        null_text = torch.cat([memory.texts[r.negative] for r in group]) if guidance != 1 else None
+        prompt = Prompt.cat([memory.prompts[r.prompt] for r in group])  # B rows
+        negative = Prompt.cat([memory.prompts[r.negative] for r in group]) if guidance != 1 else None
 
         def step(done: int, of: int, before: int = made, count: int = len(group)) -> None:
             on_step(before + count * done / of)
 
-        noise, generators = draw_noise([r.seed for r in group], shape)
+        start = FromNoise.seeded([r.seed for r in group], shape)
         with base.at_work(base.unet, *(net for net, _ in nets)):
-            latents = sample(
-                base.unet, make_scheduler(base.scheduler, scheduler), noise, text, null_text, controls, steps, guidance,
-                generators, step, base.low_memory,
-            )  # fmt: skip
+            own = make_scheduler(base.scheduler, scheduler)
+            latents = sample(base.unet, own, start, prompt, negative, controls, steps, guidance, step, base.low_memory)
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
         for latent in latents:
@@ -108,9 +108,9 @@ def _groups(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
         yield group
 
 
-def _joined(hints: list[Tensor]) -> Tensor:
+def _joined(features: list[Tensor]) -> Tensor:
     """(B, C, h, w), or (1, C, h, w) when all images share one."""
-    return hints[0] if all(h is hints[0] for h in hints) else torch.cat(hints)
+    return features[0] if all(f is features[0] for f in features) else torch.cat(features)
 
 
 def _input(condition: np.ndarray, base: Base) -> Tensor:

@@ -1,39 +1,34 @@
-"""Sampling: from noise to a latent under control, one loop for every scheduler of diffusers.
+"""Sampling: from a start to a latent under control, one loop for every scheduler of diffusers.
 
-Letters: B images, h w latent, T tokens, D text width. The noise schedule and its update belong to the scheduler; the
-guidance, the control and the noise of each image are here.
+Letters: B images, C channels of the latent, h w latent. The noise schedule and its update belong to the scheduler;
+guidance and control are here.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from controlnet.model.control.controlnet import Control, ControlNet
+from controlnet.model.control.control import Control
+from controlnet.model.control.net import Net
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
-from controlnet.model.control.unet import Text, embed_time, predict
+from controlnet.model.control.unet import embed_times, predict
+from controlnet.model.sampling.starts import Start
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
 
 @dataclass
 class Applied:
-    """A ControlNet at work: its hint feature, (1, C, h, w) for all images or (B, C, h, w), and how it acts."""
+    """A network at work: its feature of the condition, (1, C, h, w) for all images or (B, C, h, w), and how it acts."""
 
-    net: ControlNet
-    hint: Tensor
+    net: Net
+    feature: Tensor
     strength: Strength = field(default_factory=Strength)
-
-
-def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> tuple[Tensor, list[torch.Generator]]:
-    """Noise (B, 4, h, w) float32, each image's from its own CPU generator, so that it does not depend on the batch.
-    The generators go on to serve schedulers that add noise at each step."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = [torch.randn((1, *shape), generator=generator) for generator in generators]
-    return torch.cat(noise), generators
 
 
 def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
@@ -46,67 +41,85 @@ def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
 def sample(
     unet: UNet2DConditionModel,
     scheduler: SchedulerMixin,
-    noise: Tensor,
-    text: Tensor,
-    null_text: Tensor | None,
-    controls: list[Applied],
+    start: Start,
+    prompt: Prompt,
+    negative: Prompt | None,
+    controls: Sequence[Applied],
     steps: int,
     guidance: float = 7.5,
-    generators: list[torch.Generator] | None = None,
     on_step: Callable[[int, int], None] = lambda done, of: None,
     halves_apart: bool = False,
 ) -> Tensor:
-    """Latents (B, 4, h, w) from noise (B, 4, h, w), in the noise's dtype.
+    """Latents (B, C, h, w) of a start, in its type.
 
-    text is (B, T, D), null_text the same or (1, T, D). A hint of B images serves both guidance halves. With guidance 1,
-    or null_text None, the unconditional half is not computed. halves_apart computes one after the other: less memory,
-    and what they share twice. on_step is told the evaluations done and their number.
+    The prompt has B rows, the negative one B or one. on_step is told the evaluations done and their number; the rest is
+    as `Evaluation` says.
     """
-    guided = null_text is not None and guidance != 1
-    cond = Text(text)
-    null = Text(null_text.expand_as(text)) if null_text is not None and guided else cond
-    both = cond if halves_apart or not guided else Text(torch.cat([null.c_t, text]))  # 2B rows
-    everywhere = [one for one in controls if one.strength.control_on != "cond"]
     scheduler.set_timesteps(steps, device=unet.device)
-    options = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    times = scheduler.timesteps.to(unet.device)
-    embeddings = {network: embed_time(network, times, unet.dtype) for network in (unet, *(c.net for c in controls))}
-    z = noise.to(unet.device) * scheduler.init_noise_sigma
-    for i, t in enumerate(scheduler.timesteps):
-        z_t = scheduler.scale_model_input(z, t).to(unet.dtype).contiguous(memory_format=torch.channels_last)
-        at = {network: rows[i : i + 1] for network, rows in embeddings.items()}
-        now = i, len(times)
-        eps = predict(unet, z_t, at[unet], both, add_controls(controls, now, z_t, at, both, cond)).to(z.dtype)
-        if guided and halves_apart:
-            control = add_controls(everywhere, now, z_t, at, null, null)
-            eps = torch.cat([predict(unet, z_t, at[unet], null, control).to(z.dtype), eps])
-        if guided:
-            eps_null, eps_text = eps.chunk(2)
-            eps = eps_null + guidance * (eps_text - eps_null)
-        z = scheduler.step(eps, t, z, **options, return_dict=False)[0]
+    times = scheduler.timesteps
+    options = {"generator": start.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    evaluate = Evaluation(unet, times.to(unet.device), prompt, negative, controls, guidance, halves_apart)
+    z = start.first(scheduler, unet.device)  # (B, C, h, w)
+    for i, t in enumerate(times):
+        z_t = start.model_input(scheduler.scale_model_input(z, t))  # (B, C', h, w)
+        prediction = evaluate(z_t, i).to(z.dtype)  # (B, C, h, w): eps, v or z_0
+        z = scheduler.step(prediction, t, z, **options, return_dict=False)[0]
+        z = start.after(z, i + 1)
         on_step(i + 1, len(times))
     return z
 
 
-def add_controls(
-    controls: list[Applied], now: tuple[int, int], z: Tensor, at: dict[Any, Tensor], both: Text, cond: Text
-) -> Control | None:
-    """The sum of the controls that act on z_t (B, 4, h, w) in evaluation i of n, `now`, for the rows of `both`; None
-    when none does. `at` has the time embedding of each network. A ControlNet whose scale is 0 is not run. One that acts
-    on the conditional half sees that half alone, and gives nothing to the other."""
-    total = None
-    for one in controls:
-        scale = one.strength.at(*now)
-        if scale == 0:
-            continue
-        alone = one.strength.control_on == "cond" and both is not cond
-        control = one.strength.apply(one.net.control(z, at[one.net], cond if alone else both, one.hint), scale)
-        if alone:
-            control = Control([_after_zeros(r) for r in control.down], _after_zeros(control.middle))
-        total = control if total is None else total + control
-    return total
+class Evaluation:
+    """What the base predicts of z_t in evaluation i, under guidance and control: all that is the same for every step
+    of a schedule is computed here once.
 
+    With guidance 1, or without a negative prompt, the unconditional half is not computed. `halves_apart` computes one
+    half after the other: less memory, and what they share twice.
+    """
 
-def _after_zeros(residual: Tensor) -> Tensor:
-    """(B, C, h, w) -> (2B, C, h, w): nothing for the unconditional half."""
-    return torch.cat([torch.zeros_like(residual), residual])
+    def __init__(
+        self, unet: UNet2DConditionModel, times: Tensor, prompt: Prompt, negative: Prompt | None,
+        controls: Sequence[Applied], guidance: float, halves_apart: bool = False,
+    ):  # fmt: skip
+        self.unet, self.controls, self.guidance, self.halves_apart = unet, controls, guidance, halves_apart
+        self.count = len(times)
+        self.prompt = prompt  # B rows
+        self.guided = negative is not None and guidance != 1
+        self.negative = negative.rows(len(prompt)) if negative is not None and self.guided else prompt
+        together = self.guided and not halves_apart
+        self.both = Prompt.cat([self.negative, prompt]) if together else prompt  # 2B rows, or B
+        self.times = embed_times(unet, times, unet.dtype).split(1)
+        self.steps = {one.net: one.net.begin(times, unet.dtype) for one in controls}
+
+    def __call__(self, z_t: Tensor, i: int) -> Tensor:
+        """The prediction (B, C, h, w) for z_t (B, C', h, w) in evaluation i."""
+        z = z_t.to(self.unet.dtype).contiguous(memory_format=torch.channels_last)
+        out = self._predict(z, i, self.both, self.controls).to(z_t.dtype)
+        if not self.guided:
+            return out
+        if self.halves_apart:
+            everywhere = [one for one in self.controls if one.strength.control_on != "cond"]
+            out = torch.cat([self._predict(z, i, self.negative, everywhere).to(z_t.dtype), out])
+        without, with_prompt = out.chunk(2)
+        return without + self.guidance * (with_prompt - without)
+
+    def _predict(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[Applied]) -> Tensor:
+        return predict(self.unet, z, self.times[i], prompt, self._control(z, i, prompt, controls))
+
+    def _control(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[Applied]) -> Control | None:
+        """The sum of the controls that act in evaluation i for the rows of a prompt; None when none does. A network
+        whose scale is 0 is not run. One that acts on the conditional half sees that half alone, and gives nothing to
+        the other."""
+        total: Control | None = None
+        for one in controls:
+            scale = one.strength.at(i, self.count)
+            if scale == 0:
+                continue
+            alone = one.strength.control_on == "cond" and len(prompt) > len(self.prompt)
+            step: Any = self.steps[one.net][i]
+            control = one.net.control(z, step, self.prompt if alone else prompt, one.feature)
+            control = one.strength.apply(control, scale)
+            if alone:
+                control = control.for_conditional_half()
+            total = control if total is None else total + control
+        return total

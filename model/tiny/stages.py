@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.sampling.canvas import condition_tensor, to_canvas
@@ -192,7 +193,7 @@ def train_base(
         with autocast(device):
             text = model["text"](ids).last_hidden_state
             z = diffusion.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
-            prediction = denoise(model["unet"], z, t, text)
+            prediction = denoise(model["unet"], z, t, Prompt(text))
         return diffusion.loss(prediction, z0, eps, t).mean()
 
     config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=4e-3)
@@ -267,7 +268,7 @@ def train_control(
         with torch.no_grad(), autocast(device):
             text = text_encoder(torch.where(empties, empty, ids[torch.from_numpy(rows)]).to(device)).last_hidden_state
         maps = torch.stack([condition_tensor(CONDITIONS[kind](world, row, rng)) for row in rows])
-        return Batch(z0, eps, t, text, maps.to(device).contiguous(memory_format=torch.channels_last))
+        return Batch(z0, eps, t, Prompt(text), maps.to(device).contiguous(memory_format=torch.channels_last))
 
     def validate(progress: Progress) -> dict[str, float]:
         batch = draw_batch(0, 5, 64, 1.0)

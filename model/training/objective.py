@@ -6,10 +6,11 @@ The target is eps, or v or z_0 for a base whose scheduler says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise
 from diffusers import UNet2DConditionModel
 from scipy.stats import t
@@ -56,17 +57,18 @@ class Diffusion:
 
 @dataclass
 class Batch:
-    """What a step sees: z_0 and eps (B, 4, h, w), t (B,), c_t (B, T, D), condition (B, 3, H, W) in [0, 1]."""
+    """What a step sees: z_0 and eps (B, 4, h, w), t (B,), the prompt of B rows, condition (B, 3, H, W) in [0, 1]."""
 
     z0: Tensor
     eps: Tensor
     t: Tensor
-    text: Tensor
+    prompt: Prompt
     condition: Tensor
 
     def map(self, function) -> Batch:
         """The same batch with a function applied to each tensor."""
-        return Batch(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+        prompt = self.prompt.map(function)
+        return Batch(function(self.z0), function(self.eps), function(self.t), prompt, function(self.condition))
 
 
 def control_losses(
@@ -74,8 +76,8 @@ def control_losses(
 ) -> Tensor:
     """Eq. 5, one loss a sample, (B,): the locked base under the ControlNet's control."""
     z = diffusion.add_noise(batch.z0, batch.eps, batch.t).contiguous(memory_format=torch.channels_last)
-    control = controlnet(z, batch.t, batch.text, controlnet.encode_hint(batch.condition))
-    prediction = denoise(unet, z, batch.t, batch.text, control)
+    control = controlnet(z, batch.t, batch.prompt, controlnet.prepare(batch.condition))
+    prediction = denoise(unet, z, batch.t, batch.prompt, control)
     return diffusion.loss(prediction, batch.z0, batch.eps, batch.t, min_snr)
 
 

@@ -26,14 +26,16 @@ from controlnet.model.base import Base, load_base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.hint import SD_WIDTHS
 from controlnet.model.control.lite import ControlNetLite, gaussian_convolutions_
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.registry import BASES, TINY_HINT_WIDTHS
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import to_pixels
-from controlnet.model.sampling.loop import Applied, draw_noise, sample
+from controlnet.model.sampling.loop import Applied, sample
 from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.sampling.starts import FromNoise
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import CHOICES, TrainConfig, to_toml
@@ -270,28 +272,21 @@ class _Training:
         count = min(SHOWN, len(self.validation.pairs))
         base, side = self.base, self.validation.size
         dtype = base.dtype
-        conditions = torch.stack([condition_tensor(self.validation.condition(i, 0, False)) for i in range(count)]).to(
-            self.device
+        held_out = self.validation
+        maps = [condition_tensor(held_out.condition(i, 0, False)) for i in range(count)]
+        conditions = torch.stack(maps).to(self.device)
+        captions = [held_out.pairs[i].caption for i in range(count)]
+        prompt, negative = (
+            Prompt(torch.from_numpy(np.stack([held_out.text(text) for text in texts]))).to(self.device, dtype)
+            for texts in (captions, [""])
         )
-        text = torch.stack(
-            [torch.from_numpy(self.validation.text(self.validation.pairs[i].caption)) for i in range(count)]
-        )
-        null_text = torch.from_numpy(self.validation.text(""))[None]
         if base.vae is None:
             base.reload("vae")
         with autocast(self.device, self.config.precision):
-            noise, generators = draw_noise(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
-            applied = [Applied(self.net, self.net.encode_hint(conditions), Strength(control_on=base.control_on))]
+            start = FromNoise.seeded(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
+            applied = [Applied(self.net, self.net.prepare(conditions), Strength(control_on=base.control_on))]
             latents = sample(
-                base.unet,
-                make_scheduler(base.scheduler),
-                noise,
-                text.to(self.device, dtype),
-                null_text.to(self.device, dtype),
-                applied,
-                20,
-                base.guidance,
-                generators,
+                base.unet, make_scheduler(base.scheduler), start, prompt, negative, applied, 20, base.guidance
             )
         images = to_pixels(base.decode(latents.float()))
         if self.config.cache:

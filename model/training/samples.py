@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from controlnet.model.base import Base
+from controlnet.model.control.prompt import Prompt
 from controlnet.model.sampling.canvas import condition_tensor, on_canvas
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
@@ -149,7 +150,7 @@ class Samples:
     def _encode_text(self, caption: str) -> np.ndarray:
         if self.base.text_encoder is None:
             self.base.reload("text_encoder")
-        return self.base.encode_text([caption])[0].half().cpu().numpy()
+        return self.base.encode_text([caption]).c_t[0].half().cpu().numpy()
 
     def _hash(self, path) -> str:
         return self.cache.file_hash(path) if self.cache.folder else ""
@@ -195,7 +196,7 @@ class Samples:
             z0=self.latents(moments, noise[:, 0]),
             eps=noise[:, 1].contiguous(),
             t=torch.tensor([s["t"] for s in samples]),
-            text=torch.from_numpy(np.stack([s["text"] for s in samples])).float(),
+            prompt=Prompt(torch.from_numpy(np.stack([s["text"] for s in samples])).float()),
             condition=torch.stack([condition_tensor(s["condition"]) for s in samples]),
         )
 

@@ -6,11 +6,14 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from controlnet.model.control.modes import WEIGHTINGS
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
+
+if TYPE_CHECKING:
+    from controlnet.model.control.strength import Strength
 
 KEYS = ("detect", "kind", "net", "scale", "start", "end", "weighting", "region")
 
@@ -103,6 +106,27 @@ def parse_scale(flag: str, value: str) -> float | tuple[tuple[float, float], ...
     if not all(0 <= begin <= 1 for begin in begins) or begins != sorted(set(begins)):
         raise UsageError(f"{flag}: scale={value}, expected parts of the sampling from 0 to 1 in rising order", hint)
     return pairs
+
+
+def check_window(flag: ConditionFlag, strength: Strength, evaluations: int) -> None:
+    """Raises UsageError when its window, or a schedule in it, leaves no evaluation to act in."""
+    if strength.acts_in(evaluations):
+        return
+    raise UsageError(
+        f"--cond {flag.path}: acts in none of the {evaluations} evaluations (start={flag.start:g}, end={flag.end:g})",
+        f"a window of {1 / evaluations:.2g} or more, such as end={min(1.0, flag.start + 1 / evaluations):.2g};"
+        " scale=0 for no control",
+    )
+
+
+def check_weighting(flag: ConditionFlag, strength: Strength, connections: int) -> None:
+    """Raises UsageError when a weighting by numbers does not fit a network of so many connections."""
+    if not strength.fits(connections):
+        raise UsageError(
+            f"--cond {flag.path}: weighting has {len(strength.weighting)} weights, expected {connections}: one for each"
+            f" of the {connections - 1} skip connections, then the middle's",
+            "weighting=" + "/".join(["1"] * connections),
+        )
 
 
 def _number(flag: str, value: str, hint: str) -> float:

@@ -36,7 +36,7 @@ from controlnet.model.sampling.generate import (
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.work.batch import Wanted
-from controlnet.model.work.condition import ConditionFlag, scale_text, weighting_text
+from controlnet.model.work.condition import ConditionFlag, check_weighting, check_window, scale_text, weighting_text
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.machine import choose_device, choose_dtype, silence_libraries
 from controlnet.model.work.sources import Sources
@@ -173,7 +173,7 @@ class Studio:
         job = one.job.settled(base, size)
         acting = [self._acting(job, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
         for flag, at_work in zip(job.cond, acting, strict=True):
-            at_work.strength.check_window(evaluations, f"--cond {flag.path}")
+            check_window(flag, at_work.strength, evaluations)
         entries = [at_work.entry for at_work in acting]
         acts = [{key: value for key, value in entry.items() if key in ("net", *ACTS)} for entry in entries]
         record = job.record() | {
@@ -192,7 +192,7 @@ class Studio:
         weighting = job.weighting_of(flag)
         region, region_entry = self.region(flag.region, job.size) if flag.region else (None, {})
         strength = Strength(flag.scale, flag.start, flag.end, weighting, job.control_on, region)
-        strength.check(net, f"--cond {flag.path}")
+        check_weighting(flag, strength, net.connections)
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
         entry = self._origin(flag, condition) | acts | region_entry

@@ -1,0 +1,30 @@
+"""What sampling and training ask of a network that controls; `controlnet.py` and `lite.py` have one each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from controlnet.model.control.control import Control
+from controlnet.model.control.prompt import Prompt
+from torch import Tensor
+
+
+class Net(Protocol):
+    """Letters: B batch, C channels, H W pixels, h w latent."""
+
+    @property
+    def connections(self) -> int:
+        """Residuals of a Control: one per skip connection, and the middle's."""
+
+    def prepare(self, condition: Tensor, kind: str = "") -> Tensor:
+        """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1] of a kind. Once an image: it depends on
+        neither z_t nor t."""
+
+    def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[Any]:
+        """What it wants to know of each timestep of `times` (n,), once a schedule; any object for each of the n."""
+
+    def control(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> Control:
+        """Control for z_t (B, 4, h, w) at a step that `begin` gave, under a prompt of B rows, or of 2B for both halves
+        of the guidance."""

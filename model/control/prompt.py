@@ -1,0 +1,50 @@
+"""The prompt as the networks read it, and what need not be computed from it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Prompt:
+    """c_t (B, T, D), and its keys and values in every cross-attention that has read it; of a family with an added
+    embedding also the pooled text (B, P) and the ids (B, 6) of size and crop, else None."""
+
+    def __init__(self, c_t: Tensor, pooled: Tensor | None = None, ids: Tensor | None = None):
+        self.c_t, self.pooled, self.ids = c_t, pooled, ids
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Rows: B."""
+        return len(self.c_t)
+
+    def keys_values(self, attention: Any, compute: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+                    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Two (B, heads, T, C / heads), computed once."""
+        if attention in self._kept:
+            return self._kept[attention]
+        pair = compute(attention, self.c_t)
+        if not torch.is_grad_enabled():  # gradient checkpointing computes everything again, and must find it gone
+            self._kept[attention] = pair
+        return pair
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prompt:
+        """With a function applied to each of its tensors; nothing is kept."""
+        tensors = (self.c_t, self.pooled, self.ids)
+        return Prompt(*(None if tensor is None else function(tensor) for tensor in tensors))  # type: ignore[arg-type]
+
+    def to(self, *args: Any) -> Prompt:
+        return self.map(lambda tensor: tensor.to(*args))
+
+    def rows(self, count: int) -> Prompt:
+        """One row as `count` rows; as many rows as they are."""
+        return self if len(self) == count else self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    @staticmethod
+    def cat(prompts: Sequence[Prompt]) -> Prompt:
+        """The rows of all, one after another."""
+        columns = zip(*((p.c_t, p.pooled, p.ids) for p in prompts), strict=True)
+        return Prompt(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]

@@ -1,0 +1,25 @@
+"""Weights of the connections (paper section 3.4, resolution weighting; the released code's guess mode)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+SOFT = 0.825
+"""Ratio of neighbouring connections under `soft`."""
+
+
+def weights_of(weighting: str | Sequence[float], residuals: Sequence[Tensor]) -> list[float]:
+    """A weight for each connection, from the residuals' real sizes (B, C, h_i, w_i).
+
+    `resolution`: proportional to 64 / h_i, the largest being 1. `soft`: 0.825 ** (n - 1 - i). `uniform`: 1. Numbers are
+    taken as they are.
+    """
+    if not isinstance(weighting, str):
+        return list(weighting)
+    n = len(residuals)
+    if weighting == "resolution":
+        sides = [(r.shape[-2] * r.shape[-1]) ** 0.5 for r in residuals]
+        return [min(sides) / side for side in sides]
+    return [SOFT ** (n - 1 - i) if weighting == "soft" else 1.0 for i in range(n)]
