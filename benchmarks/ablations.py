@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from controlnet.model.base import load_base
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.tiny.card import interval, make_images
 from controlnet.model.tiny.readers import JointReader, measures

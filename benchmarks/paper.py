@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from ablations import RECORD
-from controlnet.model.base import Base, load_base
+from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
 from controlnet.model.sampling.generate import Request, generate

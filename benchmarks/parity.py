@@ -15,7 +15,7 @@ from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.modes import MODES
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import SOFT, Strength
-from controlnet.model.files.families import FAMILIES, VAE, Family, scheduler_config
+from controlnet.model.files.families import SUPPORTED, VAE, Family, scheduler_config
 from controlnet.model.sampling.loop import Applied, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise
@@ -107,7 +107,7 @@ def main() -> None:
 
     silence_libraries()
     lines, beyond = [], 0
-    for family in FAMILIES.values():
+    for family in SUPPORTED:
         pair = Pair(family)
         for scheduler in SCHEDULERS:
             cells = []

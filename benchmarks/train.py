@@ -158,7 +158,7 @@ def measure(args) -> None:
 def read_times(counts=(100, 1_000, 10_000, 100_000), batch: int = 4, reads: int = 200) -> list[tuple[int, float]]:
     """Milliseconds to read a batch from data sets of several sizes: 100 real pictures under many entries."""
     import numpy as np
-    from controlnet.model.base import load_base
+    from controlnet.model.load import load_base
     from controlnet.model.training.cache import Cache
     from controlnet.model.training.config import TrainConfig
     from controlnet.model.training.samples import Samples

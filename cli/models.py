@@ -155,7 +155,7 @@ def _verify_model(source: str) -> list[str]:
     """Damaged files of a hub id; of a folder of this package, the parts that cannot be read."""
     from controlnet.model.files import hub
     from controlnet.model.files.layouts import open_model
-    from controlnet.model.nets import check_finite
+    from controlnet.model.files.tensors import check_finite
     from controlnet.preprocessors.errors import ModelError
 
     if not Path(source).is_dir():

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from controlnet.model.base import load_base
 from controlnet.model.control.modes import MODES
 from controlnet.model.control.strength import Strength
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
 from controlnet.model.sampling.canvas import on_canvas

@@ -16,12 +16,12 @@ import torch
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.lite import ControlNetLite
 from controlnet.model.files.families import family_name
-from controlnet.model.files.layouts import STEMS, Stored, open_model
-from controlnet.model.files.tensors import align, is_float8, write_tensors
+from controlnet.model.files.layouts import open_model
+from controlnet.model.files.stored import STEMS, Stored
+from controlnet.model.files.tensors import align, check_state, is_float8, write_tensors
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
-from torch import Tensor, nn
 
 WEIGHTS = STEMS["controlnet"]
 _FAMILY = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim")
@@ -75,7 +75,7 @@ def check_family(stored: Stored, base: Mapping, base_name: str) -> None:
     config = stored.config("controlnet")
     for key in _FAMILY:
         if _plain(config.get(key)) != _plain(base.get(key)):
-            net, of_base = (family_name(c.get("cross_attention_dim")) for c in (config, base))
+            net, of_base = (family_name(c) for c in (config, base))
             families = f" ({net}, the base is {of_base})" if net != of_base else ""
             raise ModelError(
                 f"{stored.path} does not fit base {base_name}{families}: its {key} is {config.get(key)}, the base's is"
@@ -103,27 +103,3 @@ def _from_config(config: dict, path: Path) -> ControlNet:
         return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network
         raise ModelError(f"{path}: the config does not describe a usable ControlNet: {reason(error)}") from error
-
-
-def check_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Raises ModelError unless names, shapes and numbers of `state` fit `module`."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if missing := sorted(expected.keys() - state.keys()):
-        raise ModelError(f"{source}: weights lack {len(missing)} tensors, among them {missing[0]}")
-    if unknown := sorted(state.keys() - expected.keys()):
-        raise ModelError(f"{source}: weights hold {len(unknown)} unexpected tensors, among them {unknown[0]}")
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise ModelError(f"{source}: {name} has shape {tuple(state[name].shape)}, expected {shape}")
-    check_finite(state, source)
-
-
-def check_finite(state: dict[str, Tensor], source: Path) -> None:
-    """Raises ModelError when a tensor holds NaN or infinity."""
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # A NaN is the smallest and the largest of its tensor: one pass, ten times as quick as `isfinite`.
-        extremes = torch.stack(torch.aminmax(tensor.half() if is_float8(tensor) else tensor))
-        if not torch.isfinite(extremes).all():
-            raise ModelError(f"{source}: {name} holds NaN or infinite numbers", "download or train the weights again")

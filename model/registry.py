@@ -7,11 +7,11 @@ pixels; control averaged over the picture).
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from controlnet.model.files.families import SD1, SD2
+from controlnet.model.files.ids import FILES, is_hub_id
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
 
@@ -73,17 +73,6 @@ NETS = {
     **{f"sd21-{kind}": KnownNet(SD2.name, kind, f"thibaud/controlnet-sd21-{name}-diffusers", "other (its model card)")
        for kind, name in _SD21.items()},
 }  # fmt: skip
-
-
-FILES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""Endings of single files."""
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is of the form OWNER/NAME, and not a file's."""
-    parts = name.split("/")
-    well = len(parts) == 2 and all(re.fullmatch(r"\w([\w.-]*\w)?", part) for part in parts)
-    return well and ".." not in name and "--" not in name and Path(name).suffix not in FILES
 
 
 def check_base_name(name: str) -> None:

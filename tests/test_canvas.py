@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from controlnet.model.base import load_base
+from controlnet.model.load import load_base
 from controlnet.model.sampling.canvas import condition_tensor, to_canvas
 from controlnet.model.sampling.generate import canvas_size
 from hypothesis import given, settings

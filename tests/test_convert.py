@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from controlnet.model.base import find_base, load_base, write_tokenizer
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.strength import Strength
 from controlnet.model.files import names
 from controlnet.model.files.convert import convert
-from controlnet.model.files.families import MERGES, SD1, SD2, VAE, clip_vocabulary, scheduler_config
-from controlnet.model.files.layouts import STEMS, open_model, to_open_clip
+from controlnet.model.files.families import SD1, SD2, VAE, scheduler_config
+from controlnet.model.files.layouts import open_model
+from controlnet.model.files.single import to_open_clip
+from controlnet.model.files.stored import STEMS
 from controlnet.model.files.tensors import read_tensors, write_tensors
+from controlnet.model.files.tokenizer import MERGES, clip_vocabulary, write_tokenizer
+from controlnet.model.load import find_base, load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.preprocessors.errors import Exit, ModelError
@@ -126,7 +129,7 @@ def narrow(request, tmp_path_factory):
     unet = UNet2DConditionModel.from_config(config | {"sample_size": 8})
     vae = AutoencoderKL.from_config(VAE | {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2})
     encoder = CLIPTextModel(CLIPTextConfig.from_dict(text))
-    write_tokenizer(folder.parent / "tokens", config["cross_attention_dim"])
+    write_tokenizer(folder.parent / "tokens", family.pad_token)
     StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=encoder, tokenizer=CLIPTokenizer.from_pretrained(folder.parent / "tokens"),
         scheduler=DDIMScheduler.from_config(scheduler_config("epsilon" if family is SD1 else "v_prediction")),

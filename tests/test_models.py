@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.files.tensors import read_weights
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.preprocessors.errors import ModelError, UsageError

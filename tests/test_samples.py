@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.files.hashes import model_hash
+from controlnet.model.load import load_base
 from controlnet.model.training.cache import Cache
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.data.pairs import find_pairs

@@ -5,8 +5,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.control.strength import Strength
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import Request, generate

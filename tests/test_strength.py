@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.control.controlnet import Control
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.weighting import weights_of
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import Applied, sample

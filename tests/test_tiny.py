@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.control.strength import Strength
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY, KnownBase
 from controlnet.model.sampling.canvas import condition_tensor

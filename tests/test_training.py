@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.control.lite import ControlNetLite
 from controlnet.model.files.hashes import model_hash
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.report import read_run

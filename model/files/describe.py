@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from controlnet.model.files.families import family_name
-from controlnet.model.files.layouts import Stored
+from controlnet.model.files.stored import Stored
 
 
 def described(stored: Stored) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def described(stored: Stored) -> dict[str, Any]:
     what = [word for part, word in said.items() if part in configs] or [p.replace("_", " ") for p in configs]
     fields: dict[str, Any] = {
         "path": str(stored.path), "what": " and ".join(what), "format": stored.layout,
-        "family": family_name(configs.get("unet", first).get("cross_attention_dim")),
+        "family": family_name(configs.get("unet", first)),
         "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
         "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
     }  # fmt: skip

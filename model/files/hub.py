@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.model.files.hashes import file_sha256
-from controlnet.model.files.layouts import BASE_PARTS, STEMS
+from controlnet.model.files.ids import is_hub_id
+from controlnet.model.files.stored import BASE_PARTS, STEMS
 from controlnet.model.files.tensors import shards_of, weights_among
-from controlnet.model.registry import is_hub_id
 from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
 from controlnet.preprocessors.files import exists
 from controlnet.preprocessors.weights import add_to_lock, cache_folder, read_lock

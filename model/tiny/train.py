@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from controlnet.model.base import load_base
 from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.stages import (

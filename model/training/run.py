@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from controlnet.model.base import Base, load_base
+from controlnet.model.base import Base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.hint import SD_WIDTHS
 from controlnet.model.control.lite import ControlNetLite, gaussian_convolutions_
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
+from controlnet.model.load import load_base, reload
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.registry import BASES, TINY_HINT_WIDTHS
 from controlnet.model.sampling.canvas import condition_tensor
@@ -281,7 +282,7 @@ class _Training:
             for texts in (captions, [""])
         )
         if base.vae is None:
-            base.reload("vae")
+            reload(base, "vae")
         with autocast(self.device, self.config.precision):
             start = FromNoise.seeded(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
             applied = [Applied(self.net, self.net.prepare(conditions), Strength(control_on=base.control_on))]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from controlnet.model.base import Base
 from controlnet.model.control.prompt import Prompt
+from controlnet.model.load import reload
 from controlnet.model.sampling.canvas import condition_tensor, on_canvas
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
@@ -48,7 +49,6 @@ class Samples:
         self.check = check_command(pairs[0].image.parent if pairs else Path("DATA"), config.kind)
         self.size = config.size or base.native_size
         self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
-        self.latent = dict(base.vae.config)
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
@@ -139,27 +139,18 @@ class Samples:
     @torch.no_grad()
     def _encode_image(self, image: np.ndarray) -> np.ndarray:
         if self.base.vae is None:  # a damaged entry of the cache, met while training
-            self.base.reload("vae")
-        vae = self.base.vae
-        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
-        encoded = vae.encode(x)
-        moments = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
-        return moments[0].half().cpu().numpy()
+            reload(self.base, "vae")
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(self.base.device, self.base.vae.dtype) / 127.5 - 1
+        return self.base.encode_image(x)[0].half().cpu().numpy()
 
     @torch.no_grad()
     def _encode_text(self, caption: str) -> np.ndarray:
         if self.base.text_encoder is None:
-            self.base.reload("text_encoder")
+            reload(self.base, "text_encoder")
         return self.base.encode_text([caption]).c_t[0].half().cpu().numpy()
 
     def _hash(self, path) -> str:
         return self.cache.file_hash(path) if self.cache.folder else ""
-
-    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """z_0 (B, 4, h, w) of moments (B, 8 or 4, h, w), scaled as the UNet sees them; noise has z_0's shape."""
-        mean, *spread = moments.chunk(2, 1) if moments.shape[1] == 2 * noise.shape[1] else (moments,)
-        z = mean + (0.5 * spread[0].clamp(-30, 20)).exp() * noise if spread else mean
-        return (z - (self.latent.get("shift_factor") or 0.0)) * self.latent["scaling_factor"]
 
     def batch(self, k: int, process: int = 0, processes: int = 1) -> Batch:
         """Batch k, or the part of it that belongs to one of several processes. On the CPU, float32."""
@@ -193,7 +184,7 @@ class Samples:
         noise = torch.from_numpy(np.stack([s["noise"] for s in samples]))
         moments = torch.from_numpy(np.stack([s["moments"] for s in samples])).float()
         return Batch(
-            z0=self.latents(moments, noise[:, 0]),
+            z0=self.base.latents(moments, noise[:, 0]),
             eps=noise[:, 1].contiguous(),
             t=torch.tensor([s["t"] for s in samples]),
             prompt=Prompt(torch.from_numpy(np.stack([s["text"] for s in samples])).float()),

@@ -33,13 +33,13 @@ class Sources:
         raise no_net(flag.path, kind, base_name, family)
 
     def _family(self, base_name: str) -> str:
-        from controlnet.model.base import find_base
         from controlnet.model.files.families import family_name
+        from controlnet.model.load import find_base
         from controlnet.model.registry import BASES
 
         if base_name in BASES:
             return BASES[base_name].family
-        return family_name(find_base(base_name, self.offline).config("unet").get("cross_attention_dim"))
+        return family_name(find_base(base_name, self.offline).config("unet"))
 
     def missing(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> list[tuple[str, str]]:
         """(name to pull, what it is) of all that a job needs and this machine lacks."""
@@ -84,8 +84,8 @@ class Sources:
 
     def _fits(self, base_name: str, source: str) -> None:
         """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
-        from controlnet.model.base import find_base
         from controlnet.model.files.layouts import open_model
+        from controlnet.model.load import find_base
         from controlnet.model.nets import check_family
 
         stored = open_model(self.find(source))

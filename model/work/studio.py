@@ -19,9 +19,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from controlnet.model.base import Base, load_base
+from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
+from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import on_canvas, to_canvas
 from controlnet.model.sampling.generate import (

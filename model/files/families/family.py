@@ -1,0 +1,67 @@
+"""What is said of a family of bases, in diffusers' config words, and what all of them share.
+
+Figures from the configs of the bases' repositories and the papers' own (github.com/CompVis/stable-diffusion
+v1-inference.yaml, github.com/Stability-AI/stablediffusion v2-inference-v.yaml).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DOWN = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+UP = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
+    "down_block_types": DOWN, "up_block_types": UP, "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768, "norm_num_groups": 32, "norm_eps": 1e-5,
+    "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+}  # fmt: skip
+TEXT: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408,
+    "max_position_embeddings": 77, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "projection_dim": 768, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+}  # fmt: skip
+
+
+VAE: Mapping[str, Any] = {
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32, "act_fn": "silu", "sample_size": 512,
+    "scaling_factor": 0.18215,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family, known by the width of its text features and by whether it has an added embedding."""
+
+    name: str
+    width: int
+    """Of the text features: cross_attention_dim."""
+    added: bool = False
+    """Whether pooled text, size and crop are added to the time embedding."""
+    supported: bool = True
+    unet: Mapping[str, Any] = field(default_factory=dict)
+    text_encoder: Mapping[str, Any] = field(default_factory=dict)
+    text_prefix: str = ""
+    """Where a single file has the text encoder."""
+    open_clip: bool = False
+    """Whether that one has OpenCLIP's names."""
+    pad_token: str = "<|endoftext|>"
+    predictions: tuple[str, ...] = ("epsilon",)
+    """What its bases predict; a single file must say which, where there are several."""
+
+
+def scheduler_config(prediction: str) -> dict[str, Any]:
+    """The noise schedule of both families, for `prediction` epsilon or v_prediction."""
+    shared = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+        "prediction_type": prediction, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
+    }  # fmt: skip
+    if prediction == "epsilon":
+        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **shared}
+    return {"_class_name": "DDIMScheduler", **shared}

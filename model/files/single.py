@@ -1,0 +1,245 @@
+"""The original layout: one file with a base, a ControlNet, or both (the ControlNets of version 1.0); or a ControlNet in
+diffusers' names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from controlnet.model.files import names
+from controlnet.model.files.configs import completed
+from controlnet.model.files.families import SUPPORTED, VAE, Family, family_name, family_of, scheduler_config
+from controlnet.model.files.stored import CONFIGS, PREDICTIONS, Stored, said, text_state
+from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
+from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.jsons import name_of, read_object
+from torch import Tensor
+
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "controlnet": "control_model."}
+"""Before the names of a part; the text encoder's differs from family to family."""
+NAMES = {"unet": names.unet, "vae": names.vae, "controlnet": names.controlnet}
+"""config -> table of names, for each part."""
+
+
+@dataclass
+class SingleFile:
+    """One file: a base, a ControlNet, or both (the ControlNets of version 1.0)."""
+
+    path: Path
+    _headers: dict[str, Header] = field(init=False, repr=False)
+    _metadata: dict[str, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._headers, self._metadata = read_header(self.path)
+        if not self.parts:
+            first = next(iter(self._headers), "nothing")
+            raise ModelError(
+                f"{self.path}: neither a base nor a ControlNet: {_guess(self._headers)} (its first tensor: {first})",
+                "a Stable Diffusion 1 or 2 base, or a ControlNet for one, as .safetensors, .ckpt or .pth",
+            )
+
+    @property
+    def layout(self) -> str:
+        own = "diffusers' names" if self._net_prefix is None and "controlnet" in self.parts else "original layout"
+        return f"{own}, {'safetensors' if is_safetensors(self.path) else 'pickle'}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        marks = {
+            "controlnet": ("control_model.input_hint_block.0.weight", "input_hint_block.0.weight",
+                           "controlnet_cond_embedding.conv_in.weight"),
+            "unet": ("model.diffusion_model.input_blocks.0.0.weight",),
+            "vae": ("first_stage_model.encoder.conv_in.weight",),
+            "text_encoder": ("cond_stage_model.transformer.text_model.final_layer_norm.weight",
+                             "cond_stage_model.transformer.final_layer_norm.weight",
+                             "cond_stage_model.model.ln_final.weight"),
+        }  # fmt: skip
+        return tuple(part for part, marked in marks.items() if any(mark in self._headers for mark in marked))
+
+    @property
+    def _net_prefix(self) -> str | None:
+        """Before the names of a ControlNet in the original layout; None for one in diffusers' names."""
+        for prefix in ("control_model.", ""):
+            if f"{prefix}input_hint_block.0.weight" in self._headers:
+                return prefix
+        return None
+
+    def _prefix(self, part: str) -> str:
+        if part == "text_encoder":
+            return self.family.text_prefix
+        return PREFIXES[part] if part != "controlnet" else self._net_prefix or ""
+
+    @property
+    def _written(self) -> dict[str, Any]:
+        """The configs, where `models convert` wrote the file. Raises ModelError where they are none."""
+        written = read_object(self._metadata.get(CONFIGS, "{}"), f"{self.path}: its metadata {CONFIGS}", ModelError)
+        for part, config in written.items():
+            if not isinstance(config, dict):
+                raise ModelError(f"{self.path}: the config of its {part} is {name_of(config)}, expected a JSON object")
+        return written
+
+    @property
+    def family(self) -> Family:
+        """Known by its headers. Raises ModelError for one that is not supported."""
+        own = tuple(self._prefix(part) for part in ("unet", "controlnet") if part in self.parts)
+        inside = {name: header for name, header in self._headers.items() if name.startswith(own)}
+        widths = [h.shape[1] for n, h in inside.items() if n.endswith("attn2.to_k.weight") and len(h.shape) == 2]
+        added = any(".label_emb." in f".{n}" or ".add_embedding." in f".{n}" for n in inside)
+        width = widths[0] if widths else None
+        family = family_of(width, added)
+        if family is None or not family.supported:
+            found = family.name if family else family_name({"cross_attention_dim": width})
+            raise ModelError(
+                f"{self.path}: {found}; expected {' or '.join(f.name for f in SUPPORTED)}",
+                "a folder in diffusers' layout says of itself what it is: use that",
+            )
+        return family
+
+    def config(self, part: str) -> dict[str, Any]:
+        if part not in self.parts:
+            raise ModelError(
+                f"{self.path}: holds no {said(part, '')}, only: {', '.join(map(said, self.parts))}",
+                "a whole model in one file, or a folder in diffusers' layout",
+            )
+        if part in self._written:
+            config = self._written[part]
+            return completed(config, str(config.get("_class_name")), self.path)
+        if part == "vae":
+            return dict(VAE)
+        if part == "text_encoder":
+            return dict(self.family.text_encoder)
+        unet = dict(self.family.unet)
+        first = "conv_in" if self._net_prefix is None and part == "controlnet" else "input_blocks.0.0"
+        unet["in_channels"] = self._headers[f"{self._prefix(part)}{first}.weight"].shape[1]
+        if part == "unet":
+            if self.prediction() == "v_prediction":
+                unet["sample_size"] = 96  # SD 2.x was trained at 768 pixels with it, at 512 with epsilon
+            return unet
+        unet = {k: v for k, v in unet.items() if k not in ("up_block_types", "sample_size", "out_channels")}
+        return unet | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": self._hint_widths()}
+
+    def _hint_widths(self) -> list[int]:
+        """Of the released encoder: its first convolution's outputs, then those of every second one but the last."""
+        prefix = self._net_prefix
+        hint = "controlnet_cond_embedding." if prefix is None else f"{prefix}input_hint_block."
+        first = {"conv_in": -1, "conv_out": 99}
+        convs = {}
+        for name, header in self._headers.items():
+            if name.startswith(hint) and name.endswith(".weight"):
+                place = name.removeprefix(hint).removeprefix("blocks.").removesuffix(".weight")
+                convs[first[place] if place in first else int(place)] = header.shape[0]
+        return [convs[place] for place in sorted(convs)][:-1:2]
+
+    def headers(self, part: str) -> dict[str, Header]:
+        prefix = self._prefix(part)
+        return {name: header for name, header in self._headers.items() if name.startswith(prefix)}
+
+    def state(self, part: str) -> dict[str, Tensor]:
+        config, prefix = self.config(part), self._prefix(part)
+        state = {k.removeprefix(prefix): t for k, t in read_tensors(self.path, self.headers(part)).items()}
+        if part == "controlnet" and self._net_prefix is None:
+            return state
+        if part == "text_encoder":
+            return text_state(from_open_clip(state, config) if self.family.open_clip else state)
+        table = NAMES[part](config)
+        renamed = names.rename(state, table)
+        if len(renamed) != len(state):
+            unknown = sorted(set(state) - set(names.rename(renamed, names.reverse(table))))
+            raise ModelError(f"{self.path}: {len(unknown)} unexpected tensors, among them {prefix}{unknown[0]}")
+        return names.linear_attention(renamed) if part == "vae" else renamed
+
+    def prediction(self) -> str | None:
+        said = self._metadata.get("modelspec.prediction_type") or self._metadata.get("modelspec.predict_key") or ""
+        return PREDICTIONS.get(said.lower())
+
+    def scheduler(self) -> dict[str, Any]:
+        if "scheduler" in self._written:
+            return dict(self._written["scheduler"])
+        known = self.family.predictions
+        prediction = self.prediction() or (known[0] if len(known) == 1 else None)
+        if prediction is None:
+            raise ModelError(
+                f"{self.path}: the file does not say whether the model predicts epsilon or v",
+                f"controlnet models convert {self.path} {self.path.stem} --to diffusers --prediction v_prediction"
+                " (768-pixel models of SD 2.x; epsilon for 512-pixel ones)",
+            )
+        return scheduler_config(prediction)
+
+
+def write_single(stored: Stored, out: Path, scheduler: dict[str, Any] | None, prediction: str | None) -> None:
+    """A model as one file, with the configs in its metadata. `scheduler` is its scheduler's config. Raises ModelError
+    for what the layout has no place for, OutputError when it cannot be written; then nothing is left of it."""
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out}: the original layout is written as one .safetensors file", f"{out.stem}.safetensors")
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {part: stored.config(part) for part in stored.parts}
+    if "unet" in configs:
+        _check_base(stored, configs)
+        configs["scheduler"] = scheduler
+    for part in stored.parts:
+        tensors |= _renamed(part, configs[part], stored.state(part))
+    metadata = {CONFIGS: json.dumps(configs, sort_keys=True)}
+    if "scheduler" in configs:
+        metadata["modelspec.prediction_type"] = configs["scheduler"].get("prediction_type", "epsilon")
+    write_tensors(out, tensors, metadata)
+
+
+def _renamed(part: str, config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if part == "text_encoder":
+        family = family_of(config["hidden_size"], False)
+        assert family is not None  # _check_base
+        state = to_open_clip(state, config) if family.open_clip else {f"text_model.{k}": t for k, t in state.items()}
+        return {family.text_prefix + name: tensor for name, tensor in state.items()}
+    if part == "controlnet" and (config.get("hint_encoder", "released") != "released" or config.get("copy") == "lite"):
+        raise ModelError(
+            "the original layout has no place for this ControlNet's"
+            f" {'single convolutions' if config.get('copy') == 'lite' else 'hint encoder'}",
+            "--to diffusers",
+        )
+    table = NAMES[part](config)
+    prefix = PREFIXES[part]
+    renamed = names.rename(state, names.reverse(table))
+    if len(renamed) != len(state):
+        raise ModelError(f"the {part} has {len(state) - len(renamed)} tensors that the original layout does not know")
+    return {prefix + k: t for k, t in (names.convolution_attention(renamed) if part == "vae" else renamed).items()}
+
+
+def _check_base(stored: Stored, configs: dict[str, Any]) -> None:
+    kind = configs["vae"].get("_class_name")
+    if kind != "AutoencoderKL":
+        raise ModelError(
+            f"{stored.path}: its VAE is an {kind}, which the original layout does not have", "--to diffusers"
+        )
+    width = configs["unet"].get("cross_attention_dim")
+    family = family_of(width, bool(configs["unet"].get("addition_embed_type")))
+    if family is None or not family.supported:
+        raise ModelError(
+            f"{stored.path}: text features of width {width}; expected"
+            f" {' or '.join(f'{f.width} ({f.name})' for f in SUPPORTED)}",
+            "--to diffusers",
+        )
+
+
+def from_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """The text encoder of an SD 2 file; what diffusers does not keep (the last layer, the projection) left out."""
+    position = state.pop("positional_embedding")
+    renamed = names.rename(names.split_attention(state), names.open_clip(config))
+    return renamed | {"embeddings.position_embedding.weight": position}
+
+
+def to_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """The reverse."""
+    position = {"positional_embedding": state["embeddings.position_embedding.weight"]}
+    return position | names.join_attention(names.rename(state, names.reverse(names.open_clip(config))))
+
+
+def _guess(headers: dict[str, Header]) -> str:
+    known = (
+        ("lora_", "a LoRA"), ("conditioner.embedders", "an SDXL base, which is not supported"),
+        ("model.diffusion_model.joint_blocks", "an SD 3 base, which is not supported"),
+        ("double_blocks", "a Flux model, which is not supported"),
+        ("down_blocks.0.resnets", "the UNet of a base in diffusers' names, without its config"),
+    )  # fmt: skip
+    return next((what for mark, what in known if any(mark in name for name in headers)), "unknown names")

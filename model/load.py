@@ -1,0 +1,159 @@
+"""A base loaded from a folder in diffusers' layout, a single file, a name of the table or a hub id; and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from controlnet.model.base import Base
+from controlnet.model.control.unet import BLOCKS
+from controlnet.model.files import hub
+from controlnet.model.files.families import SUPPORTED, family_of
+from controlnet.model.files.layouts import open_model
+from controlnet.model.files.stored import BASE_PARTS, COMPONENTS, Stored
+from controlnet.model.files.tensors import align, check_state, read_json
+from controlnet.model.files.tokenizer import load_tokenizer, write_tokenizer
+from controlnet.model.registry import BASES, KnownBase, check_base_name
+from controlnet.preprocessors.errors import ModelError, reason
+from diffusers import SchedulerMixin
+from torch import nn
+
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",),
+}
+
+
+def find_base(name: str, offline: bool = False) -> Stored:
+    """A base by its name in the registry, its folder, its file or its hub id; none of its weights are read yet.
+
+    Raises UsageError for an unknown name, ModelError for a folder that lacks a part or a file that is no base.
+    """
+    check_base_name(name)
+    known = BASES.get(name)
+    stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
+    if stored.path.is_dir():
+        read_json(stored.path / "model_index.json", "a base in diffusers' layout")
+        for part in COMPONENTS:
+            if not (stored.path / part).is_dir():
+                raise ModelError(f"{stored.path}: the base has no folder {part}/", f"ls {stored.path}")
+    return stored
+
+
+def load_base(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False,
+    low_memory: bool = False,
+) -> Base:  # fmt: skip
+    """Load what `find_base` finds. Raises as it does, and ModelError for unusable weights."""
+    stored = find_base(name, offline)
+    known = BASES.get(name, KnownBase("", "", ""))
+    _check_fit(stored)
+    words = stored.path / "tokenizer" / "words.txt"
+    home = "cpu" if low_memory else device
+    base = Base(
+        name=name,
+        path=stored.path,
+        scheduler=_load_scheduler(stored),
+        tokenizer=_load_tokenizer(stored),
+        unet=_load_network("unet", stored, home, dtype),
+        vae=_load_network("vae", stored, home, dtype),
+        text_encoder=_load_network("text_encoder", stored, home, dtype),
+        words=frozenset(words.read_text().split()) if words.is_file() else None,
+        guidance=known.guidance,
+        control_on=known.control_on,
+        device=torch.device(device),
+        low_memory=low_memory,
+    )
+    if low_memory:
+        base.vae.enable_tiling()
+    return base
+
+
+def _check_fit(stored: Stored) -> None:
+    """Raises ModelError when the parts of a base do not belong together."""
+    unet, vae, text = (stored.config(part) for part in BASE_PARTS)
+    family = family_of(unet.get("cross_attention_dim"), bool(unet.get("addition_embed_type")))
+    if family is not None and not family.supported:
+        known = " or ".join(known.name for known in SUPPORTED)
+        raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported yet", f"a base of {known}")
+    pairs = (
+        ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
+        ("cross_attention_dim", unet.get("cross_attention_dim"), "the text encoder's width is",
+         text.get("hidden_size", 512)),
+    )  # fmt: skip
+    strange = [
+        kind for key in ("down_block_types", "up_block_types") for kind in unet.get(key, ()) if kind not in BLOCKS
+    ]
+    if strange:
+        raise ModelError(f"{stored.path}: its UNet has {strange[0]}s; expected Stable Diffusion's: {', '.join(BLOCKS)}")
+    for key, own, what, other in pairs:
+        if own != other:
+            raise ModelError(
+                f"{stored.path}: the UNet's {key} is {own}, but {what} {other}",
+                "a text-to-image base (not an inpainting or image-to-image one) of SD 1 or SD 2",
+            )
+
+
+def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.Module:
+    config = stored.config(part)
+    architectures = config.get("architectures")
+    name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "?")
+    if name not in _CLASSES[part]:
+        raise ModelError(f"{stored.path}: its {part} is a {name}, expected {' or '.join(_CLASSES[part])}")
+    with init_empty_weights(include_buffers=False):
+        try:
+            if part == "text_encoder":
+                network = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
+            else:
+                network = getattr(diffusers, name).from_config(config)
+        except Exception as error:  # the libraries raise a dozen types for a config that makes no network
+            raise ModelError(f"{stored.path}: the config of its {part} is not usable: {reason(error)}") from error
+    state = stored.state(part)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in network.state_dict()) else ""
+    state = {prefix + name: tensor for name, tensor in state.items()}
+    check_state(network, state, stored.path / part if stored.path.is_dir() else stored.path)
+    network.load_state_dict(state, assign=True)
+    # Not the library's own `to`: diffusers' warns of types that its models keep.
+    network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
+    nn.Module.to(network, memory_format=torch.channels_last)
+    align(network)
+    return network
+
+
+def _load_scheduler(stored: Stored) -> SchedulerMixin:
+    config = stored.scheduler()
+    scheduler: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not hasattr(scheduler, "set_timesteps"):
+        raise ModelError(f"{stored.path}: unknown scheduler {config.get('_class_name')!r}")
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in ("epsilon", "v_prediction", "sample"):
+        raise ModelError(
+            f"{stored.path}: its scheduler's prediction_type is {predicted!r}, expected epsilon or v_prediction"
+        )
+    try:
+        return scheduler.from_config(config)
+    except Exception as error:  # the library raises a dozen types for a config that makes no schedule
+        raise ModelError(f"{stored.path}: the config of its scheduler is not usable: {reason(error)}") from error
+
+
+def reload(base: Base, *parts: str) -> None:
+    """Load the `vae`, the `text_encoder` or both of a base again, in float32, where `Base.unload` forgot them."""
+    for part in parts:
+        setattr(base, part, _load_network(part, open_model(base.path), base.device, torch.float32))
+
+
+def _load_tokenizer(stored: Stored) -> transformers.PreTrainedTokenizerBase:
+    """The folder's own; for a single file CLIP's, which comes with this package."""
+    if stored.path.is_dir():
+        return load_tokenizer(stored.path / "tokenizer")
+    family = family_of(stored.config("unet")["cross_attention_dim"], False)
+    assert family is not None  # of a single file
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), family.pad_token)
+        return load_tokenizer(Path(folder))
