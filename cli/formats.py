@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from controlnet.cli.options import Json, Overwrite, say, tell
+from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.work.machine import silence_libraries
 from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
@@ -64,7 +65,7 @@ def convert(
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
         raise OutputError(f"{out}: is the model itself, or holds it", "another place for the result")
     is_model = any((out / name).is_file() for name in ("model_index.json", "config.json"))
-    if to == "diffusers" and out.is_dir() and (not is_model or (out / "run.json").is_file()):
+    if to == "diffusers" and out.is_dir() and (not is_model or RunFolder(out).holds_run):
         raise OutputError(f"{out}: a folder that holds more than a model; it is not replaced", f"{out}/NAME")
     write(source, out, to, prediction)
     say(f"{source} -> {out}, {to} layout")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from controlnet.cli.options import BaseName, Device, Json, Offline, Quiet, Strict, default_base, say, tell, warn
+from controlnet.model.training.runfolder import RunFolder, claimed, next_run
 from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
@@ -37,7 +37,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeat. See --settings for all of them."),
 ]
-RunFolder = Annotated[
+Out = Annotated[
     Path | None, typer.Option("-o", "--out", help="Folder of the run. (default: runs/DATA-N, the next free N)")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or with the last run of DATA.")]
@@ -70,7 +70,7 @@ Settings = Annotated[
 
 def train(
     data: Data, kind: Kind = None, base: BaseName = None, config: Config = None, set_: Set = None,
-    out: RunFolder = None, resume: Resume = False, processes: Processes = 1, force: Force = False, seed: Seed = None,
+    out: Out = None, resume: Resume = False, processes: Processes = 1, force: Force = False, seed: Seed = None,
     device: Device = None, offline: Offline = False, as_json: Json = False, strict: Strict = False,
     quiet: Quiet = False, settings: Settings = False,
 ) -> None:  # fmt: skip
@@ -80,13 +80,14 @@ def train(
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
     found = None if world else find_pairs(Path(data))
-    folder = out or run_folder(Path(data), resume)
-    if resume and not (folder / "run.json").is_file():
+    folder = out or next_run(Path(data), resume)
+    run = RunFolder(folder)
+    if resume and not run.holds_run:
         raise InputError(f"{folder}: no run to go on with", f"controlnet train {data}")
-    if not resume and (folder / "run.json").is_file():
+    if not resume and run.holds_run:
         raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
-    keeps(folder / "run.json", overwrite=True, skip_existing=False)
-    settings_of = _config(folder if resume else None, config, set_ or [], base, seed, kind)
+    keeps(run.record, overwrite=True, skip_existing=False)
+    settings_of = _config(run if resume else None, config, set_ or [], base, seed, kind)
     with claimed(folder, numbered=not (out or resume)) as (folder, lock):
         if processes > 1 and "RANK" not in os.environ:
             from controlnet.model.work.processes import launch
@@ -110,7 +111,7 @@ def _stoppable(folder: Path):
     try:
         yield
     except KeyboardInterrupt:
-        if (folder / "log.jsonl").exists():
+        if RunFolder(folder).log.exists():
             say(f"stopped at once, without saving; from the last checkpoint on: --resume -o {folder}")
         else:
             say("stopped before the first step; what is in the cache stays there")
@@ -120,44 +121,10 @@ def _stoppable(folder: Path):
             signal.signal(number, handler)
 
 
-def run_folder(data: Path, resume: bool) -> Path:
-    """runs/DATA-N: the next free N, or with `resume` the last one that exists."""
-    name = re.sub(r"[^\w.-]+", "-", data.resolve().name if data.is_dir() else data.name) or "data"
-    numbers = [
-        int(m[1]) for p in Path("runs").glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))
-    ]
-    return Path("runs") / f"{name}-{max(numbers, default=0) + (not resume) or 1}"
-
-
-@contextmanager
-def claimed(folder: Path, numbered: bool):
-    """The folder of a run, and the handle of its lock: for this command alone while it lasts; a new one that stays
-    empty goes away again. When another command was quicker to take a `numbered` one, the next number."""
-    from controlnet.preprocessors.lock import locked
-
-    if "RANK" in os.environ:  # one of several processes of a command that holds it
-        yield folder, -1
-        return
-    while (new := not folder.is_dir()) or numbered:
-        try:
-            folder.mkdir(parents=True, exist_ok=not numbered)
-            break
-        except FileExistsError:
-            stem, _, number = folder.name.rpartition("-")
-            folder = folder.with_name(f"{stem}-{int(number) + 1}")
-    try:
-        with locked(folder) as lock:
-            yield folder, lock
-    finally:
-        for empty in (folder, folder.parent)[: 2 * new]:
-            with suppress(OSError):
-                empty.rmdir()
-
-
-def _config(run: Path | None, config_path: Path | None, assignments: list[str], base, seed, kind):
+def _config(run: RunFolder | None, config_path: Path | None, assignments: list[str], base, seed, kind):
     from controlnet.model.training.config import read_config
 
-    paths = [path for path in (run and run / "config.toml", config_path) if path]
+    paths = [path for path in (run and run.config, config_path) if path]
     return read_config(paths, assignments, default_base=default_base(), base=base, seed=seed, kind=kind)
 
 
@@ -282,8 +249,8 @@ def status(
     for line in state["lines"]:
         print(line)
     with _warned("curve.png"):
-        draw_curve(read_run(run), run / "curve.png")
-    pictures = [str(p) for p in (run / "curve.png", run / "samples.png") if p.is_file()]
+        draw_curve(read_run(run), RunFolder(run).curve)
+    pictures = [str(p) for p in (RunFolder(run).curve, RunFolder(run).samples) if p.is_file()]
     if pictures:
         print("look at " + " and ".join(pictures))
 

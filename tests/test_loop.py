@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from controlnet.model.training import loop
+from controlnet.model.training import signals
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import ExplodedError, LoopConfig, fit
 from controlnet.preprocessors.errors import ModelError
@@ -227,8 +227,8 @@ def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path, number):
 
 def test_processes_that_agree_to_stop_still_save_when_the_signal_reaches_them_late(monkeypatch):
     """The one that started them is gone; each notices it for itself, up to a second after the first of them."""
-    monkeypatch.setattr(loop, "reduce", lambda flag, how: flag + 1)  # another process was told
-    with loop.Stop() as stop:
+    monkeypatch.setattr(signals, "reduce", lambda flag, how: flag + 1)  # another process was told
+    with signals.Stop() as stop:
         assert stop.asked(SimpleNamespace(num_processes=2, device="cpu")) and stop.signal is None
         os.kill(os.getpid(), ORPHANED)
         os.kill(os.getpid(), ORPHANED)

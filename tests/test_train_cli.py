@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from controlnet.cli.train import claimed, run_folder
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import TrainConfig, read_config, to_toml
 from controlnet.model.training.data import split
 from controlnet.model.training.run import Watcher, train
+from controlnet.model.training.runfolder import claimed, next_run
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import Exit, InputError, TrainingError, UsageError
@@ -164,7 +164,7 @@ def test_a_folder_is_one_commands_alone(data, config, tmp_path, capsys, monkeypa
         assert is_locked(tmp_path)
         assert run("train", data, "--base", config.base, "-o", ".") == Exit.USAGE
     assert "another command is at work in it" in capsys.readouterr().err and not is_locked(tmp_path)
-    folder = run_folder(data, resume=False)
+    folder = next_run(data, resume=False)
     with (
         claimed(folder, numbered=True) as (first, _),
         claimed(folder, numbered=True) as (second, _),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ PER_LEVEL = ("attention_head_dim", "layers_per_block", "transformer_layers_per_b
 
 
 @cache
-def defaults(owner: str) -> dict[str, Any]:
-    """What a class of diffusers takes for the keys that a config leaves out; none of a class that it has not."""
+def _parameters(owner: str) -> dict[str, inspect.Parameter]:
+    """Of a class of diffusers, those that have a default; none of a class that it has not."""
     import diffusers
 
     cls = getattr(diffusers, owner, None)
-    if cls is None:
-        return {}
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    parameters = inspect.signature(cls.__init__).parameters.values() if cls else ()
+    return {p.name: p for p in parameters if p.default is not p.empty}
+
+
+def defaults(owner: str) -> dict[str, Any]:
+    """What a class of diffusers takes for the keys that a config leaves out."""
+    return {name: parameter.default for name, parameter in _parameters(owner).items()}
 
 
 def completed(config: dict[str, Any], owner: str, where: Path) -> dict[str, Any]:
@@ -32,10 +36,18 @@ def completed(config: dict[str, Any], owner: str, where: Path) -> dict[str, Any]
     own = defaults(owner)
     for key, value in config.items():
         default = own.get(key)
-        if default is None or _is_like(value, default, key):
+        if default is None and key in own and _takes_numbers_alone(_parameters(owner)[key]):
+            default = 1.0
+        if default is None or (value is None and own[key] is None) or _is_like(value, default, key):
             continue
         raise ModelError(f"{where}: {key} of its {owner} is {value!r}, expected the like of {default!r}")
     return own | config
+
+
+def _takes_numbers_alone(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter that may be None is a number otherwise, by its annotation (`float | None`)."""
+    words = set(re.findall(r"\w+", str(parameter.annotation))) - {"typing", "Optional", "Union", "None", "NoneType"}
+    return bool(words) and words <= {"float", "int"}
 
 
 def _is_like(value: Any, default: Any, key: str) -> bool:

@@ -89,7 +89,7 @@ class Reader:
         state = Checkpoints(folder / "checkpoints").load()
         if state is None or state["progress"]["seconds"] < 60 * minutes:
             blurred()  # before the clock of the training runs
-        fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder)
+        fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, print)
         self.network.eval()
 
     def batches(self, images: np.ndarray, batch: int) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.data.check import LEAST_PAIRS
-from controlnet.preprocessors.data.pairs import Pair, Pairs
+from controlnet.preprocessors.data.pair import Pair, Source
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.kinds import kind_named
@@ -25,7 +25,7 @@ FREE_TO_CHANGE = {
 """Settings that a resumed run may change: they do not touch the optimisation. With a decay, the length does."""
 
 
-def split(found: Pairs, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs): by the data's own split, and by chance from the seed where it holds out fewer
     than the settings ask for: on three pairs, chance looks like control."""
     if len(found.pairs) < LEAST_PAIRS:
@@ -73,7 +73,7 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
     return facts
 
 
-def fingerprint(found: Pairs, hashes: Cache) -> dict[str, str]:
+def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
     """A sha256 for each thing that makes the data: names, captions, the held-out split, contents of the files."""
     parts: dict[str, list] = {"file names": [], "captions": [], "held-out split": [], "contents": []}
     for pair in found.pairs:

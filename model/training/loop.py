@@ -1,5 +1,5 @@
-"""The training loop that every network of this project is trained with: optimiser, accumulation, EMA, checkpoints,
-exact resume, several processes.
+"""The training loop that every network of this project is trained with: accumulation, validation, checkpoints, exact
+resume, several processes.
 
 Knows neither what is trained nor on what data: it is given a module and a function from the number of a batch to a
 loss. That function draws all its randomness from the number, so a resumed run repeats an uninterrupted one, and there
@@ -8,14 +8,10 @@ is no other random state to save.
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from controlnet.model.training.checkpoints import Checkpoints
-from controlnet.model.training.optimizers import OPTIMIZERS, make_optimizer
+from controlnet.model.training.log import Log
+from controlnet.model.training.optimizers import OPTIMIZERS
 from controlnet.model.training.precision import PRECISIONS
+from controlnet.model.training.signals import Stop
+from controlnet.model.training.state import Progress, State
 from controlnet.preprocessors.errors import ControlNetError
-from controlnet.preprocessors.files import beside
-from controlnet.preprocessors.lock import ORPHANED
 from torch import Tensor, nn
 
 EXPLODED = 4.0
@@ -91,25 +88,6 @@ class LoopConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-@dataclass
-class Progress:
-    """Where a loop stands."""
-
-    step: int = 0
-    seconds: float = 0.0
-    loss: float = math.nan
-    """Mean over the steps of the last log line."""
-    first_loss: float = math.nan
-    """Of the validation before step 1, else of step 1; an explosion is measured by it."""
-    best_loss: float = math.inf
-    """Of the validations; the network of `best_step` had it."""
-    best_step: int | None = None
-    window: list[float] = field(default_factory=list)
-    """Losses since the last log line."""
-    recent: list[float] = field(default_factory=list)
-    """Losses of the last RECENT steps."""
-
-
 class ExplodedError(ArithmeticError):
     """The loss is not finite, or far above where it began. Every checkpoint is of a step whose loss was still good."""
 
@@ -119,7 +97,7 @@ def fit(
     loss_of: Callable[[int], Tensor],
     config: LoopConfig,
     folder: Path,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = lambda text: None,
     validate: Callable[[Progress], dict[str, Any]] | None = None,
     on_validated: Callable[[Progress], None] = lambda progress: None,
     on_step: Callable[[Progress], None] = lambda progress: None,
@@ -127,149 +105,155 @@ def fit(
     """Train `module` in place and leave its exponential moving average in it.
 
     loss_of(k) gives the scalar loss of batch k; one optimiser step takes `accumulation` of them. Goes on from the last
-    checkpoint in `folder/checkpoints`. `validate` runs on the averaged weights before the first step, every
+    checkpoint in `folder/checkpoints`. `validate` looks at the averaged weights before the first step, every
     `validate_every` steps and at the end, and returns fields for the log; the lowest `validation_loss` among them makes
-    the step the best one; `on_validated` follows when they are written. A checkpoint is written when the loss at its
-    weights has been seen, not before. The log's last line says how the loop ended: finished, stopped (SIGTERM, SIGINT;
-    after a checkpoint) or exploded. With several processes (Accelerate's environment), each computes its own part of
-    batch k, gradients are averaged, and the first one writes.
+    the step the best one; `on_validated` follows when they are written. The log's last line says how the loop ended:
+    finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. With several processes (Accelerate's
+    environment), each computes its own part of batch k, gradients are averaged, and the first one writes.
 
     Raises ExplodedError when the loss stops being finite or explodes, OSError when a checkpoint cannot be written; the
     earlier ones stay in both cases.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    device = parameters[0].device
-    processes = PartialState(cpu=device.type == "cpu")
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
-    log = Log(folder / "log.jsonl", write=processes.is_main_process)
-    optimizer = make_optimizer(module, config.optimizer, config.learning_rate, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    ema = [p.detach().clone() for p in parameters]
-    progress = Progress()
-    if state := checkpoints.load(device):
-        torch._foreach_copy_([p.data for p in parameters], state["parameters"])
-        torch._foreach_copy_(ema, state["ema"])
-        if state.get("optimizer_is", "adamw") == config.optimizer:  # else another one's moments are of no use
-            optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["weight_decay"] = config.weight_decay
-        scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
-        report(f"{folder.name}: goes on at step {progress.step}")
-    log.trim(progress.step if state else -1)
-    state = None  # its tensors have been copied
-    looked_at: int | None = None
+    return _Loop(module, loss_of, config, folder, report, validate, on_validated, on_step).run()
 
-    def save() -> None:
-        if processes.is_main_process:
-            state = {"parameters": [p.detach() for p in parameters], "ema": ema, "optimizer": optimizer.state_dict(),
-                     "optimizer_is": config.optimizer, "scaler": scaler.state_dict(),
-                     "progress": asdict(progress)}  # fmt: skip
-            checkpoints.save(state, progress.step, progress.best_step)
 
-    def check() -> bool:
-        """Look at the averaged weights; whether they are the best so far."""
-        nonlocal looked_at
-        if validate is None or not processes.is_main_process:
+class _Loop:
+    """One call of `fit`."""
+
+    def __init__(self, module, loss_of, config: LoopConfig, folder: Path, report, validate, on_validated, on_step):
+        self.module, self.loss_of, self.config, self.folder, self.report = module, loss_of, config, folder, report
+        self.validate, self.on_validated, self.on_step = validate, on_validated, on_step
+        self.state = State(module, config.optimizer, config.learning_rate, config.weight_decay, config.precision)
+        self.processes = PartialState(cpu=self.state.device.type == "cpu")
+        self.writes = self.processes.is_main_process
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+        self.log = Log(folder / "log.jsonl", write=self.writes)
+        self.looked_at: int | None = None
+        self.last_save, self.save_due = time.perf_counter(), False
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
+
+    def run(self) -> Progress:
+        if saved := self.checkpoints.load(self.state.device):
+            self.state.load(saved)
+            self.report(f"{self.folder.name}: goes on at step {self.progress.step}")
+        self.log.trim(self.progress.step if saved else -1)
+        saved = None  # its tensors have been copied
+        self.module.train()
+        if self.progress.step == 0:
+            self.look()
+        ended = ""
+        try:
+            with Stop() as stop:
+                ended = self.train(stop)
+                self.processes.wait_for_everyone()
+        except ExplodedError:
+            ended = "exploded"
+            raise
+        except ControlNetError:  # a picture that cannot be read, met in the middle: what was trained is kept
+            if self.progress.step and self.state.is_finite:
+                self.save()
+            raise
+        finally:
+            if ended:
+                self.log.write({"step": self.progress.step, "ended": ended})
+        if stop.agreed:
+            self.report(f"stopped at step {self.progress.step}, saved")
+        self.state.keep_average()
+        return self.progress
+
+    def train(self, stop: Stop) -> str:
+        """All steps; how they ended."""
+        last_tick = time.perf_counter()
+        while self.done() < 1 and not stop.asked(self.processes):
+            rate = self.step()
+            now = time.perf_counter()
+            self.progress.seconds, last_tick = self.progress.seconds + now - last_tick, now
+            if self.progress.step % self.config.log_every == 0:
+                self.write_losses(rate)
+            better = self.progress.step % self.config.validate_every == 0 and self.look()
+            self.save_due = self.save_due or better or now - self.last_save > self.config.save_every
+            self.on_step(self.progress)
+        is_saved = self.checkpoints.path(self.progress.step).exists()
+        if self.done() >= 1 and self.looked_at != self.progress.step and not is_saved:
+            self.look()
+        if not self.state.is_finite:
+            raise ExplodedError(f"weights are not finite at step {self.progress.step}")
+        if not is_saved:
+            self.save()
+        return "stopped" if self.done() < 1 else "finished"
+
+    def step(self) -> float:
+        """One optimiser step; its learning rate."""
+        config, state, progress = self.config, self.state, self.progress
+        rate = self.rate()
+        # The mean loss of the step's batches, and its gradient over all processes.
+        loss = torch.zeros((), device=state.device)
+        for k in range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation):
+            part = self.loss_of(k) / config.accumulation
+            state.backward(part)
+            loss += part.detach()
+        average_gradients(state.parameters, self.processes)  # before infinities are looked for: all must see the same
+        norm = state.clip(config.clip_norm)
+        value = float(reduce(loss, "mean")) if self.processes.num_processes > 1 else float(loss)
+        # Weights are kept when their loss has been seen to be good, not before.
+        if math.isnan(progress.first_loss):
+            progress.first_loss = value
+        _judge(progress, value)
+        if not (state.scaler.is_enabled() or math.isfinite(norm)):
+            raise ExplodedError(f"the gradient is {norm} at step {progress.step}")
+        if self.save_due:
+            self.save()
+            self.last_save, self.save_due = time.perf_counter(), False
+        state.update(rate, config.ema_decay)
+        progress.recent = [*progress.recent, value][-RECENT:]
+        progress.window.append(value)
+        return rate
+
+    def rate(self) -> float:
+        """The learning rate: it rises over the warm-up and falls over the last part of the run."""
+        share = min(1.0, (self.progress.step + 1) / max(1, self.config.warmup_steps))
+        if self.config.decay_fraction:
+            share *= min(1.0, (1 - self.done()) / self.config.decay_fraction)
+        return self.config.learning_rate * share
+
+    def done(self) -> float:
+        """How much of the run is made; 1 is all of it."""
+        spent = self.progress.seconds / 60 / self.config.minutes if self.config.minutes else 1.0
+        return max(self.progress.step / self.config.max_steps, spent)
+
+    def look(self) -> bool:
+        """Validate the averaged weights; whether they are the best so far."""
+        if self.validate is None or not self.writes:
             return False
-        looked_at = progress.step
-        with averaged(parameters, ema):
-            module.eval()
-            fields = validate(progress)
-            log.write({"step": progress.step, **fields})
+        progress = self.progress
+        self.looked_at = progress.step
+        with self.state.averaged():
+            self.module.eval()
+            fields = self.validate(progress)
+            self.log.write({"step": progress.step, **fields})
             if progress.step == 0:
                 progress.first_loss = fields.get("validation_loss", math.nan)
             _judge(progress, fields.get("validation_loss"), "validation loss")
             better = fields.get("validation_loss", math.inf) < progress.best_loss
             if better:
                 progress.best_loss, progress.best_step = fields["validation_loss"], progress.step
-            on_validated(progress)
-            module.train()
+            self.on_validated(progress)
+            self.module.train()
         return better
 
-    def done() -> float:
-        spent = progress.seconds / 60 / config.minutes if config.minutes else 1.0
-        return max(progress.step / config.max_steps, spent)
+    def save(self) -> None:
+        if self.writes:
+            self.checkpoints.save(self.state.saved(), self.progress.step, self.progress.best_step)
 
-    def train(stop: Stop) -> str:
-        """The steps; how they ended."""
-        last_save, save_due = time.perf_counter(), False
-        last_tick = last_save
-        while done() < 1 and not stop.asked(processes):
-            rate = min(1.0, (progress.step + 1) / max(1, config.warmup_steps))
-            if config.decay_fraction:
-                rate *= min(1.0, (1 - done()) / config.decay_fraction)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate
-            loss = torch.zeros((), device=device)
-            for k in range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation):
-                part = loss_of(k) / config.accumulation
-                scaler.scale(part).backward()
-                loss += part.detach()
-            average_gradients(parameters, processes)  # before the scaler looks for infinities: all must see the same
-            scaler.unscale_(optimizer)
-            norm = float(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
-            value = float(reduce(loss, "mean")) if processes.num_processes > 1 else float(loss)
-            if math.isnan(progress.first_loss):
-                progress.first_loss = value
-            _judge(progress, value)
-            if not (scaler.is_enabled() or math.isfinite(norm)):
-                raise ExplodedError(f"the gradient is {norm} at step {progress.step}")
-            if save_due:
-                save()
-                last_save, save_due = time.perf_counter(), False
-            progress.recent = [*progress.recent, value][-RECENT:]
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step += 1
-            decay = min(config.ema_decay, (1 + progress.step) / (10 + progress.step))
-            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
-            progress.window.append(value)
-            now = time.perf_counter()
-            progress.seconds, last_tick = progress.seconds + now - last_tick, now
-            if progress.step % config.log_every == 0:
-                _log(log, progress, rate * config.learning_rate)
-            better = progress.step % config.validate_every == 0 and check()
-            save_due = save_due or better or now - last_save > config.save_every
-            on_step(progress)
-        if done() >= 1 and looked_at != progress.step and not checkpoints.path(progress.step).exists():
-            check()
-        if not all(bool(p.isfinite().all()) for p in parameters):
-            raise ExplodedError(f"weights are not finite at step {progress.step}")
-        if not checkpoints.path(progress.step).exists():
-            save()
-        return "stopped" if done() < 1 else "finished"
-
-    module.train()
-    if progress.step == 0:
-        check()
-    ended = ""
-    try:
-        with Stop() as stop:
-            ended = train(stop)
-            processes.wait_for_everyone()
-    except ExplodedError:
-        ended = "exploded"
-        raise
-    except ControlNetError:  # a picture that cannot be read, met in the middle: what was trained is kept
-        if progress.step and all(bool(p.isfinite().all()) for p in parameters):
-            save()
-        raise
-    finally:
-        if ended:
-            log.write({"step": progress.step, "ended": ended})
-    if stop.agreed:
-        report(f"stopped at step {progress.step}, saved")
-    for parameter, average in zip(parameters, ema, strict=True):
-        parameter.data.copy_(average)
-    return progress
-
-
-def _log(log: Log, progress: Progress, rate: float) -> None:
-    progress.loss = sum(progress.window) / len(progress.window)
-    progress.window.clear()
-    log.write({"step": progress.step, "seconds": round(progress.seconds, 1), "loss": progress.loss, "lr": rate})
+    def write_losses(self, rate: float) -> None:
+        progress = self.progress
+        progress.loss = sum(progress.window) / len(progress.window)
+        progress.window.clear()
+        seconds = round(progress.seconds, 1)
+        self.log.write({"step": progress.step, "seconds": seconds, "loss": progress.loss, "lr": rate})
 
 
 def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
@@ -282,17 +266,6 @@ def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
         raise ExplodedError(f"the {what} is {max(loss, recent):.3g} at step {progress.step}, it began at {first:.3g}")
 
 
-@contextmanager
-def averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold their moving average."""
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        torch._foreach_copy_([p.data for p in parameters], ema)
-        yield
-    finally:
-        torch._foreach_copy_([p.data for p in parameters], kept)
-
-
 def average_gradients(parameters: list[nn.Parameter], processes: PartialState) -> None:
     """Mean over the processes, in one message."""
     if processes.num_processes == 1:
@@ -302,62 +275,3 @@ def average_gradients(parameters: list[nn.Parameter], processes: PartialState) -
     torch._foreach_copy_(
         gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
     )
-
-
-class Stop:
-    """Whether a signal has asked to end; the processes of a run agree on it. A second SIGTERM or SIGINT does not wait
-    for the checkpoint; ORPHANED always does, since it reaches the processes up to a second apart."""
-
-    signal: int | None = None
-    """The one that this process was sent."""
-    agreed: bool = False
-    """Some process of the run was sent one."""
-
-    def __enter__(self) -> Stop:
-        self.old = {}
-        if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, ORPHANED)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, signal.SIG_IGN if self.agreed and number == ORPHANED else handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.signal is not None and number != ORPHANED:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.signal = self.signal or number
-
-    def asked(self, processes: PartialState) -> bool:
-        self.agreed = self.signal is not None
-        if processes.num_processes > 1:
-            flag = reduce(torch.tensor(float(self.agreed), device=processes.device), "sum")
-            self.agreed = bool(flag > 0)
-        return self.agreed
-
-
-class Log:
-    """JSON lines, one object a line."""
-
-    def __init__(self, path: Path, write: bool = True):
-        self.path, self.writes = path, write
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(self, fields: dict[str, Any]) -> None:
-        if self.writes:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(fields) + "\n")
-
-    def trim(self, step: int) -> None:
-        """Drop what was logged after `step`, and a last line that a crash cut off."""
-        if self.writes and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True) if _step_of(line) <= step]
-            with beside(self.path) as temporary:
-                temporary.write_text("".join(lines))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf

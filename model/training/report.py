@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.training.verdict import Verdict, verdict
 from controlnet.preprocessors.errors import InputError
 from controlnet.preprocessors.files import write_file
@@ -41,16 +42,16 @@ class RunState:
 def read_run(folder: Path, at_work: bool | None = None) -> RunState:
     """Raises InputError for a folder that is no run. `at_work` says whether a process trains in it; else its lock
     does."""
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
+    run = RunFolder(Path(folder))
+    if not run.holds_run:
         raise InputError(f"{folder}: is not a training run (no run.json)", "controlnet status runs/DATA-1")
-    record = read_object((folder / "run.json").read_bytes(), str(folder / "run.json"), hint="start the run anew")
+    record = read_object(run.record.read_bytes(), str(run.record), hint="start the run anew")
     wrong = [key for key in ("settings", "facts", "data") if not isinstance(record.get(key), dict)]
     if wrong or not isinstance(record["settings"].get("max_steps"), int):
-        raise InputError(f"{folder / 'run.json'}: has no {(*wrong, 'max_steps')[0]}", "start the run anew")
+        raise InputError(f"{run.record}: has no {(*wrong, 'max_steps')[0]}", "start the run anew")
     rows = []
-    if (folder / "log.jsonl").is_file():
-        for line in (folder / "log.jsonl").read_text().splitlines():
+    if run.log.is_file():
+        for line in run.log.read_text().splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:  # the last line of a run that was killed
@@ -62,7 +63,7 @@ def read_run(folder: Path, at_work: bool | None = None) -> RunState:
     state = ("running" if rows else "preparing") if running else ended or "stopped"
     judged = verdict(validations, record["settings"], record["facts"], ended == "finished" and state != "running")
     step = max((row["step"] for row in rows), default=0)
-    return RunState(folder, record, steps, validations, judged, state, step)
+    return RunState(run.path, record, steps, validations, judged, state, step)
 
 
 def duration(seconds: float) -> str:

@@ -20,14 +20,13 @@ from controlnet.model.sampling.canvas import condition_tensor, on_canvas
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.objective import Batch
-from controlnet.preprocessors.condition import Condition, read_condition
+from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.data.check import same_aspect
 from controlnet.preprocessors.data.mirror import cut_condition, flip_condition, flip_words
-from controlnet.preprocessors.data.pairs import Pair
+from controlnet.preprocessors.data.pair import Pair
 from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.stage_one import stage_one
 from torch import Tensor
 
@@ -84,7 +83,7 @@ class Samples:
     def moments(self, index: int, crop: int, flip: bool) -> np.ndarray:
         """Mean and log variance of the latent, or the latent itself of a VAE without variance."""
         path = self.pairs[index].image
-        key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and place_of(path), flip)
+        key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and place_of(self.pairs[index]), flip)
         return self.cache.array("latents", key, lambda: self._encode_image(self.picture(index, crop, flip)))
 
     def condition(self, index: int, crop: int, flip: bool) -> np.ndarray:
@@ -92,12 +91,13 @@ class Samples:
         path = pair.condition or pair.image
         options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
         files = sorted({self._hash(path), self._hash(pair.image)})  # both: they must be of one aspect
-        key = key_of(files, self.config.kind, options, self.size, crop, crop and place_of(pair.image), flip)
+        key = key_of(files, self.config.kind, options, self.size, crop, crop and place_of(pair), flip)
         return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
 
     def picture(self, index: int, crop: int, flip: bool = False) -> np.ndarray:
         """The crop of a picture, (size, size, 3) uint8."""
-        image = cut(_read(str(self.pairs[index].image)), crop, place_of(self.pairs[index].image))
+        pair = self.pairs[index]
+        image = cut(pair.picture(), crop, place_of(pair))
         image = fit(image, (self.size, self.size), "stretch")
         return np.ascontiguousarray(image[:, ::-1]) if flip else image
 
@@ -113,7 +113,7 @@ class Samples:
                 f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
             )
         side = max(512, self.size)
-        photo = cut(_read(str(pair.image)), crop, place_of(pair.image))
+        photo = cut(pair.picture(), crop, place_of(pair))
         ready = self.detector.ready(self.detector.load_options()())
         try:
             return stage_one(photo, ready, (side, side), "stretch", str(pair.image))
@@ -126,14 +126,15 @@ class Samples:
 
     def _read(self, pair: Pair, crop: int) -> Condition:
         """The crop of a condition that came with its picture."""
-        condition = read_condition(str(pair.condition), self.config.kind)
-        height, width = _read(str(pair.image)).shape[:2]
+        condition = pair.read_condition(self.config.kind)
+        assert condition is not None
+        height, width = pair.picture().shape[:2]
         if not same_aspect(condition.size, (width, height)):
             raise InputError(
                 f"{pair.condition}: {condition.size[0]}x{condition.size[1]} for a picture of {width}x{height}",
                 f"{self.check} lists all such pairs",
             )
-        place = place_of(pair.image)
+        place = place_of(pair)
         return cut_condition(condition, cut(condition.map, crop, place), _window(condition.map, crop, place))
 
     @torch.no_grad()
@@ -215,13 +216,9 @@ def check_command(folder: Path, kind: str) -> str:
     return f"controlnet dataset check {quote(str(folder))}" + (f" --kind {quote(kind)}" if kind else "")
 
 
-def _read(path: str) -> np.ndarray:
-    return read_image(read_bytes(path), path)[0]
-
-
-def place_of(path: Path) -> int:
-    """The number that the random crops of a picture are drawn from: its name's, whatever else is in the folder."""
-    return zlib.crc32(path.name.encode())
+def place_of(pair: Pair) -> int:
+    """The number that the random crops of a pair are drawn from: its name's, whatever else is in the data."""
+    return zlib.crc32(pair.name.encode())
 
 
 def cut(image: np.ndarray, crop: int, place: int) -> np.ndarray:

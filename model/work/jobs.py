@@ -81,19 +81,21 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 
 
 def _conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+    texts = [value] if isinstance(value, (str, ConditionFlag)) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, ConditionFlag)) for text in texts):
         raise UsageError(f"{name}: {texts!r}, expected text or a list of texts", f'"{name}": ["map.png,scale=0.8"]')
-    return tuple(parse_condition(text) for text in texts)
+    return tuple(text if isinstance(text, ConditionFlag) else parse_condition(text) for text in texts)
 
 
 def _weighting(name: str, value: Any) -> str | tuple[float, ...]:
-    return parse_weighting("--weighting", str(value))
+    return value if isinstance(value, tuple) else parse_weighting("--weighting", str(value))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt with its conditions, for one or more images. Raises UsageError for what is wrong without a model."""
+    """One prompt with its conditions, for one or more images. Each field takes its value, or the text of its flag:
+    `Job("map.canny.png,scale=0.8", "a red cube", size="768x512")`. Raises UsageError for what is wrong without a model.
+    """
 
     cond: tuple[ConditionFlag, ...] = option(
         (), _conditions, list[str], metavar="PATH[,key=value...]", flag_default=None
@@ -130,6 +132,9 @@ class Job:
     """Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
 
     def __post_init__(self):
+        for name, option in OPTIONS.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, option.read(name, value))
         if not self.cond and not self.prompt:
             raise UsageError(
                 "nothing to go by: neither --cond nor --prompt",
@@ -219,7 +224,7 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
     if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder):
         # Places in a file of jobs are below -o.
         values["out"] = str(Path(folder) / place) + "/" * place.endswith("/")
-    return Job(**{key: OPTIONS[key].read(key, value) for key, value in values.items() if value is not None})
+    return Job(**{key: value for key, value in values.items() if value is not None})
 
 
 def check_names(job: Job) -> None:

@@ -65,6 +65,13 @@ def replay(image: Recorded, job: Job, device: str | None = None, offline: bool =
     return list(studio.make(copies))[place]
 
 
+def again(path: str | Path, device: str | None = None) -> tuple[Image, Difference, list[str]]:
+    """An image file made again from its record: the image, how far off it is, and what differs, a line each."""
+    before = read_recorded(Path(path))
+    after = replay(before, job_of(before), device)
+    return after, compare(before.pixels, after.pixels), changes(before.record, after.record)
+
+
 def compare(a: np.ndarray, b: np.ndarray) -> Difference:
     """a and b are (H, W, 3) uint8."""
     off = np.abs(a.astype(int) - b)
@@ -98,12 +105,11 @@ def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
     if moved and len(moved) != len(conditions):
         raise UsageError(f"--cond is given {len(moved)} times, the image has {len(conditions)} conditions")
     try:
-        values = {name: option.read(name, record[name]) for name, option in OPTIONS.items()
-                  if option.recorded and record.get(name) is not None}  # fmt: skip
+        values = {name: record[name] for name, option in OPTIONS.items() if option.recorded and name in record}
         if record["scheduler"] not in SCHEDULERS:  # the class of the base's own
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
-        return Job(cond=tuple(flags), **{"control_on": "both", **values})
+        return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error
 

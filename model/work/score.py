@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,7 +63,7 @@ class Scorer:
         self.offline = offline
         self.ready = cache(self._ready)
 
-    def of_file(self, path: str, conditions: list[str]) -> list[tuple[str, Scored]]:
+    def of_file(self, path: str, conditions: Sequence[str] = ()) -> list[tuple[str, Scored]]:
         """(condition, its scores) of an image file, for conditions PATH[,kind=KIND], or for those of its own record.
         Raises InputError for conditions that do not fit the image."""
         image, text = read_image(read_bytes(path), path)

@@ -1,8 +1,7 @@
 """Stage two for many jobs: conditions read, each model loaded once, images of equal settings made together.
 
-studio = Studio()
-for image in studio.make(wanted_of(Job(cond=parse_conditions("map.canny.png"), prompt="..."))):
-    write_file(Path("image.png"), image.png())
+for image in Studio().images(Job("map.canny.png", "a red cube", num=2)):
+    Path(f"{image.record['seed']}.png").write_bytes(image.png())
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ from controlnet.model.sampling.generate import (
 )
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.work.batch import Wanted
 from controlnet.model.work.condition import ConditionFlag, check_weighting, check_window, scale_text, weighting_text
-from controlnet.model.work.jobs import Job
+from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import choose_device, choose_dtype, silence_libraries
 from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
-from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
 from controlnet.preprocessors.metadata import dump, kind_of, load, sha256
@@ -141,6 +140,13 @@ class Studio:
                     for name in dict.fromkeys(one.wanted.name for one in group):
                         failed(name, error)
                 made += len(group)
+
+    def images(self, job: Job) -> Iterator[Image]:
+        """The images of one job, in the order of their seeds. Raises ControlNetError for what is wrong with it."""
+        check_names(job)
+        seeded = job.seeded()
+        first = seeded.seed or 0
+        yield from self.make([Wanted("", seeded, seed, None) for seed in range(first, first + job.num)])
 
     def _sample(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
         first, job = group[0], group[0].job
@@ -315,8 +321,8 @@ def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:
 def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
     """As given, or told by the map's text or name; or by the training run that made its net. With another net of one's
     own it may be any."""
-    run = Path(flag.net) / "run.json" if flag.net else None
-    settings = object_or_empty(run.read_bytes()).get("settings") if run and is_file(run) else None
+    run = RunFolder(Path(flag.net)) if flag.net else None
+    settings = object_or_empty(run.record.read_bytes()).get("settings") if run and run.holds_run else None
     trained = settings.get("kind") if isinstance(settings, dict) else None
     try:
         return kind_of(flag.path, text, flag.kind)

@@ -1,0 +1,53 @@
+"""What can go wrong in training, as errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from controlnet.model.registry import BASES
+from controlnet.model.training.config import TrainConfig
+from controlnet.model.training.loop import ExplodedError
+from controlnet.model.training.runfolder import RunFolder
+from controlnet.preprocessors.errors import OutputError, TrainingError
+
+
+@contextmanager
+def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
+    """What can go wrong on the way, as errors that say what to do."""
+    try:
+        yield
+    except ExplodedError as error:
+        kept = f"; the checkpoints before are kept in {run.path}" if run.has_checkpoints else ""
+        known = BASES.get(config.base)
+        usual = known.training.get("learning_rate", TrainConfig.learning_rate) if known else TrainConfig.learning_rate
+        lower = min(config.learning_rate / 3, max(usual, config.learning_rate / 100))
+        raise TrainingError(
+            f"{error}{kept}", f"a lower rate from the start: --set learning_rate={lower:.1g}; {usual:g} is usual"
+        ) from error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        ways = ["--set gradient_checkpointing=true", "--set precision=bfloat16", "--set size=... (smaller pictures)"]
+        if config.batch_size > 1:
+            halved = f"--set batch_size={config.batch_size // 2} --set accumulation={2 * config.accumulation}"
+            ways.insert(0, f"{halved} halves what grows with the batch and leaves the step as it is")
+        raise TrainingError(
+            f"out of memory with batch_size={config.batch_size} in {config.precision}", "; or ".join(ways)
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        whole = "; the last checkpoint is whole" if run.has_checkpoints else ""
+        raise OutputError(f"{error.filename or run.path}: cannot be written ({error.strerror}){whole}",
+                          "free some disk, then the same command with --resume") from error  # fmt: skip
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )

@@ -1,0 +1,45 @@
+"""The network that a run trains: a fresh ControlNet of the form that the settings name, or one to go on from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from controlnet.model.base import Base
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.hint import SD_WIDTHS
+from controlnet.model.control.lite import ControlNetLite, gaussian_convolutions_
+from controlnet.model.nets import load_controlnet
+from controlnet.model.registry import TINY_HINT_WIDTHS
+from controlnet.model.training.config import CHOICES, TrainConfig
+from controlnet.preprocessors.errors import ModelError, UsageError
+
+
+def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
+    """A fresh network of the form that the settings name, or the one to go on from; and the settings, with that one's
+    form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained on."""
+    if config.start_from != "base":
+        net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name).to(base.device)
+        form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}
+        for name, value in form.items():
+            if getattr(config, name) not in (value, CHOICES[name][0]):
+                raise UsageError(
+                    f"{name}={getattr(config, name)}, but {config.start_from} is {value}", f"--set {name}={value}"
+                )
+        config = replace(config, **form)
+    else:
+        widths = SD_WIDTHS if base.unet.config.block_out_channels[0] >= 128 else TINY_HINT_WIDTHS
+        if config.hint == "paper":
+            widths = (16, 32, 64, 128)
+        network = ControlNetLite if config.copy == "lite" else ControlNet
+        try:
+            net = network.from_base(base.unet, config.hint, widths)
+        except ValueError as error:
+            raise ModelError(
+                f"base {base.name}: {error}", "--base sd15, or another of Stable Diffusion 1.x's form"
+            ) from error
+        if config.convolutions == "gaussian":
+            gaussian_convolutions_(net)
+    net = net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
+    return net, config

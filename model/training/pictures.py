@@ -1,0 +1,68 @@
+"""What a network makes of held-out conditions while it is trained, to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from controlnet.model.base import Base
+from controlnet.model.control.net import Net
+from controlnet.model.control.prompt import Prompt
+from controlnet.model.control.strength import Strength
+from controlnet.model.load import reload
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.generate import to_pixels
+from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.sampling.starts import FromNoise
+from controlnet.model.training.precision import autocast
+from controlnet.model.training.runfolder import RunFolder
+from controlnet.model.training.samples import Samples
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.sheet import contact_sheet
+
+SHOWN = 3
+"""Held-out pairs in samples.png."""
+STEPS = 20
+
+
+@torch.no_grad()
+def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precision: str) -> np.ndarray:
+    """Images under the conditions of the first held-out pairs, (side, n x side, 3) uint8: side by side. The base's VAE
+    is loaded where it was forgotten."""
+    count, side = min(SHOWN, len(held_out.pairs)), held_out.size
+    maps = [condition_tensor(held_out.condition(i, 0, False)) for i in range(count)]
+    conditions = torch.stack(maps).to(device)  # (n, 3, side, side)
+    captions = [held_out.pairs[i].caption for i in range(count)]
+    prompt, negative = (
+        Prompt(torch.from_numpy(np.stack([held_out.text(text) for text in texts]))).to(device, base.dtype)
+        for texts in (captions, [""])
+    )
+    if base.vae is None:
+        reload(base, "vae")
+    with autocast(device, precision):
+        start = FromNoise.seeded(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
+        applied = [Applied(net, net.prepare(conditions), Strength(control_on=base.control_on))]
+        scheduler = make_scheduler(base.scheduler)
+        latents = sample(base.unet, scheduler, start, prompt, negative, applied, STEPS, base.guidance)
+    return np.concatenate(list(to_pixels(base.decode(latents.float()))), 1)
+
+
+def draw_strip(run: RunFolder, rows: list[dict[str, Any]], held_out: Samples, kind: str) -> None:
+    """samples.png: a row for each of these held-out pairs, with its picture, its condition, and what was made of it at
+    each of the log's `rows` that has pictures."""
+    shots: dict[int, np.ndarray] = {}
+    for row in rows:
+        path = run.path / row.get("pictures", "")
+        if path.is_file():
+            shots[row["step"]] = read_image(read_bytes(str(path)), path.name)[0]
+    if not shots:
+        return
+    cells: list[tuple[np.ndarray, str]] = []
+    side = held_out.size
+    for i in range(min(SHOWN, len(held_out.pairs))):
+        cells += [(held_out.picture(i, 0), "held-out picture"), (held_out.condition(i, 0, False), f"its {kind}")]
+        cells += [(shot[:, i * side : (i + 1) * side], f"step {step}") for step, shot in sorted(shots.items())]
+    write_file(run.samples, png_bytes(contact_sheet(cells, len(shots) + 2, 128)))

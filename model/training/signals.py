@@ -1,0 +1,43 @@
+"""A run asked to stop: by SIGTERM or SIGINT, or by the end of the command that started it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from controlnet.preprocessors.lock import ORPHANED
+
+
+class Stop:
+    """Whether a signal has asked to end; the processes of a run agree on it. A second SIGTERM or SIGINT does not wait
+    for the checkpoint; ORPHANED always does, since it reaches the processes up to a second apart."""
+
+    signal: int | None = None
+    """The one that this process was sent."""
+    agreed: bool = False
+    """Some process of the run was sent one."""
+
+    def __enter__(self) -> Stop:
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():
+            self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, ORPHANED)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, signal.SIG_IGN if self.agreed and number == ORPHANED else handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal is not None and number != ORPHANED:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+    def asked(self, processes: PartialState) -> bool:
+        self.agreed = self.signal is not None
+        if processes.num_processes > 1:
+            flag = reduce(torch.tensor(float(self.agreed), device=processes.device), "sum")
+            self.agreed = bool(flag > 0)
+        return self.agreed

@@ -1,0 +1,185 @@
+"""The forms of training data in a folder, a class each: whether a folder has it, and the pairs in it.
+
+To add one: a class here, and its place in FORMS; the first that a folder has is taken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+from typing import Protocol
+
+from controlnet.preprocessors.data.pair import Pair, Pairs
+from controlnet.preprocessors.data.rows import caption_of, json_lines, metadata_of, rows_of
+from controlnet.preprocessors.data.walk import look
+from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.files import is_dir, is_file, read_text
+from controlnet.preprocessors.jsons import read_object
+
+CONDITION_COLUMNS = ("conditioning_image", "conditioning_image_file_name", "conditioning_image_path")
+CAPTION_SUFFIXES = (".txt", ".caption")
+CONDITION_FOLDERS = ("conditions", "conditioning_images")
+TRAINING = ("train", "training")
+HELD_OUT = ("validation", "valid", "val", "test", "testing", "dev", "eval", "held_out")
+
+
+class Form(Protocol):
+    """A form of training data."""
+
+    name: str
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder has files of this form, by their names."""
+
+    def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs | None:
+        """The pairs; None where a look inside shows that it is another form. `leave` are folders below that hold data
+        of their own. Raises InputError for data that contradicts itself."""
+
+
+class PromptJson:
+    """JSON lines with source (the condition), target (the picture) and prompt."""
+
+    name = "prompt.json"
+
+    def is_in(self, folder: Path) -> bool:
+        return is_file(folder / self.name)
+
+    def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs:
+        return _from_rows(folder, self.name, json_lines(folder / self.name), "target", ("source",), leave)
+
+
+class ImageFolder:
+    """Metadata with a `conditioning_image` column, as datasets' imagefolder has it."""
+
+    name = "imagefolder"
+
+    def is_in(self, folder: Path) -> bool:
+        return metadata_of(folder) is not None
+
+    def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs | None:
+        metadata = metadata_of(folder)
+        rows = rows_of(metadata) if metadata else []
+        if not rows or not any(column in rows[0] for column in CONDITION_COLUMNS):
+            return None
+        return _from_rows(folder, self.name, rows, "file_name", CONDITION_COLUMNS, leave)
+
+
+class Folders:
+    """`images/` and `conditions/` with equal names."""
+
+    name = "images"
+
+    def is_in(self, folder: Path) -> bool:
+        return is_dir(folder / "images") and self._conditions(folder) is not None
+
+    def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs:
+        beside = self._conditions(folder)
+        assert beside is not None
+        places = folder / "images", beside
+        seen = [look(place, is_data) for place in places]
+        images, conditions = (
+            {picture.relative_to(place).with_suffix(""): picture for picture in below.pictures}
+            for place, below in zip(places, seen, strict=True)
+        )
+        both = sorted(images.keys() & conditions.keys())
+        pairs = tuple(Pair(images[n], conditions[n], _caption_beside(images[n]), _split_of(n)) for n in both)
+        missing = tuple(f"{beside.name}/{n}" for n in sorted(images.keys() - conditions.keys()))
+        extra = tuple(f"{beside.name}/{n}" for n in sorted(conditions.keys() - images.keys()))
+        skipped = tuple(text for below in seen for text in below.skipped)
+        return Pairs(folder, "images", pairs, missing, extra, {}, skipped)
+
+    @staticmethod
+    def _conditions(folder: Path) -> Path | None:
+        return next((folder / name for name in CONDITION_FOLDERS if is_dir(folder / name)), None)
+
+
+class Photos:
+    """Pictures, with captions in files beside them or in metadata."""
+
+    name = "photos"
+
+    def is_in(self, folder: Path) -> bool:
+        return True
+
+    def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs:
+        metadata = metadata_of(folder)
+        rows = rows_of(metadata) if metadata else []
+        seen = look(folder, is_data, leave)
+        if seen.data and not rows:
+            first, more = seen.data[0], f" and {len(seen.data) - 1} more" if len(seen.data) > 1 else ""
+            raise InputError(
+                f"{folder}: the data lies in {first}{more}, not in this folder itself",
+                f"give that folder: {quote(str(first))}",
+            )
+        captions = {str(row["file_name"]): caption_of(row, f"{folder}: row {n}") for n, row in enumerate(rows, 1)}
+        found = {str(p.relative_to(folder)): p for p in seen.pictures}
+        pairs = tuple(
+            Pair(path, None, captions.get(name) or _caption_beside(path), _split_of(path.relative_to(folder)))
+            for name, path in found.items()
+        )
+        unused = [f"{place.relative_to(folder)} (its own metadata is not read)" for place in seen.data]
+        missing = tuple(sorted(captions.keys() - found.keys()))
+        return Pairs(folder, "photos", pairs, missing, skipped=(*seen.skipped, *unused))
+
+
+FORMS: tuple[Form, ...] = (PromptJson(), ImageFolder(), Folders(), Photos())
+
+
+def is_data(folder: Path) -> bool:
+    """Whether a folder has files of some form other than photos."""
+    return any(form.is_in(folder) for form in FORMS[:-1])
+
+
+def read_form(folder: Path, leave: tuple[Path, ...]) -> Pairs:
+    """The pairs of a folder, in the first form that it has."""
+    for form in FORMS:
+        if form.is_in(folder) and (found := form.read(folder, leave)) is not None:
+            return found
+    raise AssertionError("photos are in every folder")
+
+
+def _from_rows(
+    folder: Path, form: str, rows: list[dict], image: str, conditions: tuple[str, ...], leave: tuple[Path, ...]
+) -> Pairs:
+    pairs, missing, named = [], [], set()
+    for number, row in enumerate(rows, 1):
+        condition = next((row[c] for c in conditions if row.get(c)), None)
+        names = [row.get(image), condition]
+        for name in names:
+            if isinstance(name, (list, tuple)) and len(name) > 1:
+                raise InputError(
+                    f"{folder}: row {number} has {len(name)} conditions, {', '.join(map(str, name))}; expected one",
+                    "a row for each, or a ControlNet for each kind",
+                )
+        absent = [str(n) for n in names if not isinstance(n, str) or not n or not is_file(folder / n)]
+        if absent:
+            missing += absent
+            continue
+        paths = [folder / str(n) for n in names]
+        named |= {p.resolve() for p in paths}
+        held_out = row["split"] != "train" if "split" in row else None
+        pairs.append(Pair(paths[0], paths[1], caption_of(row, f"{folder}: row {number}"), held_out))
+    seen = look(folder, is_data, leave)
+    extra = [str(p.relative_to(folder)) for p in seen.pictures if p.resolve() not in named]
+    return Pairs(folder, form, tuple(pairs), tuple(missing), tuple(extra), _manifest(folder), tuple(seen.skipped))
+
+
+def _manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    if not is_file(path):
+        return {}
+    return read_object(read_text(path), str(path), hint="controlnet dataset build makes it again, from the photos")
+
+
+def _split_of(path: Path) -> bool | None:
+    """Whether a picture's path, relative to the data, begins with the name of a split that is held out."""
+    first = path.parts[0].lower()
+    if len(path.parts) > 1 and first in HELD_OUT + TRAINING:
+        return first in HELD_OUT
+    return None
+
+
+def _caption_beside(image: Path) -> str:
+    texts = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    text = next((text for text in texts if is_file(text)), None)
+    return " ".join(read_text(text).split()) if text else ""
