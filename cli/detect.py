@@ -81,8 +81,13 @@ def _detect(
     if list_:
         for detectors in DETECTORS.values():
             for i, row in enumerate(detectors.values()):
-                line = {"kind": row.kind, "detector": row.name, "default": i == 0, "help": row.help,
-                        "weights": _weights_of(row)}  # fmt: skip
+                line = {
+                    "kind": row.kind,
+                    "detector": row.name,
+                    "default": i == 0,
+                    "help": row.help,
+                    "weights": _weights_of(row),
+                }
                 print(dumps(line) if as_json else _row(line))
         raise typer.Exit
     if ctx.invoked_subcommand is None and not ctx.args:
@@ -95,9 +100,14 @@ def _weights_of(row: Detector) -> dict | None:
     if not row.weights:
         return None
     weights = WEIGHTS[row.weights]
-    return {"name": weights.name, "source": f"{weights.source} {weights.file}".strip(), "bytes": weights.size,
-            "licence": weights.licence, "sha256": digests(weights.name),
-            "here": kept(weights.name) is not None}  # fmt: skip
+    return {
+        "name": weights.name,
+        "source": f"{weights.source} {weights.file}".strip(),
+        "bytes": weights.size,
+        "licence": weights.licence,
+        "sha256": digests(weights.name),
+        "here": kept(weights.name) is not None,
+    }
 
 
 def _row(line: dict) -> str:
@@ -122,15 +132,18 @@ def _command(default: Detector):
     """The command of a kind: the common flags, then one flag a field of its options."""
     all_options = {
         field.name: (field, row.load_options())
-        for row in reversed(DETECTORS[default.kind].values()) for field in fields(row.load_options())
-    }  # fmt: skip
+        for row in reversed(DETECTORS[default.kind].values())
+        for field in fields(row.load_options())
+    }
     own = [
         inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default,
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
             annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=field_docs(owner)[field.name])],
         )
         for field, owner in all_options.values()
-    ]  # fmt: skip
+    ]
 
     def command(detector, weights=None, offline=False, keypoints=None, **given):
         chosen = find_detector(default.kind, detector)
@@ -145,11 +158,19 @@ def _command(default: Detector):
         _make_maps([(chosen, options)], weights, offline, keypoints, **given)
 
     learned = any(row.weights for row in DETECTORS[default.kind].values())
-    return command_named(command, default.kind, default.help, [
-        *COMMON, parameter("detector", DetectorName, None), *own,
-        *[parameter("weights", WeightsFolder, None)] * learned, parameter("offline", Offline, False),
-        *[parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
-    ])  # fmt: skip
+    return command_named(
+        command,
+        default.kind,
+        default.help,
+        [
+            *COMMON,
+            parameter("detector", DetectorName, None),
+            *own,
+            *[parameter("weights", WeightsFolder, None)] * learned,
+            parameter("offline", Offline, False),
+            *[parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
+        ],
+    )
 
 
 def _all_command():
@@ -170,8 +191,10 @@ COMMON = [
 ]  # fmt: skip
 
 
-def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, *, inputs, out, as_json, size, resize,
-               recursive, overwrite, skip_existing, preview, quiet) -> None:  # fmt: skip
+def _make_maps(
+    chosen: list[tuple[Detector, Any]], weights, offline, keypoints, *, inputs, out, as_json, size, resize, recursive,
+    overwrite, skip_existing, preview, quiet,
+) -> None:  # fmt: skip
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
     from controlnet.model.work.maps import Job, expand, is_points  # OpenCV, when it is used
     from controlnet.preprocessors.geometry import RESIZES, parse_size
@@ -182,16 +205,10 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
         raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
     sources = expand(inputs, recursive, say)
     several = len(chosen) > 1
-    if several and (out == "-" or (out is None and "-" in sources)):
-        raise UsageError("several kinds of map do not go to standard output", "-o maps/")
-    if several and out is not None and not is_folder(out):
-        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).with_suffix('')}/")
+    _check_places(out, "-" in sources, several, as_json)
     if preview is not None:
         check_png("--preview", preview)
-    if preview is not None and keeps(preview, overwrite, skip_existing):
-        preview = None
-    if as_json and (out == "-" or (out is None and "-" in sources)):
-        raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
+        preview = None if keeps(preview, overwrite, skip_existing) else preview
     piped = read_bytes("-") if "-" in sources else b""  # once for all kinds
 
     def read(source: str) -> bytes:
@@ -222,6 +239,17 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline, keypoints, 
     if failed:
         say(f"{failed} of {len(sources) * len(chosen)} maps failed")
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) -> None:
+    """Raises UsageError where what goes to standard output cannot all go there, or several kinds to one file."""
+    to_stdout = out == "-" or (out is None and piped)
+    if several and to_stdout:
+        raise UsageError("several kinds of map do not go to standard output", "-o maps/")
+    if several and out is not None and not is_folder(out):
+        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).with_suffix('')}/")
+    if as_json and to_stdout:
+        raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
 
 
 def _run(job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool, quiet: bool):

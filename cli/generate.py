@@ -113,9 +113,21 @@ class _Failures:
 
 
 def _generate(
-    *, jobs, device, dtype, as_json, overwrite, skip_existing, offline, strict, quiet, low_memory, keep_best, preview,
+    *,
+    jobs,
+    device,
+    dtype,
+    as_json,
+    overwrite,
+    skip_existing,
+    offline,
+    strict,
+    quiet,
+    low_memory,
+    keep_best,
+    preview,
     **job,
-) -> None:  # fmt: skip
+) -> None:
     defaults = job | {name: _from_file(f"--{name}", job[name]) for name in ("prompt", "negative")}
     defaults["base"] = defaults["base"] or default_base()
     if preview is not None:

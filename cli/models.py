@@ -29,11 +29,15 @@ def list_(as_json: Json = False) -> None:
             continue
         mark = "*" if row["name"] == default_base() else " "
         here = "here" if row["here"] else ""
-        print(f"{mark} {row['name']:24} {row['what']:11} {row['family']:8} {row['kind']:16} {here:5} "
-              f"{row['licence']}: {row['source']}")  # fmt: skip
+        print(
+            f"{mark} {row['name']:24} {row['what']:11} {row['family']:8} {row['kind']:16} {here:5} "
+            f"{row['licence']}: {row['source']}"
+        )
     if not as_json:
-        say("* is the default base (controlnet models use NAME); no inpaint and shuffle nets: they need conditions of "
-            "another sort (masked pixels, averaged control)")  # fmt: skip
+        say(
+            "* is the default base (controlnet models use NAME); no inpaint and shuffle nets: they need conditions of "
+            "another sort (masked pixels, averaged control)"
+        )
 
 
 def rows() -> list[dict[str, Any]]:
@@ -49,13 +53,29 @@ def rows() -> list[dict[str, Any]]:
     models: list[tuple[str, str, str, Any]] = [(name, "base", "", row) for name, row in BASES.items()]
     models += [(name, "ControlNet", net.kind, net) for name, net in NETS.items()]
     found = [
-        {"name": name, "what": what, "family": row.family, "kind": kind, "licence": row.licence,
-         "source": _source(row.source), "here": _here(row.source)} for name, what, kind, row in models
-    ]  # fmt: skip
+        {
+            "name": name,
+            "what": what,
+            "family": row.family,
+            "kind": kind,
+            "licence": row.licence,
+            "source": _source(row.source),
+            "here": _here(row.source),
+        }
+        for name, what, kind, row in models
+    ]
     return found + [
-        {"name": name, "what": "detector", "family": "", "kind": kinds[name], "licence": row.licence,
-         "source": _source(row.source), "here": kept(name) is not None} for name, row in WEIGHTS.items()
-    ]  # fmt: skip
+        {
+            "name": name,
+            "what": "detector",
+            "family": "",
+            "kind": kinds[name],
+            "licence": row.licence,
+            "source": _source(row.source),
+            "here": kept(name) is not None,
+        }
+        for name, row in WEIGHTS.items()
+    ]
 
 
 def _source(source: str) -> str:

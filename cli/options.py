@@ -48,8 +48,11 @@ def field_docs(options: type) -> dict[str, str]:
 
 def flags_of_job(*names: str) -> list[inspect.Parameter]:
     """A flag for each field of `Job`, or for those that are named."""
-    return [_flag_of(field.name, field.default, field.metadata["option"])
-            for field in fields(Job) if not names or field.name in names]  # fmt: skip
+    return [
+        _flag_of(field.name, field.default, field.metadata["option"])
+        for field in fields(Job)
+        if not names or field.name in names
+    ]
 
 
 def _flag_of(name: str, default: Any, option: Option) -> inspect.Parameter:

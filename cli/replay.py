@@ -28,9 +28,17 @@ Steps = Annotated[int | None, typer.Option(help="Make it in so many steps: needs
 
 
 def replay(
-    image: Image, cond: Cond = None, out: Out = None, size: Size = None, seed: Seed = None, steps: Steps = None,
-    device: Device = None, as_json: Json = False, overwrite: Overwrite = False, offline: Offline = False,
-) -> None:  # fmt: skip
+    image: Image,
+    cond: Cond = None,
+    out: Out = None,
+    size: Size = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    device: Device = None,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+    offline: Offline = False,
+) -> None:
     from controlnet.model.work.replay import changes, compare, job_of, read_recorded
     from controlnet.model.work.replay import replay as again
 
@@ -66,8 +74,10 @@ def replay(
     elif same:
         print("identical")
     else:
-        print(f"differs: by up to {off.largest} of 255 levels, {off.mean:.3f} in the mean, "
-              f"in {off.changed:.1%} of the pixels")  # fmt: skip
+        print(
+            f"differs: by up to {off.largest} of 255 levels, {off.mean:.3f} in the mean, "
+            f"in {off.changed:.1%} of the pixels"
+        )
     for cause in causes if not as_json else ():
         say(f"not as recorded: {cause}")
     if not same:

@@ -34,9 +34,15 @@ Overlay = Annotated[Path | None, typer.Option(metavar="FILE", help="Also a pictu
 
 
 def score(
-    image: Image = None, cond: Cond = None, jobs: JobsFile = None, overlay: Overlay = None, as_json: Json = False,
-    overwrite: Overwrite = False, offline: Offline = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    image: Image = None,
+    cond: Cond = None,
+    jobs: JobsFile = None,
+    overlay: Overlay = None,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
     if (image is None) == (jobs is None):
         raise UsageError("give an image, or --jobs with a file of them", "controlnet score out/7-photo.png")
     if overlay is not None:

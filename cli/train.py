@@ -69,11 +69,23 @@ Settings = Annotated[
 
 
 def train(
-    data: Data, kind: Kind = None, base: BaseName = None, config: Config = None, set_: Set = None,
-    out: Out = None, resume: Resume = False, processes: Processes = 1, force: Force = False, seed: Seed = None,
-    device: Device = None, offline: Offline = False, as_json: Json = False, strict: Strict = False,
-    quiet: Quiet = False, settings: Settings = False,
-) -> None:  # fmt: skip
+    data: Data,
+    kind: Kind = None,
+    base: BaseName = None,
+    config: Config = None,
+    set_: Set = None,
+    out: Out = None,
+    resume: Resume = False,
+    processes: Processes = 1,
+    force: Force = False,
+    seed: Seed = None,
+    device: Device = None,
+    offline: Offline = False,
+    as_json: Json = False,
+    strict: Strict = False,
+    quiet: Quiet = False,
+    settings: Settings = False,
+) -> None:
     from controlnet.preprocessors.data.pairs import find_pairs
 
     if processes < 1:
@@ -219,12 +231,18 @@ def _state(folder: Path, at_work: bool | None = None) -> dict:
     run = read_run(folder, at_work)
     last = run.validations[-1] if run.validations else {}
     return {
-        "state": run.state, "verdict": run.verdict.word, "converged_at": run.verdict.step, "lost_at": run.verdict.lost,
+        "state": run.state,
+        "verdict": run.verdict.word,
+        "converged_at": run.verdict.step,
+        "lost_at": run.verdict.lost,
         "step": run.step,
-        "max_steps": run.record["settings"]["max_steps"], "control_gap": last.get("control_gap"),
-        "band": last.get("band"), "validation_loss": last.get("validation_loss"), "causes": run.verdict.causes,
+        "max_steps": run.record["settings"]["max_steps"],
+        "control_gap": last.get("control_gap"),
+        "band": last.get("band"),
+        "validation_loss": last.get("validation_loss"),
+        "causes": run.verdict.causes,
         "lines": describe(run),
-    }  # fmt: skip
+    }
 
 
 def status(

@@ -46,7 +46,7 @@ class Base:
         self.shift = self.vae.config.get("shift_factor") or 0.0
         widths = self.vae.config.get("block_out_channels") or self.vae.config.decoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)
-        """Pixels a latent cell: 8."""
+        """Pixels per latent cell: 8."""
 
     @property
     def native_size(self) -> int:
@@ -58,7 +58,7 @@ class Base:
         return self.unet.dtype
 
     def encode_text(self, prompts: list[str]) -> Prompt:
-        """Of B texts. Words beyond the encoder's length are cut; `cut_words` tells which."""
+        """Of B texts. Words beyond the encoder's length are cut; `cut_words` gives them."""
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
@@ -76,7 +76,7 @@ class Base:
         return self.tokenizer.decode(ids[self.max_tokens - 2 :]).strip()
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the base never met in training, if it tells which it met."""
+        """Words of the prompt that the base never met in training, as far as its folder lists them."""
         if self.words is None:
             return []
         return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if w not in self.words]

@@ -47,9 +47,12 @@ def find_base(name: str, offline: bool = False) -> Stored:
 
 
 def load_base(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, offline: bool = False,
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    offline: bool = False,
     low_memory: bool = False,
-) -> Base:  # fmt: skip
+) -> Base:
     """Load what `find_base` finds. Raises as it does, and ModelError for unusable weights."""
     stored = find_base(name, offline)
     known = BASES.get(name, KnownBase("", "", ""))
@@ -84,9 +87,13 @@ def _check_fit(stored: Stored) -> None:
         raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported yet", f"a base of {known}")
     pairs = (
         ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
-        ("cross_attention_dim", unet.get("cross_attention_dim"), "the text encoder's width is",
-         text.get("hidden_size", 512)),
-    )  # fmt: skip
+        (
+            "cross_attention_dim",
+            unet.get("cross_attention_dim"),
+            "the text encoder's width is",
+            text.get("hidden_size", 512),
+        ),
+    )
     strange = [
         kind for key in ("down_block_types", "up_block_types") for kind in unet.get(key, ()) if kind not in BLOCKS
     ]

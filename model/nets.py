@@ -96,9 +96,13 @@ def _from_config(config: dict, path: Path) -> ControlNet:
         unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
         unet = UNet2DConditionModel(**unet_config)
         parts = SimpleNamespace(
-            config=config, conv_in=unet.conv_in, time_proj=unet.time_proj, time_embedding=unet.time_embedding,
-            down_blocks=unet.down_blocks, mid_block=unet.mid_block,
-        )  # fmt: skip
+            config=config,
+            conv_in=unet.conv_in,
+            time_proj=unet.time_proj,
+            time_embedding=unet.time_embedding,
+            down_blocks=unet.down_blocks,
+            mid_block=unet.mid_block,
+        )
         network = ControlNetLite if config.get("copy") == "lite" else ControlNet
         return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network

@@ -47,7 +47,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 def aligned(found: np.ndarray, true: np.ndarray) -> np.ndarray:
     """scale * found + shift that is nearest to `true` in the least squares (Ranftl et al. 2020, arXiv 1907.01341): a
-    depth map tells neither. A falling scale is not allowed: near is near."""
+    depth map fixes neither. A falling scale is not allowed: near is near."""
     x, y = found.astype(np.float64).ravel(), true.astype(np.float64).ravel()
     spread = ((x - x.mean()) ** 2).mean()
     scale = max(0.0, float(((x - x.mean()) * (y - y.mean())).mean() / spread)) if spread else 0.0

@@ -49,8 +49,12 @@ def rgb(map_: np.ndarray) -> np.ndarray:
     return map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
 
 
-def read_condition(path: str, kind: str | None = None, size: tuple[int, int] | None = None,
-                   warn: Callable[[str], None] = lambda text: None) -> Condition:  # fmt: skip
+def read_condition(
+    path: str,
+    kind: str | None = None,
+    size: tuple[int, int] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Condition:
     """The condition of a file: a map, of the kind that is given, or that its text or name tells; or, with a `size`
     (width, height) to draw them at, OpenPose's key points as JSON. Raises InputError for a file that is neither,
     UsageError where nobody knows the kind."""

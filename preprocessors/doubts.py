@@ -1,4 +1,4 @@
-"""Conditions that are probably wrong, told before a network wastes its time on them.
+"""Conditions that are probably wrong, noticed before a network wastes its time on them.
 
 Nothing here is certain: a doubt is a warning with its cure, and an error only where one asks for it (--strict). How
 often each one is right stands in benchmarks/LOG.md (`python benchmarks/doubts.py`).
@@ -46,22 +46,38 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
         found.append(Doubt("inverted lines", "mostly white; lines must be white on black", "invert the map's colours"))
     elif row.form == HARD_LINES and (share := grey_share(condition)) > GREY_SHARE:
         found.append(
-            Doubt("grey lines", f"{share:.0%} of its lines are grey; {kind} has white ones alone",
-                  "kind=softedge if they are soft edges; else make the map again, as a PNG at its final size")
-        )  # fmt: skip
+            Doubt(
+                "grey lines",
+                f"{share:.0%} of its lines are grey; {kind} has white ones alone",
+                "kind=softedge if they are soft edges; else make the map again, as a PNG at its final size",
+            )
+        )
     if row.form == PEOPLE and not has_skeleton(condition):
         found.append(Doubt("no skeleton", "not a coloured skeleton on black, which the kind pose is", _DETECT_POSE))
     elif row.form == PEOPLE and red_and_blue_exchanged(condition):
         found.append(
-            Doubt("red and blue exchanged", "its limbs do not lie between their joints: BGR was taken for RGB",
-                  "exchange red and blue: image[..., ::-1]")
-        )  # fmt: skip
+            Doubt(
+                "red and blue exchanged",
+                "its limbs do not lie between their joints: BGR was taken for RGB",
+                "exchange red and blue: image[..., ::-1]",
+            )
+        )
     if size is not None and not FAR_FROM_CANVAS[0] <= min(width, height) / min(size) <= FAR_FROM_CANVAS[1]:
-        found.append(Doubt("another size", f"{width}x{height} is far from the canvas {size[0]}x{size[1]}",
-                           f"--size {size[0]}x{size[1]} when the map is made"))  # fmt: skip
+        found.append(
+            Doubt(
+                "another size",
+                f"{width}x{height} is far from the canvas {size[0]}x{size[1]}",
+                f"--size {size[0]}x{size[1]} when the map is made",
+            )
+        )
     if size is not None and abs(np.log(width / height * size[1] / size[0])) > STRETCH:
-        found.append(Doubt("another aspect", f"{width}x{height} is stretched to the canvas {size[0]}x{size[1]}",
-                           f"--size {size[0]}x{size[1]} when the map is made"))  # fmt: skip
+        found.append(
+            Doubt(
+                "another aspect",
+                f"{width}x{height} is stretched to the canvas {size[0]}x{size[1]}",
+                f"--size {size[0]}x{size[1]} when the map is made",
+            )
+        )
     return found
 
 

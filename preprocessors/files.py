@@ -112,7 +112,7 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove, once a process, the temporary files in a folder whose processes are gone."""
+    """Remove, once per process, the temporary files in a folder whose processes are gone."""
     if folder in _swept:
         return
     _swept.add(folder)

@@ -46,8 +46,11 @@ def fit(image: np.ndarray, size: tuple[int, int], resize: str = "crop") -> np.nd
     ratios = size[0] / width, size[1] / height
     ratio = max(ratios) if resize == "crop" else min(ratios)
     bound = max if resize == "crop" else min
-    scaled = _scale(image, bound(size[0], round(width * ratio)) if ratio == ratios[1] else size[0],
-                    bound(size[1], round(height * ratio)) if ratio == ratios[0] else size[1])  # fmt: skip
+    scaled = _scale(
+        image,
+        bound(size[0], round(width * ratio)) if ratio == ratios[1] else size[0],
+        bound(size[1], round(height * ratio)) if ratio == ratios[0] else size[1],
+    )
     if resize == "crop":
         return _centre(scaled, *size)
     out = np.zeros((size[1], size[0], 3), np.uint8)

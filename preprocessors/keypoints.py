@@ -34,8 +34,9 @@ def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[l
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{name}: is not OpenPose's JSON ({type(error).__name__}: {error}); expected people with pose_keypoints_2d,"
-            " canvas_width, canvas_height", "controlnet detect pose PHOTO --keypoints points.json makes one"
-        ) from error  # fmt: skip
+            " canvas_width, canvas_height",
+            "controlnet detect pose PHOTO --keypoints points.json makes one",
+        ) from error
     if not (width >= 8 and height >= 8 and width * height <= MAX_PIXELS):
         raise InputError(
             f"{name}: canvas {width}x{height}, expected at least 8 on each side and at most {MAX_PIXELS:,} pixels"

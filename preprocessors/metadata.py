@@ -51,6 +51,6 @@ def kind_of(name: str, text: dict[str, str], given: str | None = None) -> str:
     if match:
         return match[1]
     raise UsageError(
-        f"{name}: its kind is told neither by its text nor by its name; expected one of {', '.join(KINDS)}",
+        f"{name}: neither its text nor its name says its kind; expected one of {', '.join(KINDS)}",
         f"for a photo: --cond {name},detect=canny; for a map: --cond {name},kind=canny",
     )

@@ -76,7 +76,7 @@ def to_text(people: Sequence[np.ndarray]) -> list[list[list[float]]]:
 
 
 def from_text(fields: dict, name: str) -> list[np.ndarray] | None:
-    """The people of a map's PNG text, None when it tells of none. Raises InputError for counts or numbers that are
+    """The people of a map's PNG text, None where it holds none. Raises InputError for counts or numbers that are
     wrong."""
     if "keypoints" not in fields:
         return None
@@ -86,7 +86,7 @@ def from_text(fields: dict, name: str) -> list[np.ndarray] | None:
         raise InputError(f"{name}: its key points are no numbers ({error})") from error
     for person in people:
         if person.shape != (len(JOINTS), 3):
-            raise InputError(f"{name}: key points of shape {person.shape}, expected ({len(JOINTS)}, 3) a person")
+            raise InputError(f"{name}: key points of shape {person.shape}, expected ({len(JOINTS)}, 3) per person")
         if not (np.abs(person) <= FAR).all():
             raise InputError(f"{name}: key points that are NaN or farther than {FAR} pictures away")
     return people

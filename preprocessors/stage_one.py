@@ -21,9 +21,13 @@ MAKING = ("kind", "detector", "options", "resize", "size", "source", "source_sha
 
 
 def stage_one(
-    photo: np.ndarray | str | Path, detector: Ready | str, size: tuple[int, int] = (512, 512), resize: str = "crop",
-    name: str = "photo", digest: str = "",
-) -> Condition:  # fmt: skip
+    photo: np.ndarray | str | Path,
+    detector: Ready | str,
+    size: tuple[int, int] = (512, 512),
+    resize: str = "crop",
+    name: str = "photo",
+    digest: str = "",
+) -> Condition:
     """The condition of a photo, (H, W, 3) uint8 RGB or a file's path.
 
     The photo is brought to `size` (width, height) first, as `resize` says (geometry.fit), then looked at in that size.
@@ -46,9 +50,15 @@ def stage_one(
 def record(row: Detector, options: Any, size: tuple[int, int], resize: str, name: str, digest: str) -> dict[str, Any]:
     """What a condition's record says of its making; `digest` is the sha256 of the photo's file."""
     return {
-        "kind": row.kind, "detector": row.name, "options": asdict(options), "resize": resize, "size": list(size),
-        "source": name, "source_sha256": digest, "versions": {"controlnet": version(), "opencv": cv2.__version__},
-    }  # fmt: skip
+        "kind": row.kind,
+        "detector": row.name,
+        "options": asdict(options),
+        "resize": resize,
+        "size": list(size),
+        "source": name,
+        "source_sha256": digest,
+        "versions": {"controlnet": version(), "opencv": cv2.__version__},
+    }
 
 
 @cache

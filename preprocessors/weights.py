@@ -29,16 +29,17 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 @dataclass(frozen=True)
 class Weights:
-    """Files that come with this package, inside another one of the package index, or in a repository of the model hub.
-    `size` and `sha256` are the package's, or of the file that comes with this one; where no public source gives a
-    sha256 it is empty. lock.json keeps the sha256 of every file at its first download."""
+    """Files that ship with this package, lie in a wheel of the package index, or in a repository of the model hub.
+
+    `size` and `sha256` are those of the wheel or of the shipped file; `sha256` is empty where no public source gives
+    one. lock.json keeps the sha256 of every file from its first download on."""
 
     name: str
     licence: str
     source: str
-    """The package, or the hub's OWNER/NAME, or `shipped` with this one."""
+    """A package of the index, OWNER/NAME on the hub, or `shipped`."""
     file: str
-    """The wheel, a zip file of which nothing but `members` is used and which is not installed; empty for the hub."""
+    """The wheel. It is not installed: only its `members` are read from it. Empty for the hub."""
     members: tuple[str, ...]
     size: int
     sha256: str = ""
@@ -112,7 +113,7 @@ def _folder(name: str) -> Path:
 
 
 def digests(name: str) -> dict[str, str]:
-    """File -> sha256: of what is downloaded where a public source tells it, and of the files as they were kept."""
+    """File -> sha256: of what is downloaded, where a public source gives it, and of the files as they were kept."""
     row = WEIGHTS[name]
     if row.source == "shipped":
         return {names_of(row)[0]: row.sha256}
@@ -128,10 +129,10 @@ def verify(name: str) -> list[str]:
     """Files of these weights that are missing, or not what they were when they were fetched."""
     row, folder, told = WEIGHTS[name], _folder(name), digests(name)
     return [
-        file for file in names_of(row)
-        if not (folder / file).is_file()
-        or hashlib.sha256((folder / file).read_bytes()).hexdigest() != told.get(file)
-    ]  # fmt: skip
+        file
+        for file in names_of(row)
+        if not (folder / file).is_file() or hashlib.sha256((folder / file).read_bytes()).hexdigest() != told.get(file)
+    ]
 
 
 def find(name: str, given: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None) -> Path:

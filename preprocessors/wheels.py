@@ -22,9 +22,12 @@ def fetch_wheel(file: str, size: int, sha256: str, on_bytes: Callable[[int, int]
         output = Path(folder) / "output"
         with open(output, "wb") as told:
             process = subprocess.Popen(
-                command(file, folder), stdin=subprocess.DEVNULL, stdout=told, stderr=told,
+                command(file, folder),
+                stdin=subprocess.DEVNULL,
+                stdout=told,
+                stderr=told,
                 env={**os.environ, "TMPDIR": folder, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-            )  # fmt: skip
+            )
             try:
                 while process.poll() is None:
                     on_bytes(min(size, _bytes_in(Path(folder))), size)

@@ -136,7 +136,7 @@ def test_a_condition_of_another_aspect_is_stretched_and_said(run, common):
     (["-p", "x", "-o", "a.webp"], Exit.USAGE, "-o a.png"), (["-p", "x", "-n", "2", "-o", "a.png"], Exit.USAGE, "-o a/"),
     (["-p", "x", "--device", "tpu"], Exit.USAGE, "--device tpu"),
     (["-p", "x", "--dtype", "int8"], Exit.USAGE, "--dtype int8"),
-    (["--cond", "photo.png"], Exit.USAGE, "its kind is told neither"),
+    (["--cond", "photo.png"], Exit.USAGE, "says its kind"),
     (["--cond", "none.canny.png"], Exit.INPUT, "no such file"),
     (["--cond", "photo.png,detect=cany"], Exit.USAGE, "unknown kind 'cany'"),
     (["--cond", "photo.png,kind=seg"], Exit.MODEL, "no ControlNet is known for kind 'seg'"),

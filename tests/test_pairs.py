@@ -254,7 +254,7 @@ def test_build_makes_pairs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert run(*command, "-o", tmp_path / "data") == Exit.PARTIAL
     assert "broken.jpg" in capsys.readouterr().err
     found = find_pairs(tmp_path / "data")
-    assert len(found.pairs) == 6 and kind_of_pairs(found) == ("canny", "told by the manifest")
+    assert len(found.pairs) == 6 and kind_of_pairs(found) == ("canny", "from the manifest")
     assert sorted(p.caption for p in found.pairs) == CAPTIONS
     for pair in found.pairs:
         image, condition = (read_image(p.read_bytes(), "")[0] for p in (pair.image, pair.condition))

@@ -111,7 +111,7 @@ def test_the_interval_is_the_normal_ones_for_many():
 
 @pytest.mark.parametrize("args, code, said", [
     (("{f}/photo.png", "--cond", "{f}/wide.canny.png"), Exit.INPUT, "another aspect"),
-    (("{f}/photo.png", "--cond", "{f}/photo.png"), Exit.USAGE, "its kind is told neither"),
+    (("{f}/photo.png", "--cond", "{f}/photo.png"), Exit.USAGE, "says its kind"),
     (("{f}/photo.png", "--cond", "{f}/photo.png,kind=seg"), Exit.USAGE, "has no score"),
     (("{f}/photo.png", "--cond", "{f}/empty.canny.png"), Exit.INPUT, "one flat colour"),
     (("{f}/photo.png", "--cond", "{f}/plain.pose.png"), Exit.INPUT, "no key points"),

@@ -69,7 +69,7 @@ class ControlNet(nn.Module):
         return len(self.controlnet_down_blocks) + 1
 
     def prepare(self, condition: Tensor, kind: str = "") -> Tensor:
-        """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once an image: it depends on neither z_t nor t. Some
+        """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once per image: it depends on neither z_t nor t. Some
         public networks say in their config that they were trained on maps with red and blue exchanged."""
         if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
             condition = condition.flip(1)

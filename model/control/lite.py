@@ -54,10 +54,7 @@ def halvings(config: dict) -> list[bool]:
     """For each skip connection after conv_in's: whether it is a down-sampler's, at half the size of the one before."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     layers = [layers] * len(widths) if isinstance(layers, int) else layers
-    return [
-        last for level, count in enumerate(layers)
-        for last in [False] * count + [True] * (level < len(widths) - 1)
-    ]  # fmt: skip
+    return [last for level, count in enumerate(layers) for last in [False] * count + [True] * (level < len(widths) - 1)]
 
 
 def gaussian_convolutions_(controlnet: ControlNet) -> ControlNet:

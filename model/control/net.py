@@ -19,11 +19,11 @@ class Net(Protocol):
         """Residuals of a Control: one per skip connection, and the middle's."""
 
     def prepare(self, condition: Tensor, kind: str = "") -> Tensor:
-        """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1] of a kind. Once an image: it depends on
+        """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1] of a kind. Once per image: it depends on
         neither z_t nor t."""
 
     def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[Any]:
-        """What it wants to know of each timestep of `times` (n,), once a schedule; any object for each of the n."""
+        """What it needs to know about each timestep of `times` (n,), once per schedule: n objects of any type."""
 
     def control(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> Control:
         """Control for z_t (B, 4, h, w) at a step that `begin` gave, under a prompt of B rows, or of 2B for both halves

@@ -21,8 +21,9 @@ class Prompt:
         """Rows: B."""
         return len(self.c_t)
 
-    def keys_values(self, attention: Any, compute: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-                    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def keys_values(
+        self, attention: Any, compute: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Two (B, heads, T, C / heads), computed once."""
         if attention in self._kept:
             return self._kept[attention]

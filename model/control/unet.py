@@ -1,7 +1,8 @@
-"""The UNet walked block by block: the modules are diffusers', the way through them is ours, so that nothing is computed
-twice in a sampling. The locked base and the trainable copy take the same way.
+"""The walk through the UNet, block by block. The modules are diffusers'; the order in which they are called is ours, so
+that a sampling computes nothing twice. The locked base and the trainable copy are walked alike.
 
-* Keys and values of the prompt are computed once an image (`Prompt`), time embeddings once a schedule (`embed_times`).
+* Keys and values of the prompt are computed once per image (`Prompt`), time embeddings once per
+  schedule (`embed_times`).
 * What lies before the first cross-attention reads no prompt: both halves of the guidance share it. There z has B images
   and the text 2B rows; the batch grows at the first cross-attention.
 * Feature maps stay in channels_last between convolutions and attention: no copies from one layout to the other.
@@ -29,7 +30,7 @@ BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2
 
 
 def embed_times(network: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
-    """The time embedding (n, 4C) of timesteps (n,), once a schedule."""
+    """The time embedding (n, 4C) of timesteps (n,), once per schedule."""
     return network.time_embedding(network.time_proj(times).to(dtype))
 
 

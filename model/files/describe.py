@@ -10,7 +10,7 @@ from controlnet.model.files.stored import Stored
 
 
 def described(stored: Stored) -> dict[str, Any]:
-    """What `models show` tells; reads no tensor."""
+    """What `models show` prints; reads no tensor."""
     net = "controlnet" in stored.parts
     configs = {part: stored.config(part) for part in stored.parts}
     headers = {part: stored.headers(part) for part in stored.parts}
@@ -18,11 +18,13 @@ def described(stored: Stored) -> dict[str, Any]:
     said = {"unet": "base", "controlnet": "ControlNet"}
     what = [word for part, word in said.items() if part in configs] or [p.replace("_", " ") for p in configs]
     fields: dict[str, Any] = {
-        "path": str(stored.path), "what": " and ".join(what), "format": stored.layout,
+        "path": str(stored.path),
+        "what": " and ".join(what),
+        "format": stored.layout,
         "family": family_name(configs.get("unet", first)),
         "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
         "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
-    }  # fmt: skip
+    }
     if net:
         config = configs["controlnet"]
         hint = config.get("hint_encoder", "released")

@@ -37,8 +37,9 @@ class Folder:
         files = weight_files(self._folder(first), STEMS[first])
         kinds = ["diffusers folder", "pickle" if files[0].suffix == ".bin" else "safetensors"]
         kinds += ["sharded"] * (len(files) > 1) + ["fp16 variant"] * (".fp16." in files[0].name)
-        others = sorted({f.suffix for f in files[0].parent.glob("*") if f.suffix in (".bin", ".safetensors")}
-                        - {files[0].suffix})  # fmt: skip
+        others = sorted(
+            {f.suffix for f in files[0].parent.glob("*") if f.suffix in (".bin", ".safetensors")} - {files[0].suffix}
+        )
         return ", ".join(kinds) + (f" (the {others[0]} beside it is not read)" if others else "")
 
     @property
@@ -69,8 +70,11 @@ class Folder:
         if part == "text_encoder":
             return text_state(state)
         if part == "vae":  # files older than diffusers 0.18 call its attention's layers otherwise
-            old = {f"{half}.mid_block.attentions.0.{a}": f"{half}.mid_block.attentions.0.{b}"
-                   for half in ("encoder", "decoder") for a, b in _OLD_VAE.items()}  # fmt: skip
+            old = {
+                f"{half}.mid_block.attentions.0.{a}": f"{half}.mid_block.attentions.0.{b}"
+                for half in ("encoder", "decoder")
+                for a, b in _OLD_VAE.items()
+            }
             return {k: t for k, t in state.items() if k not in (found := names.rename(state, old))} | (
                 names.linear_attention(found)
             )

@@ -17,11 +17,16 @@ def model_hash(model: Path) -> str:
     its content's."""
     model = Path(model)
     folder = model if model.is_dir() else model.parent
-    files = [model] if model.is_file() else sorted(
-        path for path in folder.rglob("*")
-        if path.suffix in (".safetensors", ".bin", ".pth")
-        and not path.relative_to(folder).parts[0].startswith("controlnet-")
-    )  # fmt: skip
+    files = (
+        [model]
+        if model.is_file()
+        else sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix in (".safetensors", ".bin", ".pth")
+            and not path.relative_to(folder).parts[0].startswith("controlnet-")
+        )
+    )
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     memory = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()
     if memory.is_file():

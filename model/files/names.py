@@ -140,9 +140,11 @@ def join_attention(state: State) -> State:
 def _encoder(config: Mapping) -> Names:
     """What UNet and ControlNet share: time embedding, encoding blocks and middle block."""
     names = {
-        "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-        "input_blocks.0.0": "conv_in", "middle_block.1": "mid_block.attentions.0",
-    }  # fmt: skip
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+    }
     names |= _resnet("middle_block.0", "mid_block.resnets.0") | _resnet("middle_block.2", "mid_block.resnets.1")
     i = 1
     for block, kind in enumerate(config["down_block_types"]):

@@ -48,14 +48,19 @@ class SingleFile:
     @property
     def parts(self) -> tuple[str, ...]:
         marks = {
-            "controlnet": ("control_model.input_hint_block.0.weight", "input_hint_block.0.weight",
-                           "controlnet_cond_embedding.conv_in.weight"),
+            "controlnet": (
+                "control_model.input_hint_block.0.weight",
+                "input_hint_block.0.weight",
+                "controlnet_cond_embedding.conv_in.weight",
+            ),
             "unet": ("model.diffusion_model.input_blocks.0.0.weight",),
             "vae": ("first_stage_model.encoder.conv_in.weight",),
-            "text_encoder": ("cond_stage_model.transformer.text_model.final_layer_norm.weight",
-                             "cond_stage_model.transformer.final_layer_norm.weight",
-                             "cond_stage_model.model.ln_final.weight"),
-        }  # fmt: skip
+            "text_encoder": (
+                "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+                "cond_stage_model.transformer.final_layer_norm.weight",
+                "cond_stage_model.model.ln_final.weight",
+            ),
+        }
         return tuple(part for part, marked in marks.items() if any(mark in self._headers for mark in marked))
 
     @property
@@ -237,9 +242,10 @@ def to_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 
 def _guess(headers: dict[str, Header]) -> str:
     known = (
-        ("lora_", "a LoRA"), ("conditioner.embedders", "an SDXL base, which is not supported"),
+        ("lora_", "a LoRA"),
+        ("conditioner.embedders", "an SDXL base, which is not supported"),
         ("model.diffusion_model.joint_blocks", "an SD 3 base, which is not supported"),
         ("double_blocks", "a Flux model, which is not supported"),
         ("down_blocks.0.resnets", "the UNet of a base in diffusers' names, without its config"),
-    )  # fmt: skip
+    )
     return next((what for mark, what in known if any(mark in name for name in headers)), "unknown names")

@@ -25,7 +25,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Header:
-    """A tensor as a file's header tells it."""
+    """What a file's header says about a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -47,9 +47,14 @@ def weights_among(names: Iterable[str], stem: str) -> str | None:
     pickles, whole precision before the fp16 variant."""
     pickled = "pytorch_model" if stem == "model" else stem
     order = (
-        f"{stem}.safetensors.index.json", f"{stem}.safetensors", f"{stem}.safetensors.index.fp16.json",
-        f"{stem}.fp16.safetensors", f"{pickled}.bin.index.json", f"{pickled}.bin", f"{pickled}.fp16.bin",
-    )  # fmt: skip
+        f"{stem}.safetensors.index.json",
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.fp16.safetensors",
+        f"{pickled}.bin.index.json",
+        f"{pickled}.bin",
+        f"{pickled}.fp16.bin",
+    )
     names = set(names)
     return next((name for name in order if name in names), None)
 
@@ -184,9 +189,13 @@ def is_safetensors(path: Path) -> bool:
 
 def _dtype(name: str) -> str:
     names = {
-        "F16": "float16", "F32": "float32", "BF16": "bfloat16", "F64": "float64", "F8_E4M3": "float8_e4m3fn",
+        "F16": "float16",
+        "F32": "float32",
+        "BF16": "bfloat16",
+        "F64": "float64",
+        "F8_E4M3": "float8_e4m3fn",
         "F8_E5M2": "float8_e5m2",
-    }  # fmt: skip
+    }
     return names.get(name, name.lower())
 
 

@@ -29,9 +29,15 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
     merges = MERGES.read_text()
     end = "<|endoftext|>"
     config = {
-        "tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": 77, "errors": "replace",
-        "bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": pad_token,
-    }  # fmt: skip
+        "tokenizer_class": "CLIPTokenizer",
+        "do_lower_case": True,
+        "model_max_length": 77,
+        "errors": "replace",
+        "bos_token": "<|startoftext|>",
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": pad_token,
+    }
     write_file(folder / "merges.txt", merges.encode())
     write_file(folder / "vocab.json", json.dumps(clip_vocabulary(merges), ensure_ascii=False).encode())
     write_file(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())

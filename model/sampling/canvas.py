@@ -1,7 +1,6 @@
 """The canvas: the pixel size of the image to be generated, and the one function that brings a condition to it.
 
-Sampling and training both call `to_canvas`, so a network never sees at one a sort of map that it did not see at the
-other.
+Sampling and training both call `to_canvas`, so a network samples with maps that look like those it was trained on.
 """
 
 from __future__ import annotations

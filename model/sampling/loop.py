@@ -78,9 +78,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, times: Tensor, prompt: Prompt, negative: Prompt | None,
-        controls: Sequence[Applied], guidance: float, halves_apart: bool = False,
-    ):  # fmt: skip
+        self,
+        unet: UNet2DConditionModel,
+        times: Tensor,
+        prompt: Prompt,
+        negative: Prompt | None,
+        controls: Sequence[Applied],
+        guidance: float,
+        halves_apart: bool = False,
+    ):
         self.unet, self.controls, self.guidance, self.halves_apart = unet, controls, guidance, halves_apart
         self.count = len(times)
         self.prompt = prompt  # B rows

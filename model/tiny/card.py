@@ -26,7 +26,7 @@ from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
 from controlnet.model.sampling.generate import Request, generate, to_pixels
-from controlnet.model.tiny.readers import JointReader, PartReader, Reader, measures
+from controlnet.model.tiny.readers import JointReader, Measure, PartReader, Reader, measures
 from controlnet.model.tiny.world.render import FLOOR, MAIN, WALL
 from controlnet.model.tiny.world.scenes import make_scene
 from controlnet.model.tiny.world.shards import HELD_OUT, World, world
@@ -180,42 +180,50 @@ def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tu
                 card[name] = colours.accuracy(made, held_out, rows, parts.read(made))
         for i in (0, 10):
             samples += [
-                (held_out.images[rows[i]], "scene"), (conditions[i], f"its {measure.kind}"),
-                (pictures["T"][i], captions[i]), (pictures["S"][i], f"another scene's {measure.kind}"),
+                (held_out.images[rows[i]], "scene"),
+                (conditions[i], f"its {measure.kind}"),
+                (pictures["T"][i], captions[i]),
+                (pictures["S"][i], f"another scene's {measure.kind}"),
                 (pictures["0"][i], "no control"),
-            ]  # fmt: skip
+            ]
     return card, contact_sheet(samples, 5, size)
 
 
-def write_card(weights: Path, card: dict, training: dict) -> None:
-    def row(name: str, value: list[float]) -> str:
-        return f"| {name} | {value[0]:.3f} | {value[1]:.3f} to {value[2]:.3f} |"
+def _row(name: str, value: list[float]) -> str:
+    return f"| {name} | {value[0]:.3f} | {value[1]:.3f} to {value[2]:.3f} |"
 
-    def lowest(name: str) -> str:
-        return f"{min(value[0] for value in card[name].values()):.3f}"
 
-    stages = "\n".join(f"| {n} | {s['steps']:,} | {s['minutes']:.0f} |" for n, s in training["stages"].items())
-    parts = []
-    for measure in measures(JointReader()):
-        found = card["control"][measure.kind]
-        parts.append(f"""### {measure.kind}
+def _control_section(measure: Measure, found: dict) -> str:
+    """What the card says of one kind."""
+    colours = [_row(k, values) + _row("", found["colours_both"][k])[4:] for k, values in found["colours"].items()]
+    return f"""### {measure.kind}
 {measure.name}: {measure.told}.
 
 | made with | {measure.name} | interval |
 |---|---|---|
-{row("T: the scene's own condition", found["T"])}
-{row("S: another scene's condition", found["S"])}
-{row("T with `--control-on both`", found["T_both"])}
-{row("S with `--control-on both`", found["S_both"])}
-{row("no control", found["0"])}
-{row("C: the VAE's reconstruction, the ceiling", found["C"])}
+{_row("T: the scene's own condition", found["T"])}
+{_row("S: another scene's condition", found["S"])}
+{_row("T with `--control-on both`", found["T_both"])}
+{_row("S with `--control-on both`", found["S_both"])}
+{_row("no control", found["0"])}
+{_row("C: the VAE's reconstruction, the ceiling", found["C"])}
 
 **(T - S) / (C - S) = {found["control"]:.2f}**; with `--control-on both` {found["control_both"]:.2f}
 
 | colour as the prompt names it | share | interval | `--control-on both` | interval |
 |---|---|---|---|---|
-{chr(10).join(row(k, values) + row("", found["colours_both"][k])[4:] for k, values in found["colours"].items())}
-""")
+{chr(10).join(colours)}
+"""
+
+
+def write_card(weights: Path, card: dict, training: dict) -> None:
+    """README.md and card.json beside the weights."""
+
+    def lowest(name: str) -> str:
+        return f"{min(value[0] for value in card[name].values()):.3f}"
+
+    stages = "\n".join(f"| {n} | {s['steps']:,} | {s['minutes']:.0f} |" for n, s in training["stages"].items())
+    parts = [_control_section(measure, card["control"][measure.kind]) for measure in measures(JointReader())]
     text = f"""---
 license: apache-2.0
 tags: [controlnet, text-to-image, stable-diffusion-layout]
@@ -246,7 +254,7 @@ Where floor, wall and main object are is told by a network trained on the world.
 
 | colour as the prompt names it | share | interval |
 |---|---|---|
-{chr(10).join(row(region, values) for region, values in card["colours_free"].items())}
+{chr(10).join(_row(region, values) for region, values in card["colours_free"].items())}
 
 Colours are read by the five nearest of 1,500 reference scenes; of the scenes themselves that is right in
 {lowest("reader")} or more, and where the network has to find the parts in {lowest("parts_reader")} or more. Joints are

@@ -93,8 +93,16 @@ def loss_of_batch(predicted: Tensor, depth: Tensor) -> Tensor:
     return total
 
 
-def train(network: nn.Module, images: np.ndarray, depth: np.ndarray, folder: Path, minutes: float,
-          device: torch.device, batch: int = 32, report=print) -> Progress:  # fmt: skip
+def train(
+    network: nn.Module,
+    images: np.ndarray,
+    depth: np.ndarray,
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    batch: int = 32,
+    report=print,
+) -> Progress:
     """Leaves the averaged weights in `network`."""
     torch.manual_seed(0)
     network.to(device).to(memory_format=torch.channels_last)

@@ -185,17 +185,29 @@ def measures(reader: JointReader) -> list[Measure]:
 
     return [
         Measure(
-            "canny", "F1", "F1 between the condition and the edges detected again on the image, within 1 pixel (2 at"
-            " 256)", everything, lambda world, row: user_canny(world.images[row]), canny_scores,
+            "canny",
+            "F1",
+            "F1 between the condition and the edges detected again on the image, within 1 pixel (2 at 256)",
+            everything,
+            lambda world, row: user_canny(world.images[row]),
+            canny_scores,
         ),
         Measure(
-            "pose", "PCK@0.1", "the share of joints that a network trained on the world's people finds in the image"
-            " within 0.1 of the figure's longer side of where the condition has them", people,
-            lambda world, row: pose_of(world.joints[row], world.images.shape[1]), pose_scores,
+            "pose",
+            "PCK@0.1",
+            "the share of joints that a network trained on the world's people finds in the image"
+            " within 0.1 of the figure's longer side of where the condition has them",
+            people,
+            lambda world, row: pose_of(world.joints[row], world.images.shape[1]),
+            pose_scores,
         ),
         Measure(
-            "depth", "rank correlation", "Spearman's rank correlation of the condition (`detect depth` on the scene's"
-            " picture) with the depth detected on the image", everything,
-            lambda world, row: user_depth(world.images[row]), depth_scores,
+            "depth",
+            "rank correlation",
+            "Spearman's rank correlation of the condition (`detect depth` on the scene's"
+            " picture) with the depth detected on the image",
+            everything,
+            lambda world, row: user_depth(world.images[row]),
+            depth_scores,
         ),
-    ]  # fmt: skip
+    ]

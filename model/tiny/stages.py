@@ -41,8 +41,16 @@ from torch import Tensor, nn
 LATENT_NOISE = 0.05
 
 
-def train_vae(world: World, folder: Path, minutes: float, device: torch.device, crop: int = 64, batch: int = 16,
-              vae: Any = None, report=print) -> tuple[nn.Module, Progress]:  # fmt: skip
+def train_vae(
+    world: World,
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    crop: int = 64,
+    batch: int = 16,
+    vae: Any = None,
+    report=print,
+) -> tuple[nn.Module, Progress]:
     """Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit statistics."""
     torch.manual_seed(0)
     vae = (vae or make_vae()).to(device, memory_format=torch.channels_last)
@@ -66,7 +74,8 @@ def train_vae(world: World, folder: Path, minutes: float, device: torch.device, 
         unit = mean.square().mean() + (deviation.clamp(min=1e-3).log()).square().mean()
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * gradients + 0.01 * unit
 
-    config = LoopConfig(minutes=minutes, learning_rate=2e-3, weight_decay=0.0)
+    # Muon is at a loss after 1,200 steps where AdamW is after 5,000 (benchmarks/LOG.md).
+    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3, weight_decay=0.0)
     progress = fit(vae, loss_of, config, folder, report)
     return vae.eval(), progress
 
@@ -109,8 +118,9 @@ def half_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device,
     return torch.load(path, weights_only=True)
 
 
-def diffusion_batch(step: int, seed: int, latents: Tensor, batch: int, device: torch.device,
-                    among: np.ndarray | None = None) -> tuple:  # fmt: skip
+def diffusion_batch(
+    step: int, seed: int, latents: Tensor, batch: int, device: torch.device, among: np.ndarray | None = None
+) -> tuple:
     """Rows (of those in `among`, or of all), z_0, eps and t of a step, and the generator to draw the rest from: all
     from (seed, step)."""
     rng = np.random.default_rng([seed, step])
@@ -150,9 +160,16 @@ class Sketch(nn.Module):
 
 
 def train_text(
-    latents: Tensor, captions: list[str], tokenizer, folder: Path, minutes: float, device: torch.device,
-    text_encoder: nn.Module | None = None, batch: int = 64, report=print,
-) -> tuple[nn.Module, Progress]:  # fmt: skip
+    latents: Tensor,
+    captions: list[str],
+    tokenizer,
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    text_encoder: nn.Module | None = None,
+    batch: int = 64,
+    report=print,
+) -> tuple[nn.Module, Progress]:
     """The text encoder alone, before the base, as Stable Diffusion's: it learns to tell what the picture looks like.
 
     Taught by the denoising loss alone it had hardly begun after 190,000 samples (benchmarks/LOG.md).
@@ -175,9 +192,18 @@ def train_text(
 
 
 def train_base(
-    latents: Tensor, captions: list[str], tokenizer, text_encoder: nn.Module, size: int, folder: Path, minutes: float,
-    device: torch.device, unet: nn.Module | None = None, batch: int = 64, report=print,
-) -> tuple[nn.Module, nn.Module, Progress]:  # fmt: skip
+    latents: Tensor,
+    captions: list[str],
+    tokenizer,
+    text_encoder: nn.Module,
+    size: int,
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    unet: nn.Module | None = None,
+    batch: int = 64,
+    report=print,
+) -> tuple[nn.Module, nn.Module, Progress]:
     """UNet and text encoder together, on cached latents; one prompt in ten empty, captions in varying words."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"unet": unet or make_unet(size), "text": text_encoder})
@@ -245,9 +271,19 @@ functions that users call."""
 
 
 def train_control(
-    kind: str, unet: nn.Module, text_encoder: nn.Module, world: World, latents: Tensor, tokenizer, folder: Path,
-    minutes: float, device: torch.device, controlnet: ControlNet | None = None, batch: int = 32, report=print,
-) -> tuple[ControlNet, Progress]:  # fmt: skip
+    kind: str,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    world: World,
+    latents: Tensor,
+    tokenizer,
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    controlnet: ControlNet | None = None,
+    batch: int = 32,
+    report=print,
+) -> tuple[ControlNet, Progress]:
     """A ControlNet on the locked base: prompts emptied half the time. Poses are learned from scenes with a person."""
     torch.manual_seed(0)
     controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.files.tensors import read_json
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
@@ -68,12 +69,121 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
         kept = {k: v for k, v in config.items() if k not in (unwanted.get(file), "_name_or_path")}
         (folder / file).write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n")
     index = {
-        "_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderTiny"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
-    }  # fmt: skip
+        "_class_name": "StableDiffusionPipeline",
+        "vae": ["diffusers", "AutoencoderTiny"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class Training:
+    """All stages of one training, each begun with the network that an earlier training left, or with nothing."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.minutes, self.kept = parse_minutes(args.minutes), args.keep.split(",")
+        self.earlier = (
+            read_json(args.start / "training.json", "the record of an earlier training")
+            if args.start
+            else {"stages": {}}
+        )
+        self.size = args.size or self.earlier.get("size", 256)
+        self.run = args.runs / str(self.size)
+        self.data = world(args.runs / "world", args.scenes, self.size, device=device.type)
+        self.begun: dict[str, Any] = dict.fromkeys(STAGES)
+        self.tokenizer = self._begin_with(args.start) if args.start else self._new_tokenizer()
+        self.progress: dict[str, Progress] = {}
+        self.nets: dict[str, ControlNet] = {}
+
+    def _begin_with(self, start: Path):
+        """Take the networks of an earlier training that are to be kept; its tokenizer."""
+        base = load_base(str(start), self.device, torch.float32)
+        found: dict[str, Any] = {"vae": base.vae, "text": base.text_encoder, "base": base.unet}
+        for kind in CONDITIONS:
+            if (folder := start / f"controlnet-{kind}").is_dir():
+                found[kind] = load_controlnet(folder, torch.float32)
+        for name, network in found.items():
+            if name in self.kept:
+                self.begun[name] = network.requires_grad_(True)
+        shutil.copytree(start / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
+        return base.tokenizer
+
+    def _new_tokenizer(self):
+        rng = np.random.default_rng(0)
+        captions = self.data.captions[:10_000]
+        corpus = [text for caption in captions for text in (caption, vary(caption, rng, 0.5))]
+        return make_tokenizer(corpus, self.run / "tokenizer")
+
+    def train(self) -> None:
+        """The stages, one after another."""
+        data, run, device, minutes, begun = self.data, self.run, self.device, self.minutes, self.begun
+        self.vae, reached = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
+        self.finish("vae", reached)
+        latents = cached_latents(self.vae, data.images, run / "latents.pt", device)
+
+        captions, tokenizer = data.captions, self.tokenizer
+        text_encoder, reached = train_text(
+            latents, captions, tokenizer, run / "text", minutes["text"], device, text_encoder=begun["text"]
+        )
+        self.finish("text", reached)
+
+        # The base learns at half the size first, where a picture costs a quarter.
+        halves = half_latents(self.vae, data.images, run / "latents-half.pt", device) if minutes["half"] else latents
+        unet, text_encoder, reached = train_base(
+            halves, captions, tokenizer, text_encoder, self.size, run / "half", minutes["half"], device, begun["base"]
+        )
+        self.finish("half", reached)
+        self.unet, self.text_encoder, reached = train_base(
+            latents, captions, tokenizer, text_encoder, self.size, run / "base", minutes["base"], device, unet, 32
+        )
+        self.finish("base", reached)
+
+        for kind in CONDITIONS:
+            # How to steer the base is learned once: later kinds begin with the first one's network.
+            start = begun[kind] or copy.deepcopy(self.nets.get("canny"))
+            self.nets[kind], reached = train_control(
+                kind, self.unet, self.text_encoder, data, latents, tokenizer, run / kind, minutes[kind], device, start
+            )
+            self.finish(kind, reached)
+
+    def finish(self, name: str, reached: Progress) -> None:
+        """A stage that a signal has stopped ends the command: the next one would begin on half a network."""
+        self.progress[name] = reached
+        if json.loads((self.run / name / "log.jsonl").read_text().splitlines()[-1]).get("ended") == "stopped":
+            print("stopped; the same command goes on")
+            sys.exit(130)
+        if name == self.args.until:
+            print(f"{name} is trained; the same command without --until goes on")
+            sys.exit(0)
+
+    def write(self, out: Path) -> None:
+        """The model in diffusers' layout, and what it took to train."""
+        out.mkdir(parents=True, exist_ok=True)
+        save_base(out, self.vae, self.unet, self.text_encoder, self.run / "tokenizer")
+        for kind, net in self.nets.items():
+            save_controlnet(net, out / f"controlnet-{kind}", torch.float16)
+        machine = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        machine += f", torch {torch.__version__}"
+        if not any(reached.step for reached in self.progress.values()):  # nothing was trained here
+            machine = self.earlier.get("machine", machine)
+        training = {"size": self.size, "scenes": self.args.scenes, "machine": machine, "stages": self._spent()}
+        (out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+
+    def _spent(self) -> dict[str, dict[str, float]]:
+        """Steps and minutes of each stage, those of an earlier training included."""
+        stages = {}
+        for name, reached in self.progress.items():
+            before = self.earlier["stages"].get(name, {}) if name in self.kept else {}
+            steps, minutes = before.get("steps", 0) + reached.step, before.get("minutes", 0.0) + reached.seconds / 60
+            if steps:
+                stages[name] = {"steps": steps, "minutes": round(minutes, 1)}
+        return stages
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,87 +197,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", default=",".join(STAGES), help="what of --start is taken")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
     args = parser.parse_args(arguments)
-    minutes, kept = parse_minutes(args.minutes), args.keep.split(",")
-    if unknown := set(kept) - set(STAGES):
+    if unknown := set(args.keep.split(",")) - set(STAGES):
         parser.error(f"--keep: unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
-    args.size = args.size or (json.loads((args.start / "training.json").read_text())["size"] if args.start else 256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = args.runs / str(args.size)
-    data = world(args.runs / "world", args.scenes, args.size, device=device.type)
-    begun: dict[str, Any] = dict.fromkeys(STAGES)
-    if args.start:
-        base = load_base(str(args.start), device, torch.float32)
-        begun |= {"vae": base.vae, "text": base.text_encoder, "base": base.unet}
-        for kind in CONDITIONS:
-            if (folder := args.start / f"controlnet-{kind}").is_dir():
-                begun[kind] = load_controlnet(folder, torch.float32)
-        begun = {name: network if name in kept else None for name, network in begun.items()}
-        shutil.copytree(args.start / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
-        tokenizer = base.tokenizer
-        for network in filter(None, begun.values()):
-            network.requires_grad_(True)
-    else:
-        rng = np.random.default_rng(0)
-        corpus = [c for caption in data.captions[:10_000] for c in (caption, vary(caption, rng, 0.5))]
-        tokenizer = make_tokenizer(corpus, run / "tokenizer")
-    progress: dict[str, Progress] = {}
-    nets: dict[str, ControlNet] = {}
-
-    def finish(name: str, reached: Progress) -> None:
-        """A stage that a signal has stopped ends the command: the next one would begin on half a network."""
-        progress[name] = reached
-        if json.loads((run / name / "log.jsonl").read_text().splitlines()[-1]).get("ended") == "stopped":
-            print("stopped; the same command goes on")
-            sys.exit(130)
-        if name == args.until:
-            print(f"{name} is trained; the same command without --until goes on")
-            sys.exit(0)
-
-    with attention(device, small=args.size <= 256):
-        vae, reached = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
-        finish("vae", reached)
-        latents = cached_latents(vae, data.images, run / "latents.pt", device)
-        text_encoder, reached = train_text(
-            latents, data.captions, tokenizer, run / "text", minutes["text"], device, text_encoder=begun["text"]
-        )
-        finish("text", reached)
-        halves = half_latents(vae, data.images, run / "latents-half.pt", device) if minutes["half"] else latents
-        unet, text_encoder, reached = train_base(
-            halves, data.captions, tokenizer, text_encoder, args.size, run / "half", minutes["half"], device,
-            unet=begun["base"],
-        )  # fmt: skip
-        finish("half", reached)
-        unet, text_encoder, reached = train_base(
-            latents, data.captions, tokenizer, text_encoder, args.size, run / "base", minutes["base"], device, unet, 32
-        )
-        finish("base", reached)
-        for kind in CONDITIONS:
-            nets[kind], reached = train_control(
-                kind, unet, text_encoder, data, latents, tokenizer, run / kind, minutes[kind], device,
-                # How to steer the base is learned once: later kinds begin with the first one's network.
-                controlnet=begun[kind] or copy.deepcopy(nets.get("canny")),
-            )  # fmt: skip
-            finish(kind, reached)
-    earlier = json.loads((args.start / "training.json").read_text()) if args.start else {"stages": {}}
-    stages = {}
-    for name, reached in progress.items():
-        before = earlier["stages"].get(name, {}) if name in kept else {}
-        steps, spent = before.get("steps", 0) + reached.step, before.get("minutes", 0.0) + reached.seconds / 60
-        if steps:
-            stages[name] = {"steps": steps, "minutes": round(spent, 1)}
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_base(args.out, vae, unet, text_encoder, run / "tokenizer")
-    for kind, net in nets.items():
-        save_controlnet(net, args.out / f"controlnet-{kind}", torch.float16)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    machine += f", torch {torch.__version__}"
-    if not any(reached.step for reached in progress.values()):  # nothing was trained here
-        machine = earlier.get("machine", machine)
-    training = {
-        "size": args.size, "scenes": args.scenes, "machine": machine, "stages": stages,
-    }  # fmt: skip
-    (args.out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    training = Training(args, device)
+    with attention(device, small=training.size <= 256):
+        training.train()
+    training.write(args.out)
     print(f"written: {args.out}; now measure it with python -m controlnet.model.tiny.card")
 
 

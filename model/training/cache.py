@@ -51,9 +51,9 @@ class Cache:
             write_file(path, data)
         except OutputError as error:
             raise OutputError(
-                str(error), f"free some disk, or CONTROLNET_CACHE=DIR for another place than {self.folder}, or"
-                " --set cache=false"
-            ) from error  # fmt: skip
+                str(error),
+                f"free some disk, or CONTROLNET_CACHE=DIR for another place than {self.folder}, or --set cache=false",
+            ) from error
 
     def file_hash(self, path: Path) -> str:
         """sha256 of a file, remembered by its size and time of change."""

@@ -22,7 +22,8 @@ from controlnet.preprocessors.kinds import kind_named
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
 }  # fmt: skip
-"""Settings that a resumed run may change: they do not touch the optimisation. With a decay, the length does."""
+"""Settings that a resumed run may change, since the optimisation does not depend on them. Where the learning rate
+decays, it depends on the length of the run too."""
 
 
 def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:

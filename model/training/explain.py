@@ -41,8 +41,10 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
             raise
         whole = "; the last checkpoint is whole" if run.has_checkpoints else ""
-        raise OutputError(f"{error.filename or run.path}: cannot be written ({error.strerror}){whole}",
-                          "free some disk, then the same command with --resume") from error  # fmt: skip
+        raise OutputError(
+            f"{error.filename or run.path}: cannot be written ({error.strerror}){whole}",
+            "free some disk, then the same command with --resume",
+        ) from error
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -28,11 +28,12 @@ from controlnet.preprocessors.errors import ControlNetError
 from torch import Tensor, nn
 
 EXPLODED = 4.0
-"""A mean loss this many times the first one has exploded; a single one may be so for its noise and timestep alone."""
+"""Training has exploded when the mean of the recent losses is this many times the first loss. A single loss may be so
+large by chance, from its noise and timestep."""
 EXPLODED_AT_ONCE = 25.0
-"""No noise does this to a single one."""
+"""Noise alone never makes a single loss this many times the first one."""
 RECENT = 50
-"""Steps over which the loss is averaged for that; a fifth of them must be there."""
+"""The recent losses are those of so many steps; a fifth of them is enough to judge by."""
 
 
 @dataclass(frozen=True)

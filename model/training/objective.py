@@ -41,7 +41,7 @@ class Diffusion:
         return {"epsilon": eps, "v_prediction": alpha * eps - sigma * z0, "sample": z0}[self.prediction]
 
     def loss(self, prediction: Tensor, z0: Tensor, eps: Tensor, t: Tensor, min_snr: float | None = None) -> Tensor:
-        """One loss a sample, (B,). With min_snr, weighted as in Hang et al. 2023 (arXiv 2303.09556)."""
+        """One loss per sample, (B,). With min_snr, weighted as in Hang et al. 2023 (arXiv 2303.09556)."""
         losses = (prediction.float() - self.target(z0, eps, t)).square().mean((1, 2, 3))
         if min_snr is None:
             return losses
@@ -74,7 +74,7 @@ class Batch:
 def control_losses(
     unet: UNet2DConditionModel, controlnet: ControlNet, diffusion: Diffusion, batch: Batch, min_snr: float | None = None
 ) -> Tensor:
-    """Eq. 5, one loss a sample, (B,): the locked base under the ControlNet's control."""
+    """Eq. 5, one loss per sample, (B,): the locked base under the ControlNet's control."""
     z = diffusion.add_noise(batch.z0, batch.eps, batch.t).contiguous(memory_format=torch.channels_last)
     control = controlnet(z, batch.t, batch.prompt, controlnet.prepare(batch.condition))
     prediction = denoise(unet, z, batch.t, batch.prompt, control)
@@ -87,7 +87,7 @@ def control_gap(
 ) -> dict[str, float]:
     """How much worse the network does with another pair's condition than with the true one.
 
-    losses_of gives one loss a sample. Each batch, fixed noise and timesteps included, comes with conditions of other
+    losses_of gives one loss per sample. Each batch, fixed noise and timesteps included, comes with conditions of other
     pairs (B, 3, H, W). The samples are all pairs at a first timestep, then all at a second, `looks` times. A fresh
     ControlNet has a gap of exactly 0. `band` is the half-width of the 95 % confidence interval of the gap's mean over
     the pairs (Student's t), as a pair's gaps at several timesteps are not independent; `validation_loss` is the loss

@@ -89,8 +89,10 @@ def describe(run: RunState) -> list[str]:
         lines[-1] += f", {duration(run.seconds_left)} left"
     if run.validations:
         last = run.validations[-1]
-        lines.append(f"control gap {last['control_gap']:z.4f} (noise {last['band']:.4f}), "
-                     f"validation loss {last['validation_loss']:.4f} at step {last['step']:,}")  # fmt: skip
+        lines.append(
+            f"control gap {last['control_gap']:z.4f} (noise {last['band']:.4f}), "
+            f"validation loss {last['validation_loss']:.4f} at step {last['step']:,}"
+        )
     return lines + [f"possible cause: {cause}" for cause in run.verdict.causes]
 
 
@@ -151,8 +153,12 @@ def model_card(run: RunState, best_step: int) -> str:
     """README.md of the run's folder."""
     settings, data = run.record["settings"], run.record["data"]
     best = next((row for row in run.validations if row["step"] == best_step), None)
-    measured = (f"Validation loss {best['validation_loss']:.4f}, control gap {best['control_gap']:z.4f} (noise band "
-                f"{best['band']:.4f}) on {data['held_out']} held-out pairs." if best else "")  # fmt: skip
+    measured = (
+        f"Validation loss {best['validation_loss']:.4f}, control gap {best['control_gap']:z.4f} (noise band "
+        f"{best['band']:.4f}) on {data['held_out']} held-out pairs."
+        if best
+        else ""
+    )
     loads = settings["hint"] == "released" and settings["copy"] == "full"
     use = f"""
     from diffusers import ControlNetModel

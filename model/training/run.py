@@ -40,7 +40,7 @@ from torch import Tensor
 
 @dataclass
 class Watcher:
-    """Where a run tells what it does: text, progress of the preparation, progress of the training."""
+    """What a run reports while it works: text, progress of the preparation, progress of the training."""
 
     say: Callable[[str], None] = lambda text: None
     on_item: Callable[[str, int, int], None] = lambda what, of, done: None
@@ -48,9 +48,16 @@ class Watcher:
 
 
 def train(
-    found: Source, config: TrainConfig, folder: Path, device: torch.device, resume: bool = False, force: bool = False,
-    offline: bool = False, watcher: Watcher | None = None, strict: bool = False,
-) -> Progress:  # fmt: skip
+    found: Source,
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    resume: bool = False,
+    force: bool = False,
+    offline: bool = False,
+    watcher: Watcher | None = None,
+    strict: bool = False,
+) -> Progress:
     """Train a ControlNet on pairs; `config.kind` is set. Everything that can be wrong is looked at before step 1.
 
     Raises InputError for data that cannot be trained on, UsageError for settings or a resume that do not fit,
@@ -59,44 +66,31 @@ def train(
     """
     watcher = watcher or Watcher()
     processes = PartialState(cpu=device.type == "cpu")
-    count = processes.num_processes
-    if config.batch_size % count:
-        raise UsageError(
-            f"batch_size={config.batch_size} over {count} processes: expected a multiple",
-            f"--set batch_size={count * max(1, config.batch_size // count)}",
-        )
-    if config.minutes != float("inf") and count > 1:
-        raise UsageError("minutes ends a run of one process only", "--set max_steps=2000")
-    if config.tensorboard:
-        _tensorboard()
+    _check_settings(config, processes.num_processes)
     torch.manual_seed(config.seed)
     run = RunFolder(folder)
     with explained(config, run):
         base = load_base(config.base, device, torch.float32, offline)
         net, config = make_controlnet(base, config)
         base_hash = model_hash(base.path)
+
+        # The data, looked at before anything is computed from it.
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
-        samples, validation = (Samples(list(p), config, base, base_hash, store) for p in (training, held_out))
+        samples = Samples(training, config, base, base_hash, store)
+        validation = Samples(held_out, config, base, base_hash, store)
         samples.check = validation.check = check_command(found.folder, config.kind)
         facts = look_at((samples, validation), strict, lambda text: watcher.say(f"warning: {text}"), samples.check)
-        record = {
-            "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts,
-            "data": {"name": str(found.folder), "form": found.form, "pairs": len(found.pairs),
-                     "held_out": len(held_out), "sha256": fingerprint(found, Cache(cache_folder() / "training"))},
-        }  # fmt: skip
+        record = _record(found, config, base_hash, samples, validation, facts)
         if resume:
-            check_resumed(folder, record, force)
-            reached = max(Checkpoints(run.checkpoints).steps(), default=0)
-            if reached > config.max_steps:
-                raise UsageError(f"max_steps={config.max_steps}: the run is at step {reached} already",
-                                 f"--set max_steps={2 * reached} to go on")  # fmt: skip
-            if not reached:
-                watcher.say("no checkpoint yet: begins at step 0")
+            _check_resume(run, record, config, force, watcher)
+        new = not resume and processes.is_main_process
         if processes.is_main_process:
             run.begin(record, to_toml(config))
-        with run.forgotten(not resume and processes.is_main_process):
+        with run.forgotten(new):
             prepare(samples, validation, processes, watcher)
+
+        # The network, on what is left of the base.
         if config.cache:
             base.unload()
             gc.collect()
@@ -107,6 +101,48 @@ def train(
         work = _Training(net, base, samples, validation, config, run, device, processes, watcher)
         with work.pool, attention(device, config.precision, samples.size <= 256):
             return fit(net, work.loss_of, config, folder, watcher.say, work.validate, work.show, watcher.on_step)
+
+
+def _check_settings(config: TrainConfig, processes: int) -> None:
+    """Raises UsageError for settings that do not fit this machine or the number of processes."""
+    if config.batch_size % processes:
+        raise UsageError(
+            f"batch_size={config.batch_size} over {processes} processes: expected a multiple",
+            f"--set batch_size={processes * max(1, config.batch_size // processes)}",
+        )
+    if config.minutes != float("inf") and processes > 1:
+        raise UsageError("minutes ends a run of one process only", "--set max_steps=2000")
+    if config.tensorboard:
+        _tensorboard()
+
+
+def _record(
+    found: Source, config: TrainConfig, base_hash: str, samples: Samples, validation: Samples, facts: dict[str, float]
+) -> dict[str, Any]:
+    """run.json: what is trained on what."""
+    data = {
+        "name": str(found.folder),
+        "form": found.form,
+        "pairs": len(found.pairs),
+        "held_out": len(validation.pairs),
+        "sha256": fingerprint(found, Cache(cache_folder() / "training")),
+    }
+    return {
+        "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts, "data": data
+    }  # fmt: skip
+
+
+def _check_resume(run: RunFolder, record: dict[str, Any], config: TrainConfig, force: bool, watcher: Watcher) -> None:
+    """Raises UsageError for a run that cannot go on with these settings and data."""
+    check_resumed(run.path, record, force)
+    reached = max(Checkpoints(run.checkpoints).steps(), default=0)
+    if reached > config.max_steps:
+        raise UsageError(
+            f"max_steps={config.max_steps}: the run is at step {reached} already",
+            f"--set max_steps={2 * reached} to go on",
+        )
+    if not reached:
+        watcher.say("no checkpoint yet: begins at step 0")
 
 
 def prepare(samples: Samples, validation: Samples, processes: PartialState, watcher: Watcher) -> None:
@@ -122,8 +158,18 @@ def prepare(samples: Samples, validation: Samples, processes: PartialState, watc
 class _Training:
     """The functions that the loop calls."""
 
-    def __init__(self, net: ControlNet, base: Base, samples: Samples, validation: Samples, config: TrainConfig,
-                 run: RunFolder, device: torch.device, processes: PartialState, watcher: Watcher):  # fmt: skip
+    def __init__(
+        self,
+        net: ControlNet,
+        base: Base,
+        samples: Samples,
+        validation: Samples,
+        config: TrainConfig,
+        run: RunFolder,
+        device: torch.device,
+        processes: PartialState,
+        watcher: Watcher,
+    ):
         self.net, self.base, self.samples, self.validation = net, base, samples, validation
         self.config, self.run, self.device, self.processes, self.watcher = config, run, device, processes, watcher
         self.diffusion = Diffusion(base.scheduler, device)

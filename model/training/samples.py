@@ -51,7 +51,7 @@ class Samples:
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
-        """Put everything that the pairs in `rows` can ask for into the cache. Raises InputError that tells how many
+        """Put everything that the pairs in `rows` can ask for into the cache. Raises InputError that says how many
         pairs cannot be used, and why the first one cannot."""
         failed: list[InputError] = []
         for done, index in enumerate(rows, 1):
@@ -121,8 +121,8 @@ class Samples:
             raise NothingFoundError(
                 f"{pair.image}: {error}",
                 f"controlnet dataset build {pair.image.parent} --kind {self.config.kind} -o DATA leaves such photos"
-                " out; then: controlnet train DATA"
-            ) from error  # fmt: skip
+                " out; then: controlnet train DATA",
+            ) from error
 
     def _read(self, pair: Pair, crop: int) -> Condition:
         """The crop of a condition that came with its picture."""
@@ -178,8 +178,13 @@ class Samples:
         moments = self.moments(index, crop, flip)
         shape = (2, self.base.unet.config.in_channels, *moments.shape[1:])
         noise = rng.standard_normal(shape, dtype=np.float32)
-        return {"moments": moments, "noise": noise, "t": t, "text": self.text(caption),
-                "condition": self.condition(index, crop, flip)}  # fmt: skip
+        return {
+            "moments": moments,
+            "noise": noise,
+            "t": t,
+            "text": self.text(caption),
+            "condition": self.condition(index, crop, flip),
+        }
 
     def _collate(self, samples: list[dict[str, Any]]) -> Batch:
         noise = torch.from_numpy(np.stack([s["noise"] for s in samples]))
@@ -194,7 +199,7 @@ class Samples:
 
     def validation(self) -> list[tuple[Batch, Tensor]]:
         """Fixed batches of these pairs, each with the conditions of other pairs: empty prompts, VALIDATION_TIMES evenly
-        placed timesteps a pair, centre crops."""
+        placed timesteps per pair, centre crops."""
         count = self.base.scheduler.config.num_train_timesteps
         samples = []
         for place in range(VALIDATION_TIMES):

@@ -57,10 +57,13 @@ class State:
 
     def saved(self) -> dict[str, Any]:
         return {
-            "parameters": [p.detach() for p in self.parameters], "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(), "optimizer_is": self.optimizer_is,
-            "scaler": self.scaler.state_dict(), "progress": asdict(self.progress),
-        }  # fmt: skip
+            "parameters": [p.detach() for p in self.parameters],
+            "ema": self.ema,
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_is": self.optimizer_is,
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+        }
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 EXPECTED_STEPS = 10_000
 """By then the paper's networks had converged (section 3.4)."""
 IN_A_ROW = 3
-"""Validations above the noise band that make a convergence; as many below it undo one."""
+"""So many validations in a row above the noise band mean convergence; as many below it mean that it is lost."""
 
 
 @dataclass(frozen=True)

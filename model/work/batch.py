@@ -122,9 +122,13 @@ class Wanted:
 
 
 def targets(
-    jobs: list[tuple[str, Job]], overwrite: bool, skip_existing: bool, failed: Callable[[str, ControlNetError], None],
-    keep_best: int | None = None, on_kept: Callable[[Path, int], None] = lambda path, seed: None,
-) -> list[Wanted]:  # fmt: skip
+    jobs: list[tuple[str, Job]],
+    overwrite: bool,
+    skip_existing: bool,
+    failed: Callable[[str, ControlNetError], None],
+    keep_best: int | None = None,
+    on_kept: Callable[[Path, int], None] = lambda path, seed: None,
+) -> list[Wanted]:
     """The images to be made. An output that is in the way fails its job; `on_kept` is told the path and seed of one
     that is there and stays. Of a job's images `keep_best` are written, all by default; a single one may have a name of
     its own."""

@@ -28,8 +28,9 @@ def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wante
     return [one for one in wanted if id(one.job) not in bad]
 
 
-def best(images: Iterator[Image], count: int, studio: Studio, offline: bool, failed: Failed,
-         say: Callable[[str], None]) -> Iterator[Image]:  # fmt: skip
+def best(
+    images: Iterator[Image], count: int, studio: Studio, offline: bool, failed: Failed, say: Callable[[str], None]
+) -> Iterator[Image]:
     """Of each job's images the `count` that keep best to their conditions, in the order of their seeds, with `score` in
     their records: the mean over the conditions of the score that tells most of each."""
     scorer = Scorer(offline)
@@ -48,7 +49,8 @@ def best(images: Iterator[Image], count: int, studio: Studio, offline: bool, fai
             continue
         chosen = sorted(made, key=lambda image: -image.record["score"])[:count]
         kept = {image.wanted.seed for image in chosen}
-        told = [f"{image.wanted.seed}: {image.record['score']:.3f}{' *' * (image.wanted.seed in kept)}"
-                for image in made]  # fmt: skip
+        told = [
+            f"{image.wanted.seed}: {image.record['score']:.3f}{' *' * (image.wanted.seed in kept)}" for image in made
+        ]
         say(f"scores by seed, * is kept: {', '.join(told)}")
         yield from sorted(chosen, key=lambda image: image.wanted.seed)

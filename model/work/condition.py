@@ -49,7 +49,7 @@ class ConditionFlag:
 def parse_condition(text: str) -> ConditionFlag:
     """Known keys are split off from the right, so commas and equal signs in paths survive.
 
-    Raises UsageError for a key given twice, a number that is none, an empty value or path, and what looks like a
+    Raises UsageError for a key given twice, text where a number is due, an empty value or path, and what looks like a
     mistyped key after an existing file.
     """
     path: str = text

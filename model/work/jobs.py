@@ -99,7 +99,7 @@ class Job:
 
     cond: tuple[ConditionFlag, ...] = option(
         (), _conditions, list[str], metavar="PATH[,key=value...]", flag_default=None
-    )  # fmt: skip
+    )
     """A condition map, or a folder of maps; repeat for several. Keys: detect=KIND, kind, net, scale, start, end,
     weighting, region."""
     prompt: str = option("", _text, str, "-p", recorded=True)
@@ -173,9 +173,11 @@ class Job:
     def settled(self, base: Any, size: tuple[int, int]) -> Job:
         """With what it leaves to the base and its conditions said: guidance, canvas, halves of the guidance."""
         return replace(
-            self, size=size, guidance=base.guidance if self.guidance is None else self.guidance,
+            self,
+            size=size,
+            guidance=base.guidance if self.guidance is None else self.guidance,
             control_on=self.acts_on or base.control_on,
-        )  # fmt: skip
+        )
 
     def record(self) -> dict[str, Any]:
         """What an image's record says of its job."""
@@ -209,7 +211,7 @@ KEYS = tuple(OPTIONS)
 
 def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
     """A job of what is given under the names of KEYS, as text or JSON values, on top of `defaults`. Raises UsageError
-    for unknown names, naming the nearest, and for values that are none."""
+    for unknown names, naming the nearest, and for values of the wrong type."""
     values = dict(defaults)
     folder = defaults.get("out")
     for name, value in given.items():

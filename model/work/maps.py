@@ -1,4 +1,4 @@
-"""Stage one on many photos: read, detected and written by several threads, told in order."""
+"""Stage one on many photos: read, detected and written by several threads, reported in order."""
 
 from __future__ import annotations
 
@@ -92,11 +92,15 @@ def points_of(sources: list[str], keypoints: Path | None, targets: dict[str, Pat
 
 
 def run(
-    job: Job, sources: list[str], targets: dict[str, Path | None], points: dict[str, Path | None], previews: bool,
+    job: Job,
+    sources: list[str],
+    targets: dict[str, Path | None],
+    points: dict[str, Path | None],
+    previews: bool,
     say: Callable[[str], None] = lambda text: None,
-) -> Iterator[tuple[str, Made]]:  # fmt: skip
+) -> Iterator[tuple[str, Made]]:
     """(source, what became of it) for every source, in order; with `previews` also the first photos and their maps,
-    small. A photo that fails is told in its turn. `say` is told what is odd about a picture."""
+    small. A photo that fails is reported in its turn. `say` is told what is odd about a picture."""
     lock = Lock()
 
     def work(source: str, wanted: bool) -> Made:
@@ -141,8 +145,15 @@ def _is_ready(future: Future) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _one(job: Job, source: str, target: Path | None, keypoints: Path | None, preview: bool, lock: Lock,
-         say: Callable[[str], None]) -> Made:  # fmt: skip
+def _one(
+    job: Job,
+    source: str,
+    target: Path | None,
+    keypoints: Path | None,
+    preview: bool,
+    lock: Lock,
+    say: Callable[[str], None],
+) -> Made:
     def told(size: tuple[int, int]) -> dict:
         return record(job.detector, job.options, size, job.resize, Path(source).name, digest)
 

@@ -43,8 +43,10 @@ def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     cannot be written: before the work, not after it."""
     there = next(p for p in path.absolute().parents if exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OutputError(f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
-                          "choose another place with -o DIR/")  # fmt: skip
+        raise OutputError(
+            f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
+            "choose another place with -o DIR/",
+        )
     if is_dir(path):
         raise OutputError(f"{path}: is a folder, expected a file", f"-o {path}/")
     if overwrite or not exists(path):

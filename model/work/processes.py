@@ -20,7 +20,7 @@ from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.lock import ORPHANED
 
 PARENT = "CONTROLNET_PARENT"
-"""The variable that tells a process who started it."""
+"""The environment variable that holds the process that started this one."""
 PATIENCE = 30.0
 """Seconds that processes get to end after a signal, or after another one of them has failed."""
 
@@ -42,14 +42,23 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
         errors = [None] + [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
         children = [
             subprocess.Popen(
-                command_of(args), stdin=subprocess.DEVNULL, stdout=error and subprocess.DEVNULL, stderr=error,
+                command_of(args),
+                stdin=subprocess.DEVNULL,
+                stdout=error and subprocess.DEVNULL,
+                stderr=error,
                 start_new_session=True,  # Ctrl-C in a terminal reaches us, and them through us alone
-                env={**os.environ, **shared, "OMP_NUM_THREADS": threads, "RANK": str(i), "LOCAL_RANK": str(i),
-                     PARENT: str(os.getpid())},
+                env={
+                    **os.environ,
+                    **shared,
+                    "OMP_NUM_THREADS": threads,
+                    "RANK": str(i),
+                    "LOCAL_RANK": str(i),
+                    PARENT: str(os.getpid()),
+                },
                 pass_fds=(lock,) if lock >= 0 else (),
             )
             for i, error in enumerate(errors)
-        ]  # fmt: skip
+        ]
         _hand_on_signals(children)
         failed = _wait(children)
         if failed and (error := errors[failed]):

@@ -51,13 +51,24 @@ def read_recorded(path: Path) -> Recorded:
     return Recorded(path, pixels, record)
 
 
-def replay(image: Recorded, job: Job, device: str | None = None, offline: bool = False,
-           say: Callable[[str], None] = lambda text: None) -> Image:  # fmt: skip
+def replay(
+    image: Recorded,
+    job: Job,
+    device: str | None = None,
+    offline: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Image:
     """`job` is `job_of(image)`, or changed from it; made on the recorded device where it is here, in the recorded
     type. Raises as `Studio.make` does."""
     record = image.record
-    studio = Studio(_available(device or record.get("device")), record.get("dtype"), offline, strict=False,
-                    low_memory=bool(record.get("low_memory")), say=say)  # fmt: skip
+    studio = Studio(
+        _available(device or record.get("device")),
+        record.get("dtype"),
+        offline,
+        strict=False,
+        low_memory=bool(record.get("low_memory")),
+        say=say,
+    )
     # An image away from the base's native size depends, by rounding, on how many are sampled together and on its place
     # among them: as many are sampled again.
     together, place = _batch(record) if job == job_of(image, [flag.path for flag in job.cond]) else (1, 0)
@@ -144,10 +155,16 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
         path = str(beside)
     scale, detect = condition["scale"], condition.get("detect") or {}
     return ConditionFlag(
-        path, str(detect["kind"]) if detect else None, condition["kind"], condition["net"],
-        parse_scale("scale", str(scale)), condition["start"], condition["end"],
-        parse_weighting("weighting", condition.get("weighting") or "uniform"), condition.get("region"),
-    )  # fmt: skip
+        path,
+        str(detect["kind"]) if detect else None,
+        condition["kind"],
+        condition["net"],
+        parse_scale("scale", str(scale)),
+        condition["start"],
+        condition["end"],
+        parse_weighting("weighting", condition.get("weighting") or "uniform"),
+        condition.get("region"),
+    )
 
 
 def _batch(record: dict[str, Any]) -> tuple[int, int]:

@@ -52,7 +52,7 @@ class Scored:
 
     @property
     def main(self) -> float:
-        """The score that tells most."""
+        """The most telling score."""
         return self.scores[MEASURES[kind_named(self.kind).score or "lines"].main]
 
 
@@ -125,14 +125,18 @@ class Scorer:
         if kind.form != PEOPLE and int(condition.map.max()) - int(condition.map.min()) < 8:
             raise InputError(f"{path}: one flat colour, there is nothing to keep to", "make the map again")
 
-    def found(self, image: np.ndarray, size: tuple[int, int], condition: Condition, default: bool = False
-              ) -> tuple[np.ndarray, dict]:  # fmt: skip
+    def found(
+        self, image: np.ndarray, size: tuple[int, int], condition: Condition, default: bool = False
+    ) -> tuple[np.ndarray, dict]:
         """What the condition's own detector and options, or the `default` options, find on the image, looked at in
         `size` (width, height)."""
         record = condition.record if condition.record.get("kind") == condition.kind else {}
         own = record.get("detector")
-        ready = self.ready(condition.kind, own if isinstance(own, str) else None,
-                           json.dumps({} if default else record.get("options", {})))  # fmt: skip
+        ready = self.ready(
+            condition.kind,
+            own if isinstance(own, str) else None,
+            json.dumps({} if default else record.get("options", {})),
+        )
         return ready(fit(image, size, "stretch"))
 
     def _ready(self, kind: str, name: str | None, options: str) -> Ready:
@@ -201,8 +205,8 @@ def _people(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
 
 @dataclass(frozen=True)
 class Measure:
-    """A way to hold an image against a condition: the function, the score of it that tells most, and what the colours
-    of its picture mean."""
+    """A way to hold an image against a condition: the function, its most telling score, and what the
+    colours of its picture mean."""
 
     function: Callable[[Scorer, np.ndarray, Condition], Scored]
     main: str

@@ -41,8 +41,12 @@ def write_overlay(path: Path, image: str, results: list[tuple[str, Scored]]) -> 
     cells: list[Cell] = []
     for name, one in results:
         legend = MEASURES[kind_named(one.kind).score or "lines"].legend
-        cells += [(picture, Path(image).name), (one.condition, f"asked for: {Path(name.split(',')[0]).name}"),
-                  (one.found, "found on the image"), (one.shown, legend)]  # fmt: skip
+        cells += [
+            (picture, Path(image).name),
+            (one.condition, f"asked for: {Path(name.split(',')[0]).name}"),
+            (one.found, "found on the image"),
+            (one.shown, legend),
+        ]
     _write(path, cells, 4)
 
 

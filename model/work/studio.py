@@ -108,8 +108,15 @@ class Studio:
     happens, line by line.
     """
 
-    def __init__(self, device: str | None = None, dtype: str | None = None, offline: bool = False, strict: bool = False,
-                 low_memory: bool = False, say: Callable[[str], None] = lambda text: None):  # fmt: skip
+    def __init__(
+        self,
+        device: str | None = None,
+        dtype: str | None = None,
+        offline: bool = False,
+        strict: bool = False,
+        low_memory: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ):
         silence_libraries()
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
@@ -126,8 +133,12 @@ class Studio:
         self.region = lru_cache(8)(self._region)
         self.told: set[str] = set()
 
-    def make(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None] = fail,
-             on_step: Callable[[float], None] = lambda images: None) -> Iterator[Image]:  # fmt: skip
+    def make(
+        self,
+        wanted: list[Wanted],
+        failed: Callable[[str, ControlNetError], None] = fail,
+        on_step: Callable[[float], None] = lambda images: None,
+    ) -> Iterator[Image]:
         """One image after another. What fails is reported and the rest goes on; on_step is told how many images are
         made, parts of them included."""
         made = 0
@@ -151,9 +162,16 @@ class Studio:
     def _sample(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
         first, job = group[0], group[0].job
         images = generate(
-            first.base, [one.request for one in group], [(one.net, one.strength) for one in first.acting], job.size,
-            job.steps, job.guidance, job.scheduler, on_step, first.memory,
-        )  # fmt: skip
+            first.base,
+            [one.request for one in group],
+            [(one.net, one.strength) for one in first.acting],
+            job.size,
+            job.steps,
+            job.guidance,
+            job.scheduler,
+            on_step,
+            first.memory,
+        )
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
             yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
 
@@ -184,11 +202,16 @@ class Studio:
         entries = [at_work.entry for at_work in acting]
         acts = [{key: value for key, value in entry.items() if key in ("net", *ACTS)} for entry in entries]
         record = job.record() | {
-            "scheduler": job.scheduler or type(scheduler).__name__, "base_sha256": model_hash(base.path),
-            "conditions": entries, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": versions(), "threads": torch.get_num_threads(), "low_memory": self.low_memory,
+            "scheduler": job.scheduler or type(scheduler).__name__,
+            "base_sha256": model_hash(base.path),
+            "conditions": entries,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "low_memory": self.low_memory,
             "seed": one.seed,
-        }  # fmt: skip
+        }
         return Prepared(one, job, base, memory, acting, job.shared() + json.dumps(acts, sort_keys=True), record)
 
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> Acting:
@@ -344,5 +367,9 @@ def parameters(record: dict[str, Any]) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    return {"controlnet": version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__}  # fmt: skip
+    return {
+        "controlnet": version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -32,9 +32,15 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
 
 
 def build(
-    found: Pairs, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str = "crop",
-    jobs: int | None = None, on_pair: Callable[[int], None] = lambda done: None,
-) -> tuple[dict, list[str]]:  # fmt: skip
+    found: Pairs,
+    out: Path,
+    kind: str,
+    options: dict[str, Any],
+    size: tuple[int, int],
+    resize: str = "crop",
+    jobs: int | None = None,
+    on_pair: Callable[[int], None] = lambda done: None,
+) -> tuple[dict, list[str]]:
     """Make the data set of photos in `out`, in parallel; pairs that are there already, made of the same photo with the
     same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used,
     UsageError when `out` holds another data set."""
@@ -59,16 +65,22 @@ def build(
     lines = "".join(dumps(row) + "\n" for row in ordered)
     write_file(out / "metadata.jsonl", lines.encode())
     manifest = {
-        "kind": kind, "detector": find_detector(kind).name, "options": options, "size": list(size), "resize": resize,
-        "pairs": len(rows), "held_out": sum(row["split"] != "train" for row in ordered), "failed": failed,
+        "kind": kind,
+        "detector": find_detector(kind).name,
+        "options": options,
+        "size": list(size),
+        "resize": resize,
+        "pairs": len(rows),
+        "held_out": sum(row["split"] != "train" for row in ordered),
+        "failed": failed,
         "metadata_sha256": sha256(lines.encode()),
-    }  # fmt: skip
+    }
     write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest, failed
 
 
 def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:
-    """Raises UsageError when the manifest in `out` tells of another kind, size, or of other photos alone."""
+    """Raises UsageError when the manifest in `out` is of another kind or size, or of other photos only."""
     try:
         before = object_or_empty((out / "manifest.json").read_bytes())
         rows = [object_or_empty(line) for line in (out / "metadata.jsonl").read_bytes().splitlines()]
@@ -95,17 +107,20 @@ def _names(found: Pairs) -> list[str]:
     ]
 
 
-def _build_pair(pair: Pair, name: str, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int],
-                resize: str) -> dict:  # fmt: skip
+def _build_pair(
+    pair: Pair, name: str, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str
+) -> dict:
     data = read_bytes(str(pair.image))
     image_path, condition_path = out / "images" / f"{name}.png", out / "conditions" / f"{name}.png"
     detector = find_detector(kind)
     chosen = detector.load_options()(**options)
     made = record(detector, chosen, size, resize, pair.image.name, sha256(data))
     row = {
-        "file_name": f"images/{name}.png", "conditioning_image": f"conditions/{name}.png", "text": pair.caption,
+        "file_name": f"images/{name}.png",
+        "conditioning_image": f"conditions/{name}.png",
+        "text": pair.caption,
         "source_sha256": made["source_sha256"],
-    }  # fmt: skip
+    }
     if not (image_path.is_file() and condition_path.is_file() and made.items() <= _record_of(condition_path).items()):
         image, _ = read_image(data, str(pair.image))
         write_file(image_path, png_bytes(fit(image, size, resize)))

@@ -99,8 +99,11 @@ def check_pairs(
         where = f"{found.folder}: {len(found.pairs)}, expected at least {LEAST_PAIRS}; hundreds are better"
         problems.append(Problem("error", "too few pairs", where))
     counts = {
-        "form": found.form, "kind": kind, "pairs": len(found.pairs),
+        "form": found.form,
+        "kind": kind,
+        "pairs": len(found.pairs),
         "sizes": {f"{w}x{h}": n for (w, h), n in sorted(sizes.items(), key=lambda s: -s[1])[:5]},
-        "errors": sum(p.level == "error" for p in problems), "warnings": sum(p.level == "warning" for p in problems),
-    }  # fmt: skip
+        "errors": sum(p.level == "error" for p in problems),
+        "warnings": sum(p.level == "warning" for p in problems),
+    }
     return counts, problems, (bad + good)[:SHOWN]

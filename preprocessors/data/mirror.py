@@ -35,8 +35,10 @@ def flip_condition(condition: Condition) -> Condition:
         mirrored = mirror(people)
         return replace(condition, map=draw(mirrored, condition.size), people=mirrored)
     if row.form == PEOPLE:
-        raise UsageError(f"{condition.name}: a pose map without key points in its PNG text cannot be mirrored",
-                         "--set flip=false, or maps made by controlnet detect pose")  # fmt: skip
+        raise UsageError(
+            f"{condition.name}: a pose map without key points in its PNG text cannot be mirrored",
+            "--set flip=false, or maps made by controlnet detect pose",
+        )
     flipped = np.ascontiguousarray(condition.map[:, ::-1])
     if row.signed_x:
         flipped[..., 0] = 255 - flipped[..., 0]

@@ -8,8 +8,8 @@
 Folders named for a split (`train/`, `validation/`, `test/`, ...) hold one of these forms each; all but the training
 folders are held out. Any other folder with pairs in it is named in an error, never taken for photos.
 
-Looks at names and metadata only; no picture is opened here but the first conditions, for the kind that their text
-tells. What this toolkit writes itself is no photo: folders of runs and of built data sets, maps beside their photos
+Looks at names and metadata only; the only pictures opened here are the first conditions, whose text may say their
+kind. What this toolkit writes itself is no photo: folders of runs and of built data sets, maps beside their photos
 (`photo.canny.png`), sheets of `dataset check`.
 """
 
@@ -81,7 +81,7 @@ def kind_of_pairs(found: Pairs, given: str = "") -> tuple[str, str]:
     if found.pairs[0].condition is None:
         return "canny", "made from the photos by our detector"
     if kind := found.manifest.get("kind"):
-        return str(kind), "told by the manifest"
+        return str(kind), "from the manifest"
     kinds = set()
     for pair in found.pairs[:8]:
         assert pair.condition is not None
@@ -90,7 +90,7 @@ def kind_of_pairs(found: Pairs, given: str = "") -> tuple[str, str]:
         except UsageError:
             kinds.add("")
     if len(kinds) == 1 and (kind := kinds.pop()):
-        return kind, "told by the conditions' text or names"
+        return kind, "from the conditions' text or names"
     if len(kinds) > 1:
         raise UsageError(f"{found.folder}: conditions of several kinds: {', '.join(sorted(kinds))}", "--kind canny")
     raise UsageError(

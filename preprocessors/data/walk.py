@@ -67,8 +67,13 @@ def _walk(folder: Path, leave: tuple[Path, ...]) -> Iterator[tuple[Path, list[st
             folders.clear()
             continue
         visited.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(place, f) not in leave
-                            and not any(is_file(Path(place, f, own)) for own in OWN_FILES))  # fmt: skip
+        folders[:] = sorted(
+            f
+            for f in folders
+            if not f.startswith(".")
+            and Path(place, f) not in leave
+            and not any(is_file(Path(place, f, own)) for own in OWN_FILES)
+        )
         yield Path(place), [name for name in names if name[0] != "."]
 
 

@@ -45,7 +45,9 @@ def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.nd
     height, width = image.shape[:2]
     side = min(height, width)
     if side < 64:
-        raise InputError(f"{width}x{height} is too small for PiDiNet, expected at least 64 pixels a side", "--size 512")
+        raise InputError(
+            f"{width}x{height} is too small for PiDiNet, expected at least 64 pixels per side", "--size 512"
+        )
     if width * height > MOST:
         fits = int((MOST / (width * height)) ** 0.5 * side) // 8 * 8
         raise InputError(

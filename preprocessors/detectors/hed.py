@@ -20,7 +20,7 @@ FILE = "ControlNetHED.pth"
 LAYERS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
 """(channels in, channels out, convolutions) of each block; every block but the first begins at half the size."""
 LEAST = 16
-"""Pixels a side that four halvings leave something of."""
+"""The smallest side, in pixels, that can be halved four times."""
 MEAN_RGB = (122.67891434, 116.66876762, 104.00698793)
 
 
@@ -74,7 +74,8 @@ def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
     height, width = image.shape[:2]
     if min(height, width) < LEAST:
         raise InputError(
-            f"{width}x{height} is too small for HED, expected at least {LEAST} pixels a side", "--size 512 --resize pad"
+            f"{width}x{height} is too small for HED, expected at least {LEAST} pixels per side",
+            "--size 512 --resize pad",
         )
     network = _network(weights / FILE)
     sides = _sides(network, image) if width * height <= WHOLE else _sides_in_tiles(network, image)

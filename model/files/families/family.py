@@ -59,9 +59,15 @@ class Family:
 def scheduler_config(prediction: str) -> dict[str, Any]:
     """The noise schedule of both families, for `prediction` epsilon or v_prediction."""
     shared = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "prediction_type": prediction, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
-    }  # fmt: skip
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+    }
     if prediction == "epsilon":
         return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **shared}
     return {"_class_name": "DDIMScheduler", **shared}

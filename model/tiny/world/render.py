@@ -246,8 +246,9 @@ def _to_local(s: _Bodies, i, v: Tensor) -> Tensor:
 def _hit_cylinder(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
     oc = o - s.a[i]
     r, h = s.b[i, 0], s.b[i, 1]
-    side = _quadratic(d[:, 0] ** 2 + d[:, 2] ** 2, oc[:, 0] * d[:, 0] + oc[:, 2] * d[:, 2],
-                      oc[:, 0] ** 2 + oc[:, 2] ** 2 - r * r)  # fmt: skip
+    side = _quadratic(
+        d[:, 0] ** 2 + d[:, 2] ** 2, oc[:, 0] * d[:, 0] + oc[:, 2] * d[:, 2], oc[:, 0] ** 2 + oc[:, 2] ** 2 - r * r
+    )
     y = oc[:, 1] + side * d[:, 1]
     side = torch.where((y >= 0) & (y <= h) & (side > 0), side, _FAR)
     top = (h - oc[:, 1]) / d[:, 1]
@@ -304,8 +305,11 @@ def _normals(s: _Bodies, row: Tensor, p: Tensor) -> Tensor:
     cylinder = torch.where((v[:, 1:2] > b[:, 1:2] - 1e-3), up, flat)
     cone = F.normalize(flat, dim=-1) * b[:, 1:2] + up * b[:, :1]
     shape = s.shape[row][:, None]
-    out = torch.where(shape == 0, v, torch.where(shape == 1, cube, torch.where(shape == 2, cylinder,
-                      torch.where(shape == 3, cone, tube))))  # fmt: skip
+    out = torch.where(
+        shape == 0,
+        v,
+        torch.where(shape == 1, cube, torch.where(shape == 2, cylinder, torch.where(shape == 3, cone, tube))),
+    )
     return F.normalize(out, dim=-1)
 
 

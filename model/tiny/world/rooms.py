@@ -132,10 +132,17 @@ def make_room(seed: int) -> Scene:
     light = np.array([rng.uniform(-1, 1), rng.uniform(0.3, 1.0), rng.uniform(-1.0, 0.3)])
     x, y, z = (light / np.linalg.norm(light)).tolist()
     return Scene(
-        "room", "", floor=_PLAIN, wall=_PLAIN, wall_at=float(room.deep), wall_turn=float(rng.normal(0, 0.25)),
-        light=(x, y, z), ambient=float(rng.uniform(0.35, 0.95)), camera=camera,
+        "room",
+        "",
+        floor=_PLAIN,
+        wall=_PLAIN,
+        wall_at=float(room.deep),
+        wall_turn=float(rng.normal(0, 0.25)),
+        light=(x, y, z),
+        ambient=float(rng.uniform(0.35, 0.95)),
+        camera=camera,
         bodies=tuple(body for body in room.bodies if not _holds(body, np.array(camera.eye))),
-    )  # fmt: skip
+    )
 
 
 def _holds(body: Body, eye: np.ndarray, gap: float = 0.25) -> bool:

@@ -185,14 +185,32 @@ def _objects(rng: np.random.Generator) -> Scene:
     distance = rng.uniform(2.6, 4.4)
     turn = rng.normal(0, 0.28)
     eye = (distance * np.sin(turn), rng.uniform(0.7, 2.2), -distance * np.cos(turn))
-    camera = Camera(_floats(eye), _floats((0, rng.uniform(0.2, 0.6), 0)), float(rng.normal(0, 0.025)),
-                    float(np.radians(rng.uniform(34, 46))))  # fmt: skip
-    return Scene("objects", f"{told}, {_place(rng, room)}", bodies=tuple(bodies), main=main.surface, camera=camera,
-                 **room)  # fmt: skip
+    camera = Camera(
+        _floats(eye),
+        _floats((0, rng.uniform(0.2, 0.6), 0)),
+        float(rng.normal(0, 0.025)),
+        float(np.radians(rng.uniform(34, 46))),
+    )
+    return Scene(
+        "objects", f"{told}, {_place(rng, room)}", bodies=tuple(bodies), main=main.surface, camera=camera, **room
+    )
 
 
 def _extent(body: Body) -> float:
     return max(body.radius, *body.b)
+
+
+def _portrait(rng: np.random.Generator, joints: np.ndarray, stand: np.ndarray) -> Camera:
+    """A camera that sees a whole person (18, 3) who stands somewhere."""
+    top, bottom = joints[:, 1].max() + 0.2, min(0.0, joints[:, 1].min() - 0.1)
+    fov = float(np.radians(rng.uniform(32, 46)))
+    fill = rng.uniform(0.60, 0.92)
+    distance = (top - bottom) / (2 * fill * np.tan(fov / 2)) + 0.1
+    swing = rng.normal(0, 0.12)
+    middle = (top + bottom) / 2
+    aim = stand + [rng.uniform(-0.3, 0.3), middle + rng.uniform(-0.5, 0.5) * (1 - fill) * (top - bottom) * 0.8, 0]
+    eye = stand + [distance * np.sin(swing), rng.uniform(0.7, 1.7), -distance * np.cos(swing)]
+    return Camera(_floats(eye), _floats(aim), float(rng.normal(0, 0.02)), fov)
 
 
 def _person(rng: np.random.Generator) -> Scene:
@@ -210,16 +228,20 @@ def _person(rng: np.random.Generator) -> Scene:
     skin = Surface("skin", _floats(np.asarray(SKIN[int(rng.integers(3))]) / 255))
     hair_name = _pick(rng, HAIR)
     looks = {
-        "shirt": shirt, "trousers": trousers, "skin": skin,
+        "shirt": shirt,
+        "trousers": trousers,
+        "skin": skin,
         "hair": Surface(hair_name, _floats(np.asarray(HAIR[hair_name]) / 255)),
-        "shoe": Surface("black", (0.13, 0.12, 0.12)), "eye": Surface("black", (0.08, 0.07, 0.07)),
-    }  # fmt: skip
+        "shoe": Surface("black", (0.13, 0.12, 0.12)),
+        "eye": Surface("black", (0.08, 0.07, 0.07)),
+    }
     joints = joints @ turn + stand
-    bodies = [
-        Body("capsule", _floats(a @ turn + stand), _floats(b @ turn + stand), r, 0.0, looks[look],
-             0 if look == "shirt" else 100 + list(looks).index(look))
-        for look, a, b, r in body_parts(joints=(joints - stand) @ turn)
-    ]  # fmt: skip
+    bodies = []
+    for look, a, b, radius in body_parts(joints=(joints - stand) @ turn):
+        part = 0 if look == "shirt" else 100 + list(looks).index(look)
+        bodies.append(
+            Body("capsule", _floats(a @ turn + stand), _floats(b @ turn + stand), radius, 0.0, looks[look], part)
+        )
     words = f"{shirt.name} shirt and {trousers.name} trousers"
     who = f"a person {pose}"
     if pose in ONE_SIDED:
@@ -235,17 +257,16 @@ def _person(rng: np.random.Generator) -> Scene:
         if all(b.part >= 100 or b.part == 0 or abs(b.a[0] - body.a[0]) > 0.8 for b in bodies):
             told += f" {'beside' if ' beside ' not in told else 'and'} a {word}"
             bodies.append(body)
-    top, bottom = joints[:, 1].max() + 0.2, min(0.0, joints[:, 1].min() - 0.1)
-    fov = float(np.radians(rng.uniform(32, 46)))
-    fill = rng.uniform(0.60, 0.92)
-    distance = (top - bottom) / (2 * fill * np.tan(fov / 2)) + 0.1
-    swing = rng.normal(0, 0.12)
-    middle = (top + bottom) / 2
-    aim = stand + [rng.uniform(-0.3, 0.3), middle + rng.uniform(-0.5, 0.5) * (1 - fill) * (top - bottom) * 0.8, 0]
-    eye = stand + [distance * np.sin(swing), rng.uniform(0.7, 1.7), -distance * np.cos(swing)]
-    camera = Camera(_floats(eye), _floats(aim), float(rng.normal(0, 0.02)), fov)
-    return Scene("person", f"{told}, {_place(rng, room)}", bodies=tuple(bodies), main=shirt, camera=camera,
-                 joints=tuple(_floats(j) for j in joints), **room)  # fmt: skip
+    camera = _portrait(rng, joints, stand)
+    return Scene(
+        "person",
+        f"{told}, {_place(rng, room)}",
+        bodies=tuple(bodies),
+        main=shirt,
+        camera=camera,
+        joints=tuple(_floats(j) for j in joints),
+        **room,
+    )
 
 
 def _poster(rng: np.random.Generator) -> Scene:
@@ -274,13 +295,19 @@ def _poster(rng: np.random.Generator) -> Scene:
         depth = 0.4 + 0.6 * (i + 1) / count
         scale = rng.uniform(0.08, 0.75) if i else 0.9
         if boundary == "curves":
-            waves = [v for k in (1, 2, 3) for v in (rng.normal(0, 0.28 / k), rng.uniform(0.6, 2.2) * k,
-                                                     rng.uniform(0, 6.3))]  # fmt: skip
+            waves = [
+                v for k in (1, 2, 3) for v in (rng.normal(0, 0.28 / k), rng.uniform(0.6, 2.2) * k, rng.uniform(0, 6.3))
+            ]
             band = rng.uniform(0.05, 0.3) if rng.random() < 0.5 else 3.0
             numbers = [rng.uniform(0, 6.3), rng.uniform(-0.8, 0.8), band, *waves]
         elif boundary == "circles":
-            numbers = [*rng.uniform(-1, 1, 2), scale * 0.7, scale * 0.7 * rng.uniform(0.5, 1.0), rng.uniform(0, 3.2),
-                       rng.choice([0.0, 0.0, rng.uniform(0.5, 0.85)])]  # fmt: skip
+            numbers = [
+                *rng.uniform(-1, 1, 2),
+                scale * 0.7,
+                scale * 0.7 * rng.uniform(0.5, 1.0),
+                rng.uniform(0, 3.2),
+                rng.choice([0.0, 0.0, rng.uniform(0.5, 0.85)]),
+            ]
         else:
             sides = int(rng.integers(3, 8))
             angles = np.sort(rng.uniform(0, 2 * np.pi, sides))
