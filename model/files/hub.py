@@ -46,8 +46,8 @@ def find(name: str, offline: bool, example: str) -> Path:
 
 
 def kept(name: str) -> Path | None:
-    """The folder of a hub id, if all its files are on this machine: at the revision in the lock file or, where that does
-    not list it, at the revision that another program fetched."""
+    """The folder of a hub id, if all its files are on this machine: at the revision in the lock file or, where that
+    has none, at the revision that another program fetched."""
     locked = lock().get(name)
     try:
         folder = Path(snapshot_download(name, revision=locked and locked["revision"], local_files_only=True))

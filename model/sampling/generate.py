@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -44,6 +45,30 @@ class Memory:
 
     prompts: dict[str, Prompt] = field(default_factory=dict)
     features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+    """(network, condition) by identity -> the condition, so that its identity stays its own, and its feature."""
+
+    def encode_texts(self, base: Base, texts: set[str]) -> None:
+        """Keep the prompts of these texts, and no others."""
+        self.prompts = {text: self.prompts.get(text) or base.encode_text([text]) for text in texts}
+
+    def prompt(self, texts: Sequence[str]) -> Prompt:
+        """A row for each text."""
+        return Prompt.cat([self.prompts[text] for text in texts])
+
+    def prepare(self, base: Base, nets: Sequence[Net], requests: Sequence[Request]) -> None:
+        """Keep the features of these requests' conditions, and no others."""
+        kept = {}
+        for request in requests:
+            for net, condition in zip(nets, request.conditions, strict=True):
+                key = id(net), id(condition)
+                if key not in kept:
+                    kept[key] = self.features.get(key) or (condition, net.prepare(_input(condition, base)))
+        self.features = kept
+
+    def feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Tensor:
+        """(B, C, h, w), or (1, C, h, w) when all images share one condition."""
+        features = [self.features[id(net), id(condition)][1] for condition in conditions]
+        return features[0] if all(one is features[0] for one in features) else torch.cat(features)
 
 
 @torch.no_grad()
@@ -62,55 +87,54 @@ def generate(
     """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
 
     `size` is (width, height), default the base's native one; `guidance`, `scheduler` and the halves that control acts
-    on default to the base's own.
-    on_step is told how many images are made, parts of them included. Raises ModelError when the latents stop being
-    finite.
+    on default to the base's own. on_step is told how many images are made, parts of them included. Raises ModelError
+    when the latents stop being finite.
     """
     guidance = base.guidance if guidance is None else guidance
-    nets = [(net, replace(how, control_on=how.control_on or base.control_on)) for net, how in nets]
     width, height = size or (base.native_size, base.native_size)
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
+    strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
+    networks = [net for net, _ in nets]
     memory = memory or Memory()
     made = 0
     for group in _groups(requests, 1 if base.low_memory else batch):
-        texts = {r.prompt for r in group} | {r.negative for r in group if guidance != 1}
-        memory.prompts = {t: memory.prompts[t] if t in memory.prompts else base.encode_text([t]) for t in texts}
-        pairs = [(net, c) for r in group for (net, _), c in zip(nets, r.conditions, strict=True)]
-        with base.at_work(*(net for net, _ in pairs)):
-            memory.features = {
-                key: memory.features.get(key) or (c, net.prepare(_input(c, base)))
-                for key, (net, c) in {(id(net), id(c)): (net, c) for net, c in pairs}.items()
-            }
+        # What the images of a group need, encoded once per text and once per condition.
+        prompts, negatives = [r.prompt for r in group], [r.negative for r in group]
+        guided = guidance != 1
+        memory.encode_texts(base, set(prompts) | (set(negatives) if guided else set()))
+        with base.at_work(*networks):
+            memory.prepare(base, networks, group)
+        prompt, negative = memory.prompt(prompts), memory.prompt(negatives) if guided else None  # B rows each
         controls = [
-            Applied(net, _joined([memory.features[id(net), id(r.conditions[k])][1] for r in group]), strength)
-            for k, (net, strength) in enumerate(nets)
+            Applied(net, memory.feature(net, [r.conditions[k] for r in group]), strength)
+            for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))
         ]
-        prompt = Prompt.cat([memory.prompts[r.prompt] for r in group])  # B rows
-        negative = Prompt.cat([memory.prompts[r.negative] for r in group]) if guidance != 1 else None
 
-        def step(done: int, of: int, before: int = made, count: int = len(group)) -> None:
-            on_step(before + count * done / of)
-
+        # All of them at once, each from its own noise.
         start = FromNoise.seeded([r.seed for r in group], shape)
-        with base.at_work(base.unet, *(net for net, _ in nets)):
-            own = make_scheduler(base.scheduler, scheduler)
-            latents = sample(base.unet, own, start, prompt, negative, controls, steps, guidance, step, base.low_memory)
+        tell = partial(_tell_step, on_step, made, len(group))
+        own = make_scheduler(base.scheduler, scheduler)
+        with base.at_work(base.unet, *networks):
+            latents = sample(
+                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory
+            )  # (B, C, h, w)
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
+
+        # Decoded one by one: the decoder takes more memory than everything before.
         for latent in latents:
             yield to_pixels(base.decode(latent[None].to(base.dtype)))[0]
         made += len(group)
+
+
+def _tell_step(on_step: Callable[[float], None], before: int, count: int, done: int, of: int) -> None:
+    on_step(before + count * done / of)
 
 
 def _groups(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
     iterator = iter(requests)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _joined(features: list[Tensor]) -> Tensor:
-    """(B, C, h, w), or (1, C, h, w) when all images share one."""
-    return features[0] if all(f is features[0] for f in features) else torch.cat(features)
 
 
 def _input(condition: np.ndarray, base: Base) -> Tensor:

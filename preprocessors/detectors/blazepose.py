@@ -1,8 +1,8 @@
 """Poses by BlazePose (Bazarevsky et al. 2020, arXiv 2006.10204): two small networks, run by LiteRT.
 
 The detector, at 224 pixels, finds a person's hip centre, size and turn; the landmark network looks at that part of the
-photo, turned upright, at 256 pixels and gives 33 points; OpenPose's 18 joints follow from them. The detector is made for
-one person that fills the picture: it is also shown squares of the photo, so that smaller and several people are found.
+photo, turned upright, at 256 pixels and gives 33 points; OpenPose's 18 joints follow from them. The detector is made
+for one person that fills the picture, so it is also shown squares of the photo: smaller and several people are found.
 """
 
 from __future__ import annotations
