@@ -12,7 +12,7 @@ from controlnet.cli.options import Json, Quiet, say, warn
 from controlnet.preprocessors.errors import Exit, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 
-app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.")
+app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.", add_completion=False)
 SHOWN = 3
 
 

@@ -69,7 +69,9 @@ class KindGroup(TyperGroup):
         return args[0], _all_command() if args[0] == "all" else _command(find_detector(args[0])), args[1:]
 
 
-app = typer.Typer(cls=KindGroup, invoke_without_command=True, help="Make condition maps from photos.")
+app = typer.Typer(
+    cls=KindGroup, invoke_without_command=True, help="Make condition maps from photos.", add_completion=False
+)
 
 
 @app.callback()

@@ -37,7 +37,6 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from controlnet.model.work.studio import Image, Studio
 
-HELP = "Make images from condition maps and a prompt."
 SHOWN = 24
 """Images on a preview."""
 
@@ -163,6 +162,7 @@ def _generate(
 
 
 generate = typed(_generate, PARAMETERS)
+generate.command_class = Command  # type: ignore[attr-defined]
 
 
 def _images(studio: Studio, wanted: list[Wanted], keep_best: int | None, offline: bool, failed: _Failures, quiet: bool):

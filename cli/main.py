@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import sys
@@ -11,25 +12,54 @@ import threading
 from typing import Annotated
 
 import typer
-from controlnet.cli import dataset, detect, generate, models, replay, score, train
 from controlnet.preprocessors.errors import ControlNetError, Exit
+from typer.core import TyperCommand, TyperGroup
+
+COMMANDS = {
+    "generate": ("generate:generate", "Make images from condition maps and a prompt."),
+    "replay": (
+        "replay:replay", "Make an image again from its own PNG text; say identical, or how far off and what differs.",
+    ),
+    "score": (
+        "score:score", "Measure how well images keep to their conditions: lines by F1, depth by rank, poses by OKS.",
+    ),
+    "train": ("train:train", "Train a ControlNet on photos or pairs, and be told whether it works."),
+    "status": ("train:status", "Say how a training run stands: verdict, control gap, time left; draw its curve."),
+    "detect": ("detect:app", "Make condition maps from photos."),
+    "dataset": ("dataset:app", "Check training data, or build it from photos."),
+    "models": ("models:app", "List, fetch, check, show and convert models and detectors' weights."),
+}  # fmt: skip
+"""Name -> where it is, `module:attribute` of this package, and its help. A command's module is imported when it is
+called, and then no other."""
+
+
+class Commands(TyperGroup):
+    """Builds a command when it is called."""
+
+    def resolve_command(self, ctx, args):
+        if args[0] not in COMMANDS:
+            return super().resolve_command(ctx, args)
+        place, help_ = COMMANDS[args[0]]
+        module, attribute = place.split(":")
+        found = getattr(importlib.import_module(f"controlnet.cli.{module}"), attribute)
+        if not isinstance(found, typer.Typer):
+            single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            single.command(args[0], help=help_, cls=getattr(found, "command_class", TyperCommand))(found)
+            found = single
+        return args[0], typer.main.get_command(found), args[1:]
+
 
 app = typer.Typer(
     name="controlnet",
     help="Spatial control for text-to-image diffusion: photos become condition maps, maps and prompts become images.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(detect.app, name="detect")
-app.command("generate", help=generate.HELP, cls=generate.Command)(generate.generate)
-app.command("replay", help=replay.HELP)(replay.replay)
-app.command("score", help=score.HELP)(score.score)
-app.command("train", help=train.HELP)(train.train)
-app.command("status", help=train.STATUS_HELP)(train.status)
-app.add_typer(dataset.app, name="dataset")
-app.add_typer(models.app, name="models")
+for _name, (_, _help) in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)
 
 
 def _version(wanted: bool) -> None:

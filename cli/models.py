@@ -13,7 +13,11 @@ from controlnet.model.work.machine import silence_libraries
 from controlnet.preprocessors.errors import Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
 
-app = typer.Typer(no_args_is_help=True, help="List, fetch, check, show and convert models and detectors' weights.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="List, fetch, check, show and convert models and detectors' weights.",
+    add_completion=False,
+)
 app.command("show", help=formats.SHOW_HELP)(formats.show)
 app.command("convert", help=formats.CONVERT_HELP)(formats.convert)
 

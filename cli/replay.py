@@ -14,8 +14,6 @@ from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
 
-HELP = "Make an image again from its own PNG text; say identical, or how far off and what differs."
-
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that `generate` made.")]
 Cond = Annotated[
     list[str] | None,

@@ -16,7 +16,6 @@ from controlnet.preprocessors.jsons import dumps
 if TYPE_CHECKING:
     from controlnet.model.work.score import Scorer
 
-HELP = "Measure how well images keep to their conditions: lines by F1, depth by rank, poses by OKS."
 
 Image = Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="An image that generate made, or any other.")]
 Cond = Annotated[

@@ -16,8 +16,6 @@ from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 
-HELP = "Train a ControlNet on photos or pairs, and be told whether it works."
-STATUS_HELP = "Say how a training run stands: verdict, control gap, time left; draw its curve."
 WORLD = "world"
 WORLD_SCENES = 3000
 
