@@ -71,13 +71,13 @@ class Networks:
     def ours(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
         import torch
         from controlnet.model.control.prompt import Prompt
-        from controlnet.model.sampling.loop import Applied, sample
+        from controlnet.model.sampling.loop import ActiveNet, sample
         from controlnet.model.sampling.schedulers import make_scheduler
         from controlnet.model.sampling.starts import FromNoise
 
         noise, text, null, condition = self.inputs(side, batch)
         with torch.no_grad():
-            applied = [Applied(net, net.prepare(condition)) for net in self.nets[:nets]]
+            applied = [ActiveNet(net, net.prepare(condition)) for net in self.nets[:nets]]
             own = make_scheduler(self.scheduler)
             return sample(self.unet, own, FromNoise(noise), Prompt(text), Prompt(null), applied, steps, GUIDANCE)
 

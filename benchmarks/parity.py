@@ -16,7 +16,7 @@ from controlnet.model.control.modes import MODES
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import SOFT, Strength
 from controlnet.model.files.families import SUPPORTED, VAE, Family, scheduler_config
-from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from diffusers import (
@@ -85,7 +85,7 @@ class Pair:
         start = FromNoise.seeded(SEEDS, (4, CANVAS // 8, CANVAS // 8))
         start.noise = start.noise.to(dtype)
         strength = Strength(SCALE, weighting=settings.weighting, control_on=settings.control_on)
-        applied = [Applied(self.net, self.net.prepare(condition), strength)]
+        applied = [ActiveNet(self.net, self.net.prepare(condition), strength)]
         own = make_scheduler(self.scheduler, scheduler)
         ours = sample(self.unet, own, start, Prompt(text), Prompt(null), applied, STEPS, GUIDANCE)
 

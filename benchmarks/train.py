@@ -71,7 +71,7 @@ def step_of(variant: str, args, device):
     import torch
     import torch.nn.functional as F
     from controlnet.model.control.controlnet import ControlNet
-    from controlnet.model.training.objective import Batch, Diffusion, control_losses
+    from controlnet.model.training.objective import Batch, NoiseSchedule, control_losses
     from controlnet.model.training.precision import autocast
     from diffusers import ControlNetModel, DDPMScheduler
 
@@ -92,7 +92,7 @@ def step_of(variant: str, args, device):
         net = ControlNet.from_base(unet)
         unet.requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
         trained = net.to(device, memory_format=torch.channels_last)
-        diffusion = Diffusion(scheduler, device)
+        diffusion = NoiseSchedule(scheduler, device)
         inputs = condition.contiguous(memory_format=torch.channels_last)
 
         def loss():

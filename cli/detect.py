@@ -198,7 +198,7 @@ def _make_maps(
     overwrite, skip_existing, preview, quiet,
 ) -> None:  # fmt: skip
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    from controlnet.model.work.maps import Job, expand, is_points  # OpenCV, when it is used
+    from controlnet.model.work.maps import Detection, expand, is_points  # OpenCV, when it is used
     from controlnet.preprocessors.geometry import RESIZES, parse_size
     from controlnet.preprocessors.images import read_bytes
 
@@ -225,7 +225,7 @@ def _make_maps(
             if not all(is_points(detector.kind, source) for source in sources):
                 with bytes_bar(f"fetching {detector.weights}", quiet) as on_bytes:
                     ready = detector.ready(options, weights, offline, on_bytes)
-            job = Job(detector, options, ready, wanted, resize, read, overwrite, skip_existing)
+            job = Detection(detector, options, ready, wanted, resize, read, overwrite, skip_existing)
             missed, shown[detector.kind] = _run(job, sources, out, as_json, keypoints, preview is not None, quiet)
             failed += missed
         except ControlNetError as error:

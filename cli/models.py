@@ -127,7 +127,7 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
     source = _model(name)
     if Path(source).is_dir():
         return Path(source)
-    whole = not update and source in hub.lock() and not hub.verify(source)
+    whole = not update and source in hub.revisions() and not hub.verify(source)
     return (hub.kept(source) if whole else None) or hub.pull(source, update)
 
 
@@ -149,12 +149,12 @@ def verify(names: Names = None, as_json: Json = False) -> None:
     from controlnet.model.registry import NETS
     from controlnet.preprocessors import weights
 
-    locked = hub.lock()
+    locked = hub.revisions()
     known = dict.fromkeys(row["name"] for row in rows() if row["here"] and _is_checked(row["name"], locked))
     fetched = {_model(name) for name in known if name not in weights.WEIGHTS}
     damaged = [name for name in weights.WEIGHTS if weights.fetched(name) and weights.verify(name)]
     bad = False
-    for name in names or [*known, *damaged, *(source for source in hub.lock() if source not in fetched)]:
+    for name in names or [*known, *damaged, *(source for source in hub.revisions() if source not in fetched)]:
         wrong = weights.verify(name) if name in weights.WEIGHTS else []
         if name not in weights.WEIGHTS or name in NETS:
             wrong += _verify_model(_model(name))

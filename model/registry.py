@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from controlnet.model.files.families import SD1, SD2
-from controlnet.model.files.ids import FILES, is_hub_id
+from controlnet.model.files.ids import FILE_ENDINGS, is_hub_id
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
 
@@ -83,7 +83,7 @@ def check_base_name(name: str) -> None:
     later = "; SDXL is not supported yet" if "xl" in name.lower() else ""
     raise UsageError(
         f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
-        f" ({' '.join(FILES)}) or a hub id{later}",
+        f" ({' '.join(FILE_ENDINGS)}) or a hub id{later}",
         f"--base {near[0]}" if near else "controlnet models list",
     )
 

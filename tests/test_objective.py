@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from controlnet.model.training.objective import Diffusion
+from controlnet.model.training.objective import NoiseSchedule
 from diffusers import DDPMScheduler
 
 
@@ -11,7 +11,7 @@ def test_equals_diffusers(prediction):
     scheduler = DDPMScheduler(prediction_type=prediction, beta_schedule="scaled_linear")
     torch.manual_seed(0)
     z0, eps, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
-    diffusion = Diffusion(scheduler)
+    diffusion = NoiseSchedule(scheduler)
     torch.testing.assert_close(diffusion.add_noise(z0, eps, t), scheduler.add_noise(z0, eps, t))
     expected = {"epsilon": eps, "v_prediction": scheduler.get_velocity(z0, eps, t), "sample": z0}[prediction]
     torch.testing.assert_close(diffusion.target(z0, eps, t), expected)
@@ -25,7 +25,7 @@ def test_min_snr_weights_are_those_of_one_clean_estimate():
     losses = {}
     z0, eps, t = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), torch.tensor([300])
     for prediction in ("epsilon", "v_prediction", "sample"):
-        diffusion = Diffusion(DDPMScheduler(prediction_type=prediction))
+        diffusion = NoiseSchedule(DDPMScheduler(prediction_type=prediction))
         losses[prediction] = diffusion.loss(torch.ones_like(z0), z0, eps, t, min_snr=5.0).item()
     snr = (diffusion.alpha[300] / diffusion.sigma[300]).item() ** 2
     assert losses["epsilon"] == pytest.approx(min(snr, 5) / snr)
@@ -37,4 +37,4 @@ def test_unknown_prediction():
     scheduler = DDPMScheduler()
     scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match="flow"):
-        Diffusion(scheduler)
+        NoiseSchedule(scheduler)

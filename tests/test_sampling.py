@@ -10,7 +10,7 @@ from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import Request, generate
-from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -42,7 +42,7 @@ def run(base, net, condition, dtype=torch.float64, scheduler="ddim", seeds=(5, 6
     negative = base.encode_text([""]).to(dtype)
     hint = net.prepare(condition_tensor(condition)[None].to(dtype))
     acting = {f.name: options.pop(f.name) for f in fields(Strength) if f.name in options}
-    controls = [Applied(net, hint, Strength(**acting))]
+    controls = [ActiveNet(net, hint, Strength(**acting))]
     steps = options.pop("steps", 10)
     own = make_scheduler(base.scheduler, scheduler)
     return sample(base.unet, own, start, prompt, negative, controls, steps, **options)
@@ -135,7 +135,7 @@ def test_controls_are_added(base, net, condition):
     one = run(base, net, condition, torch.float32, scale=2.0)
     hint = net.prepare(condition_tensor(condition)[None])
     prompt = base.encode_text([PROMPT]).rows(2)
-    controls = [Applied(net, hint, Strength(1.5)), Applied(net, hint, Strength(0.5))]
+    controls = [ActiveNet(net, hint, Strength(1.5)), ActiveNet(net, hint, Strength(0.5))]
     scheduler, negative = make_scheduler(base.scheduler, "ddim"), base.encode_text([""])
     start = FromNoise.seeded([5, 6], (4, 8, 8))
     two = sample(base.unet, scheduler, start, prompt, negative, controls, 10)

@@ -9,7 +9,7 @@ from controlnet.model.control.weighting import weights_of
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from controlnet.model.work.condition import ConditionFlag, check_weighting, check_window
@@ -49,7 +49,7 @@ def ours(base, nets, conditions, *strengths, steps=EVALUATIONS, scheduler="ddim"
     start = FromNoise.seeded([5, 6], (4, 8, 8))
     start.noise = start.noise.double()
     controls = [
-        Applied(net, net.prepare(condition_tensor(condition)[None].double()), strength)
+        ActiveNet(net, net.prepare(condition_tensor(condition)[None].double()), strength)
         for net, condition, strength in zip(nets, conditions, strengths, strict=False)
     ]
     prompt, negative = base.encode_text([PROMPT] * 2), base.encode_text([""])

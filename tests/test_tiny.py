@@ -16,7 +16,7 @@ from controlnet.model.tiny.train import parse_minutes
 from controlnet.model.tiny.world.render import render
 from controlnet.model.tiny.world.scenes import make_scene
 from controlnet.model.tiny.world.shards import HELD_OUT
-from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
+from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.preprocessors.agreement import edge_f1
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
@@ -116,7 +116,7 @@ def test_each_kind_is_loaded_alone_and_heeded(kind):
         z0 = base.vae.encode(drawn.images.permute(0, 3, 1, 2) / 127.5 - 1).latents * base.vae.config.scaling_factor
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
     batch = Batch(z0, eps, torch.full((12,), 500), base.encode_text([""] * 12), conditions)
-    diffusion = Diffusion(base.scheduler)
+    diffusion = NoiseSchedule(base.scheduler)
     found = control_gap(lambda b: control_losses(base.unet, net, diffusion, b), [(batch, conditions.roll(1, 0))])
     assert found["control_gap"] > found["band"] > 0, found
 

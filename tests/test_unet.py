@@ -5,7 +5,7 @@ import torch
 from controlnet.model.control.controlnet import Control
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise, embed_times, encode, predict
-from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.starts import FromNoise
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from helpers import Counter, randomise, small_unet
@@ -122,7 +122,7 @@ def test_keys_values_and_times_once_a_sampling():
     noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 16)
     hint = net.prepare(torch.rand(1, 3, 64, 64))
     prompt, negative = Prompt(text), Prompt(text[:1])
-    sample(unet, DDIMScheduler(), FromNoise(noise), prompt, negative, [Applied(net, hint)], steps=4, guidance=3.0)
+    sample(unet, DDIMScheduler(), FromNoise(noise), prompt, negative, [ActiveNet(net, hint)], steps=4, guidance=3.0)
     assert runs.batches == [2] * 4 and len(attentions) >= 4
     assert [c.count for c in counters] == [1] * len(counters)
 

@@ -75,26 +75,28 @@ class ControlNet(nn.Module):
             condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
 
-    def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[Any]:
-        """The time embeddings (1, 4C) of timesteps (n,)."""
-        return embed_times(self, times, dtype).split(1)
+    def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
+        """The time embeddings (n, 4C) of timesteps (n,)."""
+        return embed_times(self, times, dtype)
 
-    def control(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> Control:
-        """Control for z_t (B, 4, h, w) at a step of `begin`, or time embeddings (B, 4C), under a prompt and a feature
-        c_f (B, C, h, w): Eq. 2 in every block at once. The copy F(.; Theta_c) reads x + Z(c; Theta_z1), whose last
-        convolution is the hint encoder's; each output passes its own Z(.; Theta_z2); the locked UNet adds it."""
-        skips, middle = self.features(z, step, prompt, feature)
+    def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> Control:
+        """Control for z_t (B, 4, h, w) at time embeddings (1 or B, 4C), under a prompt and a feature c_f (B, C, h, w).
+
+        This is Eq. 2 in every block at once: the copy F(.; Theta_c) reads x + Z(c; Theta_z1), where Z is the hint
+        encoder's last convolution; each of its outputs passes its own Z(.; Theta_z2); the locked UNet adds them.
+        """
+        skips, middle = self.features(z, time, prompt, feature)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return Control(down, self.controlnet_mid_block(middle))
 
-    def features(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
+    def features(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the trainable copy makes of z_t and c_f, before the zero convolutions: one per skip connection, and the
         middle's."""
-        return encode(self, self.conv_in(z) + feature, embed(self, step, prompt), prompt, self.gradient_checkpointing)
+        return encode(self, self.conv_in(z) + feature, embed(self, time, prompt), prompt, self.gradient_checkpointing)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, feature: Tensor) -> Control:
         """`control` for z_t (B, 4, h, w) at timesteps t (B,), as training asks for it."""
-        return self.control(z, embed_times(self, t, z.dtype), prompt, feature)
+        return self.control(z, self.begin(t, z.dtype), prompt, feature)
 
 
 def skip_channels(config: dict) -> list[int]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from controlnet.model.control.control import Control
 from controlnet.model.control.controlnet import ControlNet, skip_channels
 from controlnet.model.control.hint import SD_WIDTHS, gaussian_
 from controlnet.model.control.prompt import Prompt
@@ -37,17 +36,15 @@ class ControlNetLite(ControlNet):
             gaussian_(convolution)
         self.add_new(config, hint, hint_widths)
 
-    def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[None]:
-        return [None] * len(times)
+    def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
+        """Nothing: it knows no time."""
+        return times.new_empty((len(times), 0), dtype=dtype)
 
-    def features(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
+    def features(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
         skips = [self.conv_in(z) + feature]
         for convolution in self.down_blocks:
             skips.append(F.silu(convolution(skips[-1])))
         return skips, F.silu(self.mid_block(skips[-1]))
-
-    def forward(self, z: Tensor, t: Tensor, prompt: Prompt, feature: Tensor) -> Control:
-        return self.control(z, None, prompt, feature)
 
 
 def halvings(config: dict) -> list[bool]:

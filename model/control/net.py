@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from controlnet.model.control.control import Control
@@ -22,9 +21,9 @@ class Net(Protocol):
         """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1] of a kind. Once per image: it depends on
         neither z_t nor t."""
 
-    def begin(self, times: Tensor, dtype: torch.dtype) -> Sequence[Any]:
-        """What it needs to know about each timestep of `times` (n,), once per schedule: n objects of any type."""
+    def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
+        """What it needs to know about each of the timesteps (n,), (n, ...): once per schedule."""
 
-    def control(self, z: Tensor, step: Any, prompt: Prompt, feature: Tensor) -> Control:
-        """Control for z_t (B, 4, h, w) at a step that `begin` gave, under a prompt of B rows, or of 2B for both halves
-        of the guidance."""
+    def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> Control:
+        """Control for z_t (B, 4, h, w) at a row of what `begin` gave, (1, ...), or at a row for each image, (B, ...),
+        under a prompt of B rows, or of 2B for both halves of the guidance."""

@@ -48,7 +48,7 @@ def find(name: str, offline: bool, example: str) -> Path:
 def kept(name: str) -> Path | None:
     """The folder of a hub id, if all its files are on this machine: at the revision in the lock file or, where that
     has none, at the revision that another program fetched."""
-    locked = lock().get(name)
+    locked = revisions().get(name)
     try:
         folder = Path(snapshot_download(name, revision=locked and locked["revision"], local_files_only=True))
     except OSError:
@@ -64,7 +64,7 @@ def pull(name: str, update: bool = False) -> Path:
 
     Raises ModelError when it cannot be had, is no model, or is not what the hub or the lock says.
     """
-    locked = None if update else lock().get(name)
+    locked = None if update else revisions().get(name)
     try:
         info = HfApi().model_info(name, revision=locked and locked["revision"], files_metadata=True)
         files = needed([file.rfilename for file in info.siblings or []])
@@ -102,7 +102,7 @@ def pull(name: str, update: bool = False) -> Path:
 
 def verify(name: str) -> list[str]:
     """Files of a locked hub id that are missing or not what they were. Raises ModelError for one that is not locked."""
-    locked = lock().get(name)
+    locked = revisions().get(name)
     if locked is None:
         raise ModelError(f"{name}: was not fetched by this toolkit", f"controlnet models pull {name}")
     folder = kept(name)
@@ -140,7 +140,7 @@ def complete(files: Iterable[str]) -> bool:
     return not is_base or all(any(f.startswith(f"{part}/") for f in files) for part in ("tokenizer", "scheduler"))
 
 
-def lock() -> dict[str, Any]:
+def revisions() -> dict[str, Any]:
     """hub id -> revision and files with their sha256."""
     return read_lock(_lock_file())
 

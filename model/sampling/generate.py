@@ -18,7 +18,7 @@ from controlnet.model.control.net import Net
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from controlnet.preprocessors.errors import ModelError, UsageError
@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass
-class Memory:
+class Encoded:
     """Prompts and features of the last images: what the next ones share with them is not computed again."""
 
     prompts: dict[str, Prompt] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def generate(
     guidance: float | None = None,
     scheduler: str | None = None,
     on_step: Callable[[float], None] = lambda images: None,
-    memory: Memory | None = None,
+    encoded: Encoded | None = None,
     batch: int = BATCH,
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
@@ -95,18 +95,18 @@ def generate(
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
     strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
     networks = [net for net, _ in nets]
-    memory = memory or Memory()
+    encoded = encoded or Encoded()
     made = 0
     for group in _groups(requests, 1 if base.low_memory else batch):
         # What the images of a group need, encoded once per text and once per condition.
         prompts, negatives = [r.prompt for r in group], [r.negative for r in group]
         guided = guidance != 1
-        memory.encode_texts(base, set(prompts) | (set(negatives) if guided else set()))
+        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()))
         with base.at_work(*networks):
-            memory.prepare(base, networks, group)
-        prompt, negative = memory.prompt(prompts), memory.prompt(negatives) if guided else None  # B rows each
+            encoded.prepare(base, networks, group)
+        prompt, negative = encoded.prompt(prompts), encoded.prompt(negatives) if guided else None  # B rows each
         controls = [
-            Applied(net, memory.feature(net, [r.conditions[k] for r in group]), strength)
+            ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength)
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))
         ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from controlnet.model.control.control import Control
@@ -23,7 +22,7 @@ from torch import Tensor
 
 
 @dataclass
-class Applied:
+class ActiveNet:
     """A network at work: its feature of the condition, (1, C, h, w) for all images or (B, C, h, w), and how it acts."""
 
     net: Net
@@ -44,7 +43,7 @@ def sample(
     start: Start,
     prompt: Prompt,
     negative: Prompt | None,
-    controls: Sequence[Applied],
+    controls: Sequence[ActiveNet],
     steps: int,
     guidance: float = 7.5,
     on_step: Callable[[int, int], None] = lambda done, of: None,
@@ -83,7 +82,7 @@ class Evaluation:
         times: Tensor,
         prompt: Prompt,
         negative: Prompt | None,
-        controls: Sequence[Applied],
+        controls: Sequence[ActiveNet],
         guidance: float,
         halves_apart: bool = False,
     ):
@@ -94,8 +93,8 @@ class Evaluation:
         self.negative = negative.rows(len(prompt)) if negative is not None and self.guided else prompt
         together = self.guided and not halves_apart
         self.both = Prompt.cat([self.negative, prompt]) if together else prompt  # 2B rows, or B
-        self.times = embed_times(unet, times, unet.dtype).split(1)
-        self.steps = {one.net: one.net.begin(times, unet.dtype) for one in controls}
+        self.times = embed_times(unet, times, unet.dtype)  # (n, 4C)
+        self.begun = {one.net: one.net.begin(times, unet.dtype) for one in controls}
 
     def __call__(self, z_t: Tensor, i: int) -> Tensor:
         """The prediction (B, C, h, w) for z_t (B, C', h, w) in evaluation i."""
@@ -109,10 +108,10 @@ class Evaluation:
         without, with_prompt = out.chunk(2)
         return without + self.guidance * (with_prompt - without)
 
-    def _predict(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[Applied]) -> Tensor:
-        return predict(self.unet, z, self.times[i], prompt, self._control(z, i, prompt, controls))
+    def _predict(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[ActiveNet]) -> Tensor:
+        return predict(self.unet, z, self.times[i : i + 1], prompt, self._control(z, i, prompt, controls))
 
-    def _control(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[Applied]) -> Control | None:
+    def _control(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[ActiveNet]) -> Control | None:
         """The sum of the controls that act in evaluation i for the rows of a prompt; None when none does. A network
         whose scale is 0 is not run. One that acts on the conditional half sees that half alone, and gives nothing to
         the other."""
@@ -122,8 +121,8 @@ class Evaluation:
             if scale == 0:
                 continue
             alone = one.strength.control_on == "cond" and len(prompt) > len(self.prompt)
-            step: Any = self.steps[one.net][i]
-            control = one.net.control(z, step, self.prompt if alone else prompt, one.feature)
+            time = self.begun[one.net][i : i + 1]
+            control = one.net.control(z, time, self.prompt if alone else prompt, one.feature)
             control = one.strength.apply(control, scale)
             if alone:
                 control = control.for_conditional_half()

@@ -30,7 +30,7 @@ from controlnet.model.tiny.readers import JointReader, Measure, PartReader, Read
 from controlnet.model.tiny.world.render import FLOOR, MAIN, WALL
 from controlnet.model.tiny.world.scenes import make_scene
 from controlnet.model.tiny.world.shards import HELD_OUT, World, world
-from controlnet.model.training.precision import attention
+from controlnet.model.training.precision import attention_kernels
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.sheet import contact_sheet
@@ -131,7 +131,7 @@ def trained(reader: R, base: Base, runs: Path, minutes: float) -> R:
     data = world(runs / "world", 9000, base.native_size, 0, base.device.type)
     data = data.only(reader.scenes(data))
     blurred = cache(lambda: reconstruct(base, data.images))  # minutes, needed if there is training to do
-    with attention(base.device):
+    with attention_kernels(base.device):
         reader.train(data, blurred, runs / reader.name, minutes, base.device)
     return reader
 

@@ -19,7 +19,7 @@ from controlnet.model.files.tensors import write_tensors
 from controlnet.model.tiny.world.rooms import draw_rooms
 from controlnet.model.tiny.world.shards import SHARD, world
 from controlnet.model.training.loop import LoopConfig, Progress, fit
-from controlnet.model.training.precision import attention, autocast
+from controlnet.model.training.precision import attention_kernels, autocast
 from controlnet.preprocessors.detectors.tiny_depth import Dense
 from controlnet.preprocessors.files import beside
 from controlnet.preprocessors.weights import SHIPPED
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         known = world(args.runs / "world", args.scenes, args.size, device=device.type)
         images, depth = np.concatenate([images, known.images]), np.concatenate([depth, known.depth])
     network = Dense()
-    with attention(device):
+    with attention_kernels(device):
         progress = train(network, images, depth, args.runs / "depth", args.minutes, device)
     args.out.mkdir(parents=True, exist_ok=True)
     state = {name: value.to("cpu", torch.float16).contiguous() for name, value in network.state_dict().items()}

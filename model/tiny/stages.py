@@ -29,7 +29,7 @@ from controlnet.model.tiny.world.scenes import vary
 from controlnet.model.tiny.world.shards import World
 from controlnet.model.training.checkpoints import save_atomic
 from controlnet.model.training.loop import LoopConfig, Progress, fit
-from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
+from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.precision import autocast
 from controlnet.preprocessors.detectors.canny import CannyOptions, canny
 from controlnet.preprocessors.detectors.depth import DepthOptions, to_map
@@ -208,7 +208,7 @@ def train_base(
     torch.manual_seed(0)
     model = nn.ModuleDict({"unet": unet or make_unet(size), "text": text_encoder})
     model.to(device).to(memory_format=torch.channels_last)
-    diffusion = Diffusion(make_scheduler(), device)
+    schedule = NoiseSchedule(make_scheduler(), device)
     wordings = reworded(tokenizer, captions)
     empty = encode_captions(tokenizer, [""])
 
@@ -218,9 +218,9 @@ def train_base(
         ids = torch.where(torch.from_numpy(rng.random((batch, 1)) < 0.1), empty, ids).to(device)
         with autocast(device):
             text = model["text"](ids).last_hidden_state
-            z = diffusion.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
+            z = schedule.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
             prediction = denoise(model["unet"], z, t, Prompt(text))
-        return diffusion.loss(prediction, z0, eps, t).mean()
+        return schedule.loss(prediction, z0, eps, t).mean()
 
     config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=4e-3)
     progress = fit(model, loss_of, config, folder, report)
@@ -289,14 +289,14 @@ def train_control(
     controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)
     controlnet.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
     unet.requires_grad_(False), text_encoder.requires_grad_(False)
-    diffusion = Diffusion(make_scheduler(), device)
+    schedule = NoiseSchedule(make_scheduler(), device)
     ids = encode_captions(tokenizer, world.captions)
     empty = encode_captions(tokenizer, [""])
     among = np.flatnonzero(world.joints[..., 2].any(1)) if kind == "pose" else None
 
     def losses_of(batch: Batch) -> Tensor:
         with autocast(device):
-            return control_losses(unet, controlnet, diffusion, batch)
+            return control_losses(unet, controlnet, schedule, batch)
 
     def draw_batch(step: int, seed: int, count: int, emptied: float) -> Batch:
         rng, rows, z0, eps, t = diffusion_batch(step, seed, latents, count, device, among)

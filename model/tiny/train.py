@@ -38,7 +38,7 @@ from controlnet.model.tiny.stages import (
 from controlnet.model.tiny.world.scenes import vary
 from controlnet.model.tiny.world.shards import world
 from controlnet.model.training.loop import Progress
-from controlnet.model.training.precision import attention
+from controlnet.model.training.precision import attention_kernels
 
 STAGES = ("vae", "text", "half", "base", *CONDITIONS)
 MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--keep: unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = Training(args, device)
-    with attention(device, small=training.size <= 256):
+    with attention_kernels(device, small=training.size <= 256):
         training.train()
     training.write(args.out)
     print(f"written: {args.out}; now measure it with python -m controlnet.model.tiny.card")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.net import Net
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise
 from diffusers import UNet2DConditionModel
@@ -17,7 +17,7 @@ from scipy.stats import t
 from torch import Tensor
 
 
-class Diffusion:
+class NoiseSchedule:
     """The forward process of a base's scheduler: z_t = alpha_t z_0 + sigma_t eps, and the training target.
 
     Raises ValueError for a prediction type other than epsilon, v_prediction, sample.
@@ -72,13 +72,17 @@ class Batch:
 
 
 def control_losses(
-    unet: UNet2DConditionModel, controlnet: ControlNet, diffusion: Diffusion, batch: Batch, min_snr: float | None = None
+    unet: UNet2DConditionModel,
+    net: Net,
+    schedule: NoiseSchedule,
+    batch: Batch,
+    min_snr: float | None = None,
 ) -> Tensor:
-    """Eq. 5, one loss per sample, (B,): the locked base under the ControlNet's control."""
-    z = diffusion.add_noise(batch.z0, batch.eps, batch.t).contiguous(memory_format=torch.channels_last)
-    control = controlnet(z, batch.t, batch.prompt, controlnet.prepare(batch.condition))
+    """Eq. 5, one loss per sample, (B,): the locked base under a network's control."""
+    z = schedule.add_noise(batch.z0, batch.eps, batch.t).contiguous(memory_format=torch.channels_last)
+    control = net.control(z, net.begin(batch.t, z.dtype), batch.prompt, net.prepare(batch.condition))
     prediction = denoise(unet, z, batch.t, batch.prompt, control)
-    return diffusion.loss(prediction, batch.z0, batch.eps, batch.t, min_snr)
+    return schedule.loss(prediction, batch.z0, batch.eps, batch.t, min_snr)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.load import reload
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import to_pixels
-from controlnet.model.sampling.loop import Applied, sample
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from controlnet.model.training.precision import autocast
@@ -44,7 +44,7 @@ def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precisio
         reload(base, "vae")
     with autocast(device, precision):
         start = FromNoise.seeded(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
-        applied = [Applied(net, net.prepare(conditions), Strength(control_on=base.control_on))]
+        applied = [ActiveNet(net, net.prepare(conditions), Strength(control_on=base.control_on))]
         scheduler = make_scheduler(base.scheduler)
         latents = sample(base.unet, scheduler, start, prompt, negative, applied, STEPS, base.guidance)
     return np.concatenate(list(to_pixels(base.decode(latents.float()))), 1)

@@ -18,7 +18,7 @@ def autocast(device: torch.device, precision: str = "bfloat16") -> torch.autocas
 
 
 @contextmanager
-def attention(device: torch.device, precision: str = "bfloat16", small: bool = True) -> Iterator[None]:
+def attention_kernels(device: torch.device, precision: str = "bfloat16", small: bool = True) -> Iterator[None]:
     """The kernels of attention, around forward and backward: gradient checkpointing computes the forward in the
     backward again. On a CPU, and for `small` pictures (256 pixels and less), bfloat16 is done as plain matrix products:
     the fused kernel's backward is ten times slower there (benchmarks/LOG.md)."""

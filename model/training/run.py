@@ -24,9 +24,9 @@ from controlnet.model.training.data import check_resumed, fingerprint, look_at, 
 from controlnet.model.training.explain import explained
 from controlnet.model.training.loop import Progress, fit
 from controlnet.model.training.network import make_controlnet
-from controlnet.model.training.objective import Batch, Diffusion, control_gap, control_losses
+from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.pictures import draw, draw_strip
-from controlnet.model.training.precision import PRECISIONS, attention, autocast
+from controlnet.model.training.precision import PRECISIONS, attention_kernels, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
 from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
@@ -79,8 +79,10 @@ def train(
         store = Cache(cache_folder() / "training" if config.cache else None)
         samples = Samples(training, config, base, base_hash, store)
         validation = Samples(held_out, config, base, base_hash, store)
-        samples.check = validation.check = check_command(found.folder, config.kind)
-        facts = look_at((samples, validation), strict, lambda text: watcher.say(f"warning: {text}"), samples.check)
+        samples.check_command = validation.check_command = check_command(found.folder, config.kind)
+        facts = look_at(
+            (samples, validation), strict, lambda text: watcher.say(f"warning: {text}"), samples.check_command
+        )
         record = _record(found, config, base_hash, samples, validation, facts)
         if resume:
             _check_resume(run, record, config, force, watcher)
@@ -99,7 +101,7 @@ def train(
             net.gradient_checkpointing = True
             base.unet.enable_gradient_checkpointing()
         work = _Training(net, base, samples, validation, config, run, device, processes, watcher)
-        with work.pool, attention(device, config.precision, samples.size <= 256):
+        with work.pool, attention_kernels(device, config.precision, samples.size <= 256):
             return fit(net, work.loss_of, config, folder, watcher.say, work.validate, work.show, watcher.on_step)
 
 
@@ -172,7 +174,7 @@ class _Training:
     ):
         self.net, self.base, self.samples, self.validation = net, base, samples, validation
         self.config, self.run, self.device, self.processes, self.watcher = config, run, device, processes, watcher
-        self.diffusion = Diffusion(base.scheduler, device)
+        self.schedule = NoiseSchedule(base.scheduler, device)
         base.unet.to(memory_format=torch.channels_last)
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
@@ -192,7 +194,7 @@ class _Training:
         batch = batch.map(lambda x: x.to(self.device))
         batch.condition = batch.condition.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self.config.precision):
-            return control_losses(self.base.unet, self.net, self.diffusion, batch, self.config.min_snr or None)
+            return control_losses(self.base.unet, self.net, self.schedule, batch, self.config.min_snr or None)
 
     def loss_of(self, k: int) -> Tensor:
         return self.losses_of(self._batch(k)).mean()

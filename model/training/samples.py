@@ -45,7 +45,7 @@ class Samples:
 
     def __init__(self, pairs: list[Pair], config: TrainConfig, base: Base, base_hash: str, cache: Cache):
         self.pairs, self.config, self.base, self.base_hash, self.cache = pairs, config, base, base_hash, cache
-        self.check = check_command(pairs[0].image.parent if pairs else Path("DATA"), config.kind)
+        self.check_command = check_command(pairs[0].image.parent if pairs else Path("DATA"), config.kind)
         self.size = config.size or base.native_size
         self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -83,7 +83,7 @@ class Samples:
     def moments(self, index: int, crop: int, flip: bool) -> np.ndarray:
         """Mean and log variance of the latent, or the latent itself of a VAE without variance."""
         path = self.pairs[index].image
-        key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and place_of(self.pairs[index]), flip)
+        key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and crop_seed(self.pairs[index]), flip)
         return self.cache.array("latents", key, lambda: self._encode_image(self.picture(index, crop, flip)))
 
     def condition(self, index: int, crop: int, flip: bool) -> np.ndarray:
@@ -91,13 +91,13 @@ class Samples:
         path = pair.condition or pair.image
         options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
         files = sorted({self._hash(path), self._hash(pair.image)})  # both: they must be of one aspect
-        key = key_of(files, self.config.kind, options, self.size, crop, crop and place_of(pair), flip)
+        key = key_of(files, self.config.kind, options, self.size, crop, crop and crop_seed(pair), flip)
         return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
 
     def picture(self, index: int, crop: int, flip: bool = False) -> np.ndarray:
         """The crop of a picture, (size, size, 3) uint8."""
         pair = self.pairs[index]
-        image = cut(pair.picture(), crop, place_of(pair))
+        image = cut(pair.picture(), crop, crop_seed(pair))
         image = fit(image, (self.size, self.size), "stretch")
         return np.ascontiguousarray(image[:, ::-1]) if flip else image
 
@@ -113,7 +113,7 @@ class Samples:
                 f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
             )
         side = max(512, self.size)
-        photo = cut(pair.picture(), crop, place_of(pair))
+        photo = cut(pair.picture(), crop, crop_seed(pair))
         ready = self.detector.ready(self.detector.load_options()())
         try:
             return stage_one(photo, ready, (side, side), "stretch", str(pair.image))
@@ -132,9 +132,9 @@ class Samples:
         if not same_aspect(condition.size, (width, height)):
             raise InputError(
                 f"{pair.condition}: {condition.size[0]}x{condition.size[1]} for a picture of {width}x{height}",
-                f"{self.check} lists all such pairs",
+                f"{self.check_command} lists all such pairs",
             )
-        place = place_of(pair)
+        place = crop_seed(pair)
         return cut_condition(condition, cut(condition.map, crop, place), _window(condition.map, crop, place))
 
     @torch.no_grad()
@@ -221,7 +221,7 @@ def check_command(folder: Path, kind: str) -> str:
     return f"controlnet dataset check {quote(str(folder))}" + (f" --kind {quote(kind)}" if kind else "")
 
 
-def place_of(pair: Pair) -> int:
+def crop_seed(pair: Pair) -> int:
     """The number that the random crops of a pair are drawn from: its name's, whatever else is in the data."""
     return zlib.crc32(pair.name.encode())
 

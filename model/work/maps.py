@@ -33,7 +33,7 @@ SHOWN = 24
 
 
 @dataclass(frozen=True)
-class Job:
+class Detection:
     """What is to be done with every photo. `size` is (width, height)."""
 
     detector: Detector
@@ -92,7 +92,7 @@ def points_of(sources: list[str], keypoints: Path | None, targets: dict[str, Pat
 
 
 def run(
-    job: Job,
+    job: Detection,
     sources: list[str],
     targets: dict[str, Path | None],
     points: dict[str, Path | None],
@@ -146,7 +146,7 @@ def _is_ready(future: Future) -> bool:
 
 
 def _one(
-    job: Job,
+    job: Detection,
     source: str,
     target: Path | None,
     keypoints: Path | None,

@@ -26,7 +26,7 @@ from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import on_canvas, to_canvas
 from controlnet.model.sampling.generate import (
     BATCH,
-    Memory,
+    Encoded,
     Request,
     canvas_size,
     check_memory,
@@ -68,7 +68,7 @@ class Image:
 
 
 @dataclass(frozen=True, eq=False)
-class Acting:
+class ActiveCondition:
     """A condition at work: its ControlNet, its strength, its map on the canvas, and its entry in the record."""
 
     net: Any
@@ -84,8 +84,8 @@ class Prepared:
     wanted: Wanted
     job: Job
     base: Base
-    memory: Memory
-    acting: list[Acting]
+    encoded: Encoded
+    acting: list[ActiveCondition]
     shared: str
     record: dict[str, Any]
 
@@ -170,7 +170,7 @@ class Studio:
             job.guidance,
             job.scheduler,
             on_step,
-            first.memory,
+            first.encoded,
         )
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
             yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
@@ -187,7 +187,7 @@ class Studio:
                 failed(one.name, error)
 
     def _prepared(self, one: Wanted) -> Prepared:
-        base, memory = self.base_for(one.job)
+        base, encoded = self.base_for(one.job)
         scheduler = make_scheduler(base.scheduler, one.job.scheduler)
         size, conditions = self.conditions(one.job)
         self._say_canvas(one, size)
@@ -212,9 +212,9 @@ class Studio:
             "low_memory": self.low_memory,
             "seed": one.seed,
         }
-        return Prepared(one, job, base, memory, acting, job.shared() + json.dumps(acts, sort_keys=True), record)
+        return Prepared(one, job, base, encoded, acting, job.shared() + json.dumps(acts, sort_keys=True), record)
 
-    def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> Acting:
+    def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
         net, net_hash = self.net(base.name, source)
@@ -227,7 +227,7 @@ class Studio:
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
         entry = self._origin(flag, condition) | acts | region_entry
         entry |= {"kind": condition.kind, "net": source, "net_sha256": net_hash, "map_sha256": sha256(map_.tobytes())}
-        return Acting(net, strength, map_, entry)
+        return ActiveCondition(net, strength, map_, entry)
 
     def _origin(self, flag: ConditionFlag, condition: Condition) -> dict[str, Any]:
         """Where a condition comes from: its file, how it was detected, and the people on it."""
@@ -238,7 +238,7 @@ class Studio:
         found = {key: value for key, value in condition.record.items() if key not in MAKING}
         return entry | {"detect": {key: condition.record[key] for key in MAKING}} | found
 
-    def base_for(self, job: Job) -> tuple[Base, Memory]:
+    def base_for(self, job: Job) -> tuple[Base, Encoded]:
         """The base of a job, once it is known that all its models are here, or may be fetched, and fit together."""
         if self.offline:
             self.sources.check_here(job, self.kind)
@@ -268,11 +268,11 @@ class Studio:
             return flag.kind or flag.detect
         return _kind_of(flag, self.picture(flag.path)[1])
 
-    def _base(self, name: str) -> tuple[Base, Memory]:
+    def _base(self, name: str) -> tuple[Base, Encoded]:
         base = load_base(name, self.device, self.dtype, self.offline, self.low_memory)
         dtype = str(self.dtype).removeprefix("torch.")
         self.say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
-        return base, Memory()
+        return base, Encoded()
 
     def _net(self, base_name: str, source: str) -> tuple[Any, str]:
         """A ControlNet that fits the base, and its hash."""
