@@ -131,12 +131,15 @@ app.command("all", help=ALL_HELP)(lambda: None)
 
 
 def _command(default: Detector):
-    """The command of a kind: the common flags, then one flag a field of its options."""
+    """The command of a kind: the common flags, then a flag for each field of its options."""
+    # The options of all its detectors; where two have one of a name, the default detector's.
     all_options = {
         field.name: (field, row.load_options())
         for row in reversed(DETECTORS[default.kind].values())
         for field in fields(row.load_options())
     }
+
+    # Each becomes a flag.
     own = [
         inspect.Parameter(
             field.name,
@@ -159,6 +162,7 @@ def _command(default: Detector):
         options = chosen.load_options()(**{name: value for name, value in values.items() if name in known})
         _make_maps([(chosen, options)], weights, offline, keypoints, **given)
 
+    # In the order of the help page.
     learned = any(row.weights for row in DETECTORS[default.kind].values())
     return command_named(
         command,

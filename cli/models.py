@@ -50,10 +50,14 @@ def rows() -> list[dict[str, Any]]:
     from controlnet.preprocessors.detectors.registry import DETECTORS
     from controlnet.preprocessors.weights import WEIGHTS, kept
 
-    kinds = {
-        name: "/".join(kind for kind, table in DETECTORS.items() if any(row.weights == name for row in table.values()))
-        for name in WEIGHTS
-    }
+    # Weights -> the kinds that are detected with them.
+    kinds: dict[str, list[str]] = {name: [] for name in WEIGHTS}
+    for kind, table in DETECTORS.items():
+        for detector in table.values():
+            if detector.weights and kind not in kinds[detector.weights]:
+                kinds[detector.weights].append(kind)
+
+    # Bases and ControlNets, then detectors.
     models: list[tuple[str, str, str, Any]] = [(name, "base", "", row) for name, row in BASES.items()]
     models += [(name, "ControlNet", net.kind, net) for name, net in NETS.items()]
     found = [
@@ -73,7 +77,7 @@ def rows() -> list[dict[str, Any]]:
             "name": name,
             "what": "detector",
             "family": "",
-            "kind": kinds[name],
+            "kind": "/".join(kinds[name]),
             "licence": row.licence,
             "source": _source(row.source),
             "here": kept(name) is not None,

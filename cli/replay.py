@@ -42,6 +42,8 @@ def replay(
 
     before = read_recorded(image)
     job = job_of(before, cond)
+
+    # What is to be made: the recorded job, or a changed one, which needs a place and is compared with nothing.
     given: dict[str, Any] = {"size": size, "seed": seed, "steps": steps}
     changed = {name: OPTIONS[name].read(name, value) for name, value in given.items() if value is not None}
     if changed and out is None:
@@ -58,6 +60,8 @@ def replay(
     if changed:
         tell({"output": str(out), **after.record}, as_json)
         return
+
+    # How far off it is, and what may be the reason.
     if after.pixels.shape != before.pixels.shape:
         raise InputError(
             f"{image}: {before.pixels.shape[1]}x{before.pixels.shape[0]} pixels, but its record says"

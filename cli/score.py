@@ -75,6 +75,7 @@ def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool) -> None:
     """A line each, then the mean of every score with its 95 % bootstrap interval."""
     from controlnet.model.work.score import interval
 
+    # A bad line is told, and the rest goes on.
     lines = read_jobs_file(path)
     values: dict[tuple[str, str], list[float]] = {}
     failed = 0
@@ -93,6 +94,8 @@ def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool) -> None:
                 failed += 1
                 say(f"error: {where}: {error}")
             on_item(done)
+
+    # The means, by kind and score.
     for (kind, name), found in values.items():
         mean, low, high = interval(found)
         if as_json:

@@ -159,23 +159,13 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     kind, reason = kind_of_pairs(found, config.kind)
     reason = "the run's" if resume else reason
     config = replace(config, kind=kind)
-    without = sum(not pair.caption for pair in found.pairs)
-    main = int(os.environ.get("RANK", 0)) == 0
+    main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that talks
     if main:
         say(
             f"{len(found.pairs)} pairs ({found.form}), kind {kind} ({reason}); base {config.base}, "
             f"{config.max_steps:,} steps of {config.batch_size * config.accumulation}; run in {folder}"
         )
-        kinds = (("missing", found.missing), ("without a partner", found.extra), ("skipped", found.skipped))
-        for what, names in kinds:
-            if names:
-                warn(f"{len(names)} files {what}, the first: {names[0]}; controlnet dataset check {found.folder}")
-        if without == len(found.pairs):
-            warn("no pair has a caption: only the empty prompt is trained")
-        elif without:
-            warn(f"{without} of {len(found.pairs)} captions are empty: they train the empty prompt")
-        if len(found.pairs) < 100:
-            warn(f"only {len(found.pairs)} pairs: the network may learn them by heart")
+        _warn_of(found)
     from controlnet.model.training.run import train as run
 
     with _watcher(quiet or not main, config.max_steps) as watcher:
@@ -191,9 +181,24 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
         raise typer.Exit(Exit.INTERRUPTED)
 
 
+def _warn_of(found: Any) -> None:
+    """What is odd about training data."""
+    kinds = (("missing", found.missing), ("without a partner", found.extra), ("skipped", found.skipped))
+    for what, names in kinds:
+        if names:
+            warn(f"{len(names)} files {what}, the first: {names[0]}; controlnet dataset check {found.folder}")
+    without = sum(not pair.caption for pair in found.pairs)
+    if without == len(found.pairs):
+        warn("no pair has a caption: only the empty prompt is trained")
+    elif without:
+        warn(f"{without} of {len(found.pairs)} captions are empty: they train the empty prompt")
+    if len(found.pairs) < 100:
+        warn(f"only {len(found.pairs)} pairs: the network may learn them by heart")
+
+
 @contextmanager
 def _watcher(quiet: bool, max_steps: int):
-    """Progress on standard error: bars when someone is watching, else a line a look at the held-out pairs."""
+    """Progress on standard error: bars when someone is watching, else a line for each look at the held-out pairs."""
     from controlnet.model.training.run import Watcher
 
     if quiet:
@@ -205,6 +210,7 @@ def _watcher(quiet: bool, max_steps: int):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    # A bar appears when there is something to show on it.
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bars:

@@ -40,6 +40,8 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
     found = []
     row = kind_named(kind)
     height, width = condition.shape[:2]
+
+    # What is in it: nothing, or lines of the wrong sort.
     if int(condition.max()) - int(condition.min()) < FLAT:
         found.append(Doubt("empty condition", "one flat colour: there is nothing to follow", "make the map again"))
     elif row.is_lines and condition.mean() > 127:
@@ -52,6 +54,8 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
                 "kind=softedge if they are soft edges; else make the map again, as a PNG at its final size",
             )
         )
+
+    # A pose: coloured limbs, between the joints that they join.
     if row.form == PEOPLE and not has_skeleton(condition):
         found.append(Doubt("no skeleton", "not a coloured skeleton on black, which the kind pose is", _DETECT_POSE))
     elif row.form == PEOPLE and red_and_blue_exchanged(condition):
@@ -62,6 +66,8 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
                 "exchange red and blue: image[..., ::-1]",
             )
         )
+
+    # Its size beside the canvas's.
     if size is not None and not FAR_FROM_CANVAS[0] <= min(width, height) / min(size) <= FAR_FROM_CANVAS[1]:
         found.append(
             Doubt(

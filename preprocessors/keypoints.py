@@ -41,6 +41,8 @@ def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[l
         raise InputError(
             f"{name}: canvas {width}x{height}, expected at least 8 on each side and at most {MAX_PIXELS:,} pixels"
         )
+
+    # Pixels become fractions of the canvas.
     people = []
     for row in rows:
         if row.size == 75:

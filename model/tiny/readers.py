@@ -183,6 +183,7 @@ def measures(reader: JointReader) -> list[Measure]:
     def depth_scores(images, world, rows, conditions):
         return [rank_correlation(user_depth(i)[..., 0], c[..., 0]) for i, c in zip(images, conditions, strict=True)]
 
+    # Who is judged, the condition of a scene, and its score on images.
     return [
         Measure(
             "canny",

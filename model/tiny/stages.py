@@ -294,6 +294,7 @@ def train_control(
     empty = encode_captions(tokenizer, [""])
     among = np.flatnonzero(world.joints[..., 2].any(1)) if kind == "pose" else None
 
+    # All randomness of a step comes from its number: a run that is resumed repeats it.
     def losses_of(batch: Batch) -> Tensor:
         with autocast(device):
             return control_losses(unet, controlnet, schedule, batch)

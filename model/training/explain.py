@@ -27,6 +27,7 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         raise TrainingError(
             f"{error}{kept}", f"a lower rate from the start: --set learning_rate={lower:.1g}; {usual:g} is usual"
         ) from error
+    # Memory: what halves it and changes nothing comes first.
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -106,6 +106,8 @@ def draw_curve(run: RunState, path: Path) -> None:
     figure = Figure(figsize=(8, 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+
+    # Above: the gap, which must leave the band.
     steps, gaps, bands = ([row[key] for row in run.validations] for key in ("step", "control_gap", "band"))
     above.fill_between(steps, [-b for b in bands], bands, color="0.88", label="noise band")
     above.plot(steps, gaps, color="tab:blue", marker=".", label="control gap")
@@ -116,6 +118,8 @@ def draw_curve(run: RunState, path: Path) -> None:
     settings = run.record["settings"]
     above.set_title(f"{settings['kind']} on {settings['base']}, step {run.step:,}: {run.verdict.word}", fontsize=10)
     above.legend(loc="upper left", frameon=False)
+
+    # Below: the losses, which hardly show it.
     below.plot(
         [r["step"] for r in run.steps], [r["loss"] for r in run.steps], color="0.7", linewidth=1, label="training"
     )

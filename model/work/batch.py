@@ -86,6 +86,8 @@ def spread(job: Job) -> list[Job]:
     folders = [(k, flag) for k, flag in enumerate(job.cond) if flag.path != "-" and is_dir(flag.path)]
     if not folders:
         return [job]
+
+    # The pictures of each folder by name; all folders must have the same names.
     found: list[dict[str, str]] = []
     for _, flag in folders:
         paths = sorted(p for p in Path(flag.path).iterdir() if p.suffix.lower() in suffixes())
@@ -102,6 +104,8 @@ def spread(job: Job) -> list[Job]:
                 f"{folders[0][1].path} and {flag.path}: {lacking[0]} is in one and not in the other",
                 "give both folders maps of the same names",
             )
+
+    # A job for each name.
     jobs = []
     for stem in found[0]:
         flags = list(job.cond)

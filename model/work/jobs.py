@@ -132,9 +132,12 @@ class Job:
     """Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
 
     def __post_init__(self):
+        # Texts become values.
         for name, option in OPTIONS.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, option.read(name, value))
+
+        # What each value must be.
         if not self.cond and not self.prompt:
             raise UsageError(
                 "nothing to go by: neither --cond nor --prompt",

@@ -46,6 +46,8 @@ def build(
     UsageError when `out` holds another data set."""
     names = _names(found)
     _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
+
+    # In parallel, and kept in the order in which they are ready; the order of the rows is made below.
     rows: dict[str, dict] = {}
     failed: list[str] = []
     work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
@@ -59,6 +61,8 @@ def build(
             on_pair(done)
     if not rows:
         raise InputError(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
+
+    # The split, then metadata and manifest.
     told = {f"images/{name}.png": pair.held_out for pair, name in zip(found.pairs, names, strict=True)}
     _split(rows, {name: held_out for name, held_out in told.items() if held_out is not None})
     ordered = [rows[name] for name in sorted(rows)]

@@ -77,6 +77,8 @@ def check_pairs(
     problems = [Problem("warning", "missing file", name) for name in found.missing]
     problems += [Problem("warning", "extra file", name) for name in found.extra]
     problems += [Problem("warning", "skipped", text) for text in found.skipped]
+
+    # Each pair for itself, and beside those before it.
     sizes: dict[tuple[int, int], int] = {}
     seen: dict[str, str] = {}
     good: list[tuple[np.ndarray, str]] = []
@@ -95,6 +97,8 @@ def check_pairs(
             if len(shown) < SHOWN:
                 shown.append((preview, f"{wrong}: {pair.image.name}" if wrong else pair.caption or "(no caption)"))
         on_pair(done)
+
+    # All of them together.
     if len(found.pairs) < LEAST_PAIRS:
         where = f"{found.folder}: {len(found.pairs)}, expected at least {LEAST_PAIRS}; hundreds are better"
         problems.append(Problem("error", "too few pairs", where))

@@ -57,6 +57,8 @@ def pose_joints(pose: str, acting_left: bool, rng: np.random.Generator) -> np.nd
         limbs = [limbs[1], limbs[0], limbs[3], limbs[2]]
     jitter = _JITTER.get(pose, 7.0)
     r_arm, l_arm, r_leg, l_leg = (np.asarray(limb, float) + rng.normal(0, jitter, (2, 2)) * [1, 0.8] for limb in limbs)
+
+    # From the hips upwards.
     lean = np.radians(rng.normal(0, 3, 2))
     up = np.array([np.sin(lean[0]), 1.0, np.sin(lean[1]) + (0.12 if pose == "running" else 0.0)])
     up /= np.linalg.norm(up)
@@ -67,6 +69,8 @@ def pose_joints(pose: str, acting_left: bool, rng: np.random.Generator) -> np.nd
     face = np.array([np.sin(turn), 0, np.cos(turn)])
     left = np.array([np.cos(turn), 0, -np.sin(turn)])
     joints["nose"] = head + 0.115 * face
+
+    # Limbs, each joint from the one before.
     for side, name, arm, leg in ((-1, "r", r_arm, r_leg), (1, "l", l_arm, l_leg)):
         joints[f"{name}_shoulder"] = joints["neck"] + [side * 0.185, -0.03, 0]
         joints[f"{name}_elbow"] = joints[f"{name}_shoulder"] + _UPPER_ARM * _direction(arm[0], side)
@@ -76,6 +80,8 @@ def pose_joints(pose: str, acting_left: bool, rng: np.random.Generator) -> np.nd
         joints[f"{name}_ankle"] = joints[f"{name}_knee"] + _SHIN * _direction(leg[1], side)
         joints[f"{name}_eye"] = head + 0.09 * face + side * 0.038 * left + [0, 0.035, 0]
         joints[f"{name}_ear"] = head + side * 0.10 * left
+
+    # Down to the floor.
     array = np.stack([joints[name] for name in JOINTS])
     knee_or_ankle = array[[9, 10, 12, 13], 1].min()
     array[:, 1] += (0.22 if pose == "jumping" else 0.09) - knee_or_ankle

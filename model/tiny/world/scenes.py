@@ -171,6 +171,8 @@ def _objects(rng: np.random.Generator) -> Scene:
             body, word = _object(rng, len(bodies), x, z, (room["floor"].name, room["wall"].name))
             bodies.append(body)
             words.append(word)
+
+    # The largest is the main one; the caption names them in this order.
     order = sorted(range(count), key=lambda i: -_extent(bodies[i]))
     bodies = [replace(bodies[i], part=rank) for rank, i in enumerate(order)]
     main = bodies[0]
@@ -182,6 +184,8 @@ def _objects(rng: np.random.Generator) -> Scene:
         told = f"{words[0]} on the {'left' if main.a[0] < 0 else 'right'}"
     else:
         told = ", ".join(words[:3]) if count > 2 else " and ".join(words)
+
+    # Seen from somewhere in front.
     distance = rng.uniform(2.6, 4.4)
     turn = rng.normal(0, 0.28)
     eye = (distance * np.sin(turn), rng.uniform(0.7, 2.2), -distance * np.cos(turn))
@@ -284,6 +288,7 @@ def _poster(rng: np.random.Generator) -> Scene:
         surface = Surface(name, _floats(rgb), "striped" if striped else "plain", float(rng.uniform(0.12, 0.4)))
         return Layer(boundary, _floats(numbers), surface, _floats((np.cos(angle), np.sin(angle), strength)), depth)
 
+    # The ground, cells over some of it, then shapes, the later ones in front.
     layers = [layer("all", (), 0.1, colours[0])]
     if "cells" in sorts and rng.random() < 0.8:
         points = rng.uniform(-1.1, 1.1, (int(rng.integers(4, 14)), 2))
@@ -313,6 +318,8 @@ def _poster(rng: np.random.Generator) -> Scene:
             angles = np.sort(rng.uniform(0, 2 * np.pi, sides))
             numbers = [*rng.uniform(-0.9, 0.9, 2), *(v for a in angles for v in (a, scale * rng.uniform(0.45, 1.0)))]
         layers.append(layer(boundary, numbers, round(depth, 4)))
+
+    # The caption: the ground's colour, then those in front.
     named = list(dict.fromkeys([colours[0], *(la.surface.name for la in reversed(layers))]))[:4]
     words = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
     kind = sorts[0] if len(sorts) == 1 else "shapes"
