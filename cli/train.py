@@ -237,7 +237,8 @@ def _state(folder: Path, at_work: bool | None = None) -> dict:
     return {
         "state": run.state,
         "verdict": run.verdict.word,
-        "converged_at": run.verdict.step,
+        "converged_at": run.verdict.step if run.verdict.word == "converged" else None,
+        "begun_at": run.verdict.step,
         "lost_at": run.verdict.lost,
         "step": run.step,
         "max_steps": run.record["settings"]["max_steps"],
@@ -293,5 +294,5 @@ def _print_side_by_side(runs: list[Path], states: list[dict]) -> None:
     for run, state in zip(runs, states, strict=True):
         numbers = [state[name] for name in ("control_gap", "band", "validation_loss")]
         told = " ".join(f"{'-' if value is None else format(value, '.4f'):>8}" for value in numbers)
-        since = "-" if state["converged_at"] is None else f"{state['converged_at']:,}"
+        since = "-" if state["begun_at"] is None else f"{state['begun_at']:,}"
         print(f"{run!s:{width}}  {state['state']:9} {state['verdict']:10} {since:>7} {state['step']:>8,} {told}")

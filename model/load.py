@@ -17,7 +17,7 @@ from controlnet.model.files.families import SUPPORTED, family_of
 from controlnet.model.files.layouts import open_model
 from controlnet.model.files.stored import BASE_PARTS, COMPONENTS, Stored
 from controlnet.model.files.tensors import align, check_state, read_json
-from controlnet.model.files.tokenizer import load_tokenizer, write_tokenizer
+from controlnet.model.files.tokenizer import load_tokenizer
 from controlnet.model.registry import BASES, KnownBase, check_base_name
 from controlnet.preprocessors.errors import ModelError, reason
 from diffusers import SchedulerMixin
@@ -58,12 +58,14 @@ def load_base(
     known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
+    with TemporaryDirectory() as spare:
+        tokenizer = load_tokenizer(stored.tokenizer(Path(spare)))
     home = "cpu" if low_memory else device
     base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
-        tokenizer=_load_tokenizer(stored),
+        tokenizer=tokenizer,
         unet=_load_network("unet", stored, home, dtype),
         vae=_load_network("vae", stored, home, dtype),
         text_encoder=_load_network("text_encoder", stored, home, dtype),
@@ -153,14 +155,3 @@ def reload(base: Base, *parts: str) -> None:
     """Load the `vae`, the `text_encoder` or both of a base again, in float32, where `Base.unload` forgot them."""
     for part in parts:
         setattr(base, part, _load_network(part, open_model(base.path), base.device, torch.float32))
-
-
-def _load_tokenizer(stored: Stored) -> transformers.PreTrainedTokenizerBase:
-    """The folder's own; for a single file CLIP's, which comes with this package."""
-    if stored.path.is_dir():
-        return load_tokenizer(stored.path / "tokenizer")
-    family = family_of(stored.config("unet")["cross_attention_dim"], False)
-    assert family is not None  # of a single file
-    with TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder), family.pad_token)
-        return load_tokenizer(Path(folder))

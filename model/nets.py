@@ -23,6 +23,8 @@ from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
 
+NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite}
+"""Networks that control, by the word in their config (`copy`) and in the settings of a run."""
 WEIGHTS = STEMS["controlnet"]
 _FAMILY = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim")
 """What a base and its ControlNet must agree on."""
@@ -103,7 +105,7 @@ def _from_config(config: dict, path: Path) -> ControlNet:
             down_blocks=unet.down_blocks,
             mid_block=unet.mid_block,
         )
-        network = ControlNetLite if config.get("copy") == "lite" else ControlNet
+        network = NETWORKS.get(config.get("copy", "full"), ControlNet)
         return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network
         raise ModelError(f"{path}: the config does not describe a usable ControlNet: {reason(error)}") from error

@@ -102,3 +102,9 @@ def check_net_name(name: str) -> None:
 def net_for(family: str, kind: str) -> KnownNet | None:
     """The ControlNet of the table for a kind on bases of a family."""
     return next((net for net in NETS.values() if (net.family, net.kind) == (family, kind)), None)
+
+
+def recorded_name(source: str) -> str:
+    """What a record says of a ControlNet's source: the name in the table of one that ships with the package, since its
+    place differs from machine to machine; else the source itself."""
+    return next((name for name, net in NETS.items() if net.source == source and not is_hub_id(source)), source)

@@ -39,3 +39,23 @@ def test_a_mistyped_key_after_a_real_file_is_named(tmp_path):
     with pytest.raises(UsageError, match="unknown key 'scal'") as caught:
         parse_condition(f"{tmp_path}/a.png,scal=2")
     assert caught.value.hint == "scale=..."
+
+
+def test_every_kind_of_the_tables_is_known_by_name():
+    """A ControlNet's or detector's kind has a row of its own, is told by a map's name, and lines stay lines."""
+    from controlnet.model.registry import NETS
+    from controlnet.preprocessors.detectors.registry import DETECTORS
+    from controlnet.preprocessors.kinds import KINDS, kind_named
+    from controlnet.preprocessors.metadata import kind_of
+
+    assert {net.kind for net in NETS.values()} | set(DETECTORS) <= set(KINDS)
+    assert all(kind_of(f"photo.{name}.png", {}) == name for name in KINDS)
+    assert kind_named("lineart_anime").is_lines and not kind_named("tile").is_lines
+    assert kind_named("mosaic").form == "picture" and kind_named("mosaic").score is None
+
+
+def test_a_second_row_of_a_kind_is_refused():
+    from controlnet.preprocessors.kinds import Kind, _table
+
+    with pytest.raises(ValueError, match="two rows"):
+        _table(Kind("canny"), Kind("canny"))

@@ -244,6 +244,16 @@ def test_an_image_is_made_again(run, maps, flags, net, tmp_path):
     assert code == Exit.DIFFERENT and not told["identical"] and told["largest"] > 1 and len(told["differs"]) == 2
 
 
+def test_a_record_holds_no_place_of_this_machines_package(run, tmp_path, maps):
+    code, out, err = run(
+        "generate", "--cond", "maps/a.canny.png", "-p", "a red cube", "--steps", 1, "--seed", 1, "--json"
+    )
+    assert code == 0, err
+    entry = json.loads(out[0])["conditions"][0]
+    assert entry["net"] == "tiny-canny"
+    assert run("replay", json.loads(out[0])["output"])[:2] == (0, ["identical"])
+
+
 @pytest.mark.parametrize("name, args, code, said", [
     ("photo.png", [], Exit.INPUT, "no record"), ("a.png", ["--cond", "x", "--cond", "y"], Exit.USAGE, "given 2 times"),
     ("a.png", ["--cond", "x.png"], Exit.INPUT, "x.png: no such file"), ("none.png", [], Exit.INPUT, "no such file"),
@@ -265,6 +275,21 @@ def test_what_cannot_be_made_again(run, maps, flags, net, tmp_path, photo, name,
         made.save(tmp_path / "cut.png", pnginfo=cut)
     found, out, err = run("replay", name, *args)
     assert (found, out) == (code, []) and said in err, err
+
+
+def test_a_record_gives_back_its_job():
+    """Every recorded field, through JSON and back; what is not recorded is what other entries of the record say."""
+    from controlnet.model.work.jobs import OPTIONS
+
+    values = {"prompt": "a, b", "negative": "c", "steps": 7, "guidance": 2.5, "scheduler": "euler", "base": "sd15",
+              "size": (768, 512), "seed": 3, "control_on": "cond"}  # fmt: skip
+    recorded = {name for name, option in OPTIONS.items() if option.recorded}
+    assert recorded == set(values) and set(OPTIONS) - recorded == {"cond", "out", "num", "mode", "weighting"}
+    job = Job("map.canny.png", **values)
+    again = Job("map.canny.png", **json.loads(json.dumps(job.record())))
+    assert again == job and again.shared() == job.shared()
+    for name in recorded - {"prompt", "negative", "seed"}:
+        assert Job("map.canny.png", **{k: v for k, v in values.items() if k != name}).shared() != job.shared(), name
 
 
 def test_keys_are_flags():

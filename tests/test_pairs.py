@@ -271,6 +271,15 @@ def test_build_makes_pairs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert manifest["options"]["low"] == 20 and manifest["pairs"] == 6
 
 
+def test_build_that_cannot_write_anything_says_so(tmp_path, capsys):
+    photos(tmp_path / "photos")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/images").write_bytes(b"in the way")
+    assert run("dataset", "build", tmp_path / "photos", "--size", "64", "-o", tmp_path / "data") == Exit.OUTPUT
+    assert "none of 6 photos could be used" in capsys.readouterr().err
+    assert not (tmp_path / "data/metadata.jsonl").exists()
+
+
 def test_build_keeps_what_another_data_set_holds(tmp_path, capsys):
     for name in ("a", "b"):
         for i in range(5):

@@ -10,6 +10,7 @@ nothing half-written, and finish when the limit is gone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -187,7 +188,8 @@ class Torture:
         if self.rng.random() < 0.5 and process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)  # the command alone: what it started must end by itself
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was done
+                os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         self.wait_for_the_others(at, process.pid)
         self.finish(command, at, whole)

@@ -28,17 +28,17 @@ class Control:
         return Control([w * r for w, r in zip(down, self.down, strict=True)], middle * self.middle)
 
     def for_conditional_half(self) -> Control:
-        """(B, ...) -> (2B, ...): nothing for the half of the guidance that does not read the prompt."""
+        """(B, ...) -> (2B, ...): zeros for the unconditional half of the guidance, whose rows come first."""
         return Control([_after_zeros(r) for r in self.down], _after_zeros(self.middle))
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, where one may have a row for both halves of the guidance and the other a row for each."""
+    """a + b. What both halves of the guidance share has B rows, what differs 2B; the fewer rows are repeated."""
     return grow(a, len(b)) + grow(b, len(a))
 
 
 def grow(x: Tensor, batch: int) -> Tensor:
-    """x repeated along its first dimension to at least `batch` rows."""
+    """x with at least `batch` rows: those it has, repeated."""
     return x if len(x) >= batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
 
 

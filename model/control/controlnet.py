@@ -68,7 +68,7 @@ class ControlNet(nn.Module):
         """Residuals of a Control: one per skip connection, and the middle's."""
         return len(self.controlnet_down_blocks) + 1
 
-    def prepare(self, condition: Tensor, kind: str = "") -> Tensor:
+    def prepare(self, condition: Tensor) -> Tensor:
         """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once per image: it depends on neither z_t nor t. Some
         public networks say in their config that they were trained on maps with red and blue exchanged."""
         if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
@@ -82,8 +82,9 @@ class ControlNet(nn.Module):
     def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> Control:
         """Control for z_t (B, 4, h, w) at time embeddings (1 or B, 4C), under a prompt and a feature c_f (B, C, h, w).
 
-        This is Eq. 2 in every block at once: the copy F(.; Theta_c) reads x + Z(c; Theta_z1), where Z is the hint
-        encoder's last convolution; each of its outputs passes its own Z(.; Theta_z2); the locked UNet adds them.
+        This is Eq. 2 in every block at once. The hint encoder ends in Z(c; Theta_z1), so the copy F(.; Theta_c) reads
+        x + Z(c; Theta_z1); each of its outputs passes a zero convolution of its own, Z(.; Theta_z2); the locked UNet
+        adds what comes out of them (`unet.predict`).
         """
         skips, middle = self.features(z, time, prompt, feature)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]

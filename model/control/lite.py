@@ -1,4 +1,4 @@
-"""The paper's ablations (section 4.3, Fig. 8): a ControlNet without its zero convolutions, or without its copy."""
+"""The paper's ablations (section 4.3, Fig. 8): a ControlNet without its copy (lite), or without zero convolutions."""
 
 from __future__ import annotations
 
@@ -49,9 +49,13 @@ class ControlNetLite(ControlNet):
 
 def halvings(config: dict) -> list[bool]:
     """For each skip connection after conv_in's: whether it is a down-sampler's, at half the size of the one before."""
-    widths, layers = config["block_out_channels"], config["layers_per_block"]
-    layers = [layers] * len(widths) if isinstance(layers, int) else layers
-    return [last for level, count in enumerate(layers) for last in [False] * count + [True] * (level < len(widths) - 1)]
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    halved = []
+    for level, count in enumerate([layers] * levels if isinstance(layers, int) else layers):
+        halved += [False] * count
+        if level < levels - 1:  # the last level has no down-sampler
+            halved.append(True)
+    return halved
 
 
 def gaussian_convolutions_(controlnet: ControlNet) -> ControlNet:

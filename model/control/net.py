@@ -1,4 +1,4 @@
-"""What sampling and training ask of a network that controls; `controlnet.py` and `lite.py` have one each."""
+"""All that sampling and training ask of a network that controls; `controlnet.py` and `lite.py` have one each."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Net(Protocol):
     def connections(self) -> int:
         """Residuals of a Control: one per skip connection, and the middle's."""
 
-    def prepare(self, condition: Tensor, kind: str = "") -> Tensor:
-        """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1] of a kind. Once per image: it depends on
+    def prepare(self, condition: Tensor) -> Tensor:
+        """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once per image: it depends on
         neither z_t nor t."""
 
     def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:

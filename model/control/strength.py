@@ -28,8 +28,8 @@ class Strength:
     weighting: str | tuple[float, ...] = "uniform"
     """A name (modes.WEIGHTINGS), or a weight for each connection."""
     control_on: str | None = None
-    """`both` halves of the guidance, or `cond`: only the half that reads the prompt (paper section 3.4). None is the
-    base's own way in `generate`, and both halves in `sample`."""
+    """`both` halves of the guidance, or `cond`: only the half that reads the prompt (paper section 3.4). The sampling
+    loop does it; None is both there, and the base's own way in `sampling/generate.py`."""
     region: np.ndarray | None = None
     """Where control acts: (H, W) float in [0, 1] on the canvas, or everywhere."""
 

@@ -1,10 +1,11 @@
 """The walk through the UNet, block by block. The modules are diffusers'; the order in which they are called is ours, so
 that a sampling computes nothing twice. The locked base and the trainable copy are walked alike.
 
-* Keys and values of the prompt are computed once per image (`Prompt`), time embeddings once per
-  schedule (`embed_times`).
-* What lies before the first cross-attention reads no prompt: both halves of the guidance share it. There z has B images
-  and the text 2B rows; the batch grows at the first cross-attention.
+* Keys and values of the prompt are computed once per image (`Prompt`), time embeddings once per schedule
+  (`embed_times`).
+* What lies before the first cross-attention reads no prompt, so both halves of the guidance share it: z_t has B rows,
+  one per image, while the prompt has 2B, those without the prompt first. At the first cross-attention the features
+  grow to 2B rows (`grow`); skips from before it are repeated where they are joined or added.
 * Feature maps stay in channels_last between convolutions and attention: no copies from one layout to the other.
 
 Knows of control only that it is added. Letters: B batch, C channels, h w latent, N = h w, T tokens, D text width.
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn"}
-"""The blocks that this way goes through."""
+"""The blocks that can be walked."""
 
 
 def embed_times(network: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,8 +36,8 @@ def embed_times(network: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def embed(network: Any, time: Tensor, prompt: Prompt) -> Tensor:
-    """The embedding that every block reads, (1 or B, 4C): a time embedding, and what the prompt adds to it in a family
-    with an added embedding."""
+    """The embedding that every block reads, (1 or B, 4C): a time embedding, and in a family with an added embedding (as
+    SDXL is) what the prompt's pooled text and ids add to it."""
     if prompt.pooled is None or prompt.ids is None:
         return time
     ids = network.add_time_proj(prompt.ids.flatten()).reshape(len(prompt), -1)  # (B, 6 x 256)

@@ -14,12 +14,17 @@ def weights_of(weighting: str | Sequence[float], residuals: Sequence[Tensor]) ->
     """A weight for each connection, from the residuals' real sizes (B, C, h_i, w_i).
 
     `resolution`: proportional to 64 / h_i, the largest being 1. `soft`: 0.825 ** (n - 1 - i). `uniform`: 1. Numbers are
-    taken as they are.
+    taken as they are. Raises ValueError for another name.
     """
     if not isinstance(weighting, str):
         return list(weighting)
     n = len(residuals)
     if weighting == "resolution":
+        # Proportional to 64 / h_i, so the smallest residual counts most.
         sides = [(r.shape[-2] * r.shape[-1]) ** 0.5 for r in residuals]
         return [min(sides) / side for side in sides]
-    return [SOFT ** (n - 1 - i) if weighting == "soft" else 1.0 for i in range(n)]
+    if weighting == "soft":
+        return [SOFT ** (n - 1 - i) for i in range(n)]
+    if weighting != "uniform":
+        raise ValueError(f"unknown weighting {weighting!r}")
+    return [1.0] * n

@@ -7,11 +7,8 @@ last layer, which SD 2 never reads) is not carried over.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from controlnet.model.files.families import scheduler_config
 from controlnet.model.files.layouts import LAYOUTS, open_model
-from controlnet.model.files.stored import Stored
 
 
 def convert(source: Path, out: Path, to: str, prediction: str | None = None) -> None:
@@ -22,14 +19,6 @@ def convert(source: Path, out: Path, to: str, prediction: str | None = None) -> 
     then nothing is left of it.
     """
     stored = open_model(source)
-    scheduler = _scheduler(stored, prediction) if "unet" in stored.parts else None
-    LAYOUTS[to](stored, out, scheduler, prediction)
-
-
-def _scheduler(stored: Stored, prediction: str | None) -> dict[str, Any]:
-    """As stored, or with another `prediction`."""
-    if prediction is None:
-        return stored.scheduler()
-    if stored.path.is_dir():
-        return stored.scheduler() | {"prediction_type": prediction}
-    return scheduler_config(prediction)
+    if prediction is not None:
+        stored = stored.predicting(prediction)
+    LAYOUTS[to].write(stored, out)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import family_of
-from controlnet.model.files.stored import BASE_PARTS, COMPONENTS, PREDICTIONS, STEMS, Stored, said, text_state
+from controlnet.model.files.stored import BASE_PARTS, PREDICTIONS, STEMS, Stored, said, text_state
 from controlnet.model.files.tensors import Header, read_header, read_json, read_weights, weight_files, write_tensors
-from controlnet.model.files.tokenizer import write_tokenizer
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.files import beside, not_written, write_file
 from torch import Tensor
 
 _OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_CLASSES = {
-    "vae": ("diffusers", "AutoencoderKL"), "unet": ("diffusers", "UNet2DConditionModel"),
-    "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
-}  # fmt: skip
 
 
 @dataclass
@@ -30,6 +25,8 @@ class Folder:
     """Diffusers' layout: a ControlNet's config.json and weights, or a base's folder for each part."""
 
     path: Path
+    said: str | None = None
+    """What it predicts, as somebody said."""
 
     @property
     def layout(self) -> str:
@@ -69,72 +66,74 @@ class Folder:
         state = read_weights(self._folder(part), STEMS[part])
         if part == "text_encoder":
             return text_state(state)
-        if part == "vae":  # files older than diffusers 0.18 call its attention's layers otherwise
-            old = {
-                f"{half}.mid_block.attentions.0.{a}": f"{half}.mid_block.attentions.0.{b}"
-                for half in ("encoder", "decoder")
-                for a, b in _OLD_VAE.items()
-            }
-            return {k: t for k, t in state.items() if k not in (found := names.rename(state, old))} | (
-                names.linear_attention(found)
-            )
-        return state
+        return _renewed(state) if part == "vae" else state
 
     def prediction(self) -> str | None:
+        if self.said:
+            return self.said
         path = self.path / "scheduler" / "scheduler_config.json"
         return PREDICTIONS.get(read_json(path, "").get("prediction_type", "epsilon")) if path.is_file() else None
+
+    def tokenizer(self, spare: Path) -> Path:
+        return self.path / "tokenizer"
+
+    def index(self) -> dict[str, Any]:
+        return json.loads((self.path / "model_index.json").read_text())
+
+    def predicting(self, prediction: str) -> Folder:
+        return replace(self, said=prediction)
 
     def scheduler(self) -> dict[str, Any]:
         config = read_json(self.path / "scheduler" / "scheduler_config.json", "the scheduler's config")
         completed(config, str(config.get("_class_name")), self.path)
-        return config
+        return config | ({"prediction_type": self.said} if self.said else {})
 
     def _folder(self, part: str) -> Path:
         return self.path if part == "controlnet" else self.path / part
 
 
-def write_folder(stored: Stored, out: Path, scheduler: dict[str, Any] | None, prediction: str | None) -> None:
-    """A model as a folder; one of a base and a ControlNet has the ControlNet in `controlnet`. `scheduler` is its
-    scheduler's config, and `prediction` what it predicts, where that was said by hand. Raises OutputError when it
+def _renewed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE's tensors by today's names: files older than diffusers 0.18 call the layers of its attention otherwise."""
+    table: dict[str, str] = {}
+    for half in ("encoder", "decoder"):
+        attention = f"{half}.mid_block.attentions.0"
+        table |= {f"{attention}.{old}": f"{attention}.{new}" for old, new in _OLD_VAE.items()}
+    today = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in table}
+    return today | names.linear_attention(names.rename(state, table))
+
+
+def write_folder(stored: Stored, out: Path) -> None:
+    """A model as a folder; a base with a ControlNet has the ControlNet in `controlnet`. Raises OutputError when it
     cannot be written; then nothing is left of it."""
     if out.suffix in (".safetensors", ".ckpt", ".pth"):
         raise UsageError(f"{out}: diffusers' layout is a folder", f"--to original, or {out.with_suffix('')}")
+    scheduler = stored.scheduler() if "unet" in stored.parts else None  # what nobody knows is told before the work
     try:
         with beside(out) as temporary:
-            _write(stored, temporary, scheduler, prediction)
+            if "controlnet" in stored.parts:
+                _write_net(stored, temporary / "controlnet" if scheduler else temporary)
+            if scheduler:
+                _write_base(stored, temporary, scheduler)
     except OSError as error:
         raise not_written(out, error) from error
 
 
-def _write(stored: Stored, folder: Path, scheduler: dict[str, Any] | None, prediction: str | None) -> None:
-    is_base = "unet" in stored.parts
-    if "controlnet" in stored.parts:
-        net = folder / "controlnet" if is_base else folder
-        _write_json(net / "config.json", stored.config("controlnet"))
-        write_tensors(net / f"{STEMS['controlnet']}.safetensors", stored.state("controlnet"))
-    if scheduler is None:
-        return
+def _write_net(stored: Stored, folder: Path) -> None:
+    _write_json(folder / "config.json", stored.config("controlnet"))
+    write_tensors(folder / f"{STEMS['controlnet']}.safetensors", stored.state("controlnet"))
+
+
+def _write_base(stored: Stored, folder: Path, scheduler: dict[str, Any]) -> None:
     for part in BASE_PARTS:
-        config = stored.config(part)
-        if part == "unet" and prediction and stored.path.is_file():
-            config["sample_size"] = 96 if prediction == "v_prediction" else 64
         state = stored.state(part)
         if part == "text_encoder":  # with the prefix of the public files: every version of transformers reads it
             state = {f"text_model.{name}": tensor for name, tensor in state.items()}
-        _write_json(folder / part / "config.json", config)
+        _write_json(folder / part / "config.json", stored.config(part))
         write_tensors(folder / part / f"{STEMS[part]}.safetensors", state)
+    with TemporaryDirectory() as spare:
+        shutil.copytree(stored.tokenizer(Path(spare)), folder / "tokenizer", copy_function=shutil.copyfile)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if stored.path.is_dir():
-        shutil.copytree(stored.path / "tokenizer", folder / "tokenizer", copy_function=shutil.copyfile)
-        index = json.loads((stored.path / "model_index.json").read_text())
-    else:
-        family = family_of(stored.config("unet")["cross_attention_dim"], False)
-        assert family is not None  # of a single file
-        write_tokenizer(folder / "tokenizer", family.pad_token)
-        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-        index |= {part: _CLASSES[part] for part in COMPONENTS if part in _CLASSES}
-        index |= {"safety_checker": (None, None), "feature_extractor": (None, None)}
-    _write_json(folder / "model_index.json", index | {"scheduler": ("diffusers", scheduler["_class_name"])})
+    _write_json(folder / "model_index.json", stored.index() | {"scheduler": ("diffusers", scheduler["_class_name"])})
 
 
 def _write_json(path: Path, content: dict) -> None:

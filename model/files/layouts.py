@@ -1,10 +1,11 @@
-"""The layouts of models on disk: each reads and writes. To add one: a file beside this one, and its row in LAYOUTS."""
+"""The layouts of models on disk: how each is recognised, read and written. To add one: a file beside this one, and its
+row in LAYOUTS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from controlnet.model.files.folder import Folder, write_folder
 from controlnet.model.files.single import SingleFile, write_single
@@ -12,18 +13,29 @@ from controlnet.model.files.stored import Stored
 from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.files import is_dir, is_file
 
-LAYOUTS: dict[str, Callable[[Stored, Path, dict[str, Any] | None, str | None], None]] = {
-    "diffusers": write_folder,
-    "original": write_single,
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to keep a model on disk."""
+
+    is_at: Callable[[Path], bool]
+    """Whether what is at a path may have it."""
+    read: Callable[[Path], Stored]
+    """Raises ModelError for what is neither a base nor a ControlNet."""
+    write: Callable[[Stored, Path], None]
+    """Raises ModelError for a model that it has no place for, OutputError when it cannot be written."""
+
+
+LAYOUTS = {
+    "diffusers": Layout(is_dir, Folder, write_folder),
+    "original": Layout(is_file, SingleFile, write_single),
 }
-"""Name -> how a model is written in it."""
 
 
 def open_model(path: Path) -> Stored:
     """What is at `path`. Raises ModelError for what is neither a base nor a ControlNet."""
     path = Path(path)
-    if is_dir(path):
-        return Folder(path)
-    if not is_file(path):
-        raise ModelError(f"{path}: no such file or folder", f"ls {path.parent}")
-    return SingleFile(path)
+    for layout in LAYOUTS.values():
+        if layout.is_at(path):
+            return layout.read(path)
+    raise ModelError(f"{path}: no such file or folder", f"ls {path.parent}")

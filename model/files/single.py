@@ -4,7 +4,7 @@ diffusers' names."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from controlnet.model.files.configs import completed
 from controlnet.model.files.families import SUPPORTED, VAE, Family, family_name, family_of, scheduler_config
 from controlnet.model.files.stored import CONFIGS, PREDICTIONS, Stored, said, text_state
 from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
+from controlnet.model.files.tokenizer import write_tokenizer
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.jsons import name_of, read_object
 from torch import Tensor
@@ -21,6 +22,13 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "cont
 """Before the names of a part; the text encoder's differs from family to family."""
 NAMES = {"unet": names.unet, "vae": names.vae, "controlnet": names.controlnet}
 """config -> table of names, for each part."""
+INDEX = {
+    "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
+    "vae": ("diffusers", "AutoencoderKL"), "unet": ("diffusers", "UNet2DConditionModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+    "safety_checker": (None, None), "feature_extractor": (None, None),
+}  # fmt: skip
+"""model_index.json of a base that comes in one file, without its scheduler."""
 
 
 @dataclass
@@ -28,6 +36,8 @@ class SingleFile:
     """One file: a base, a ControlNet, or both (the ControlNets of version 1.0)."""
 
     path: Path
+    said: str | None = None
+    """What it predicts, as somebody said."""
     _headers: dict[str, Header] = field(init=False, repr=False)
     _metadata: dict[str, str] = field(init=False, repr=False)
 
@@ -129,13 +139,15 @@ class SingleFile:
         """Of the released encoder: its first convolution's outputs, then those of every second one but the last."""
         prefix = self._net_prefix
         hint = "controlnet_cond_embedding." if prefix is None else f"{prefix}input_hint_block."
-        first = {"conv_in": -1, "conv_out": 99}
-        convs = {}
+        outputs: dict[int, int] = {}  # by the convolution's place
         for name, header in self._headers.items():
-            if name.startswith(hint) and name.endswith(".weight"):
-                place = name.removeprefix(hint).removeprefix("blocks.").removesuffix(".weight")
-                convs[first[place] if place in first else int(place)] = header.shape[0]
-        return [convs[place] for place in sorted(convs)][:-1:2]
+            if not (name.startswith(hint) and name.endswith(".weight")):
+                continue
+            place = name.removeprefix(hint).removeprefix("blocks.").removesuffix(".weight")
+            ends = {"conv_in": -1, "conv_out": 99}
+            outputs[ends[place] if place in ends else int(place)] = header.shape[0]
+        in_order = [outputs[place] for place in sorted(outputs)]
+        return in_order[:-1:2]
 
     def headers(self, part: str) -> dict[str, Header]:
         prefix = self._prefix(part)
@@ -156,11 +168,23 @@ class SingleFile:
         return names.linear_attention(renamed) if part == "vae" else renamed
 
     def prediction(self) -> str | None:
+        if self.said:
+            return self.said
         said = self._metadata.get("modelspec.prediction_type") or self._metadata.get("modelspec.predict_key") or ""
         return PREDICTIONS.get(said.lower())
 
+    def tokenizer(self, spare: Path) -> Path:
+        write_tokenizer(spare, self.family.pad_token)
+        return spare
+
+    def index(self) -> dict[str, Any]:
+        return dict(INDEX)
+
+    def predicting(self, prediction: str) -> SingleFile:
+        return replace(self, said=prediction)
+
     def scheduler(self) -> dict[str, Any]:
-        if "scheduler" in self._written:
+        if "scheduler" in self._written and not self.said:
             return dict(self._written["scheduler"])
         known = self.family.predictions
         prediction = self.prediction() or (known[0] if len(known) == 1 else None)
@@ -173,16 +197,16 @@ class SingleFile:
         return scheduler_config(prediction)
 
 
-def write_single(stored: Stored, out: Path, scheduler: dict[str, Any] | None, prediction: str | None) -> None:
-    """A model as one file, with the configs in its metadata. `scheduler` is its scheduler's config. Raises ModelError
-    for what the layout has no place for, OutputError when it cannot be written; then nothing is left of it."""
+def write_single(stored: Stored, out: Path) -> None:
+    """A model as one file, with the configs in its metadata. Raises ModelError for what the layout has no place for,
+    OutputError when it cannot be written; then nothing is left of it."""
     if out.suffix != ".safetensors":
         raise UsageError(f"{out}: the original layout is written as one .safetensors file", f"{out.stem}.safetensors")
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {part: stored.config(part) for part in stored.parts}
     if "unet" in configs:
         _check_base(stored, configs)
-        configs["scheduler"] = scheduler
+        configs["scheduler"] = stored.scheduler()
     for part in stored.parts:
         tensors |= _renamed(part, configs[part], stored.state(part))
     metadata = {CONFIGS: json.dumps(configs, sort_keys=True)}

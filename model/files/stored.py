@@ -49,6 +49,15 @@ class Stored(Protocol):
     def scheduler(self) -> dict[str, Any]:
         """The scheduler's config. Raises ModelError where nobody can know it."""
 
+    def predicting(self, prediction: str) -> Stored:
+        """The same model, which predicts what somebody says: epsilon or v_prediction."""
+
+    def tokenizer(self, spare: Path) -> Path:
+        """The folder of its tokenizer: its own, or CLIP's, written into the folder `spare`."""
+
+    def index(self) -> dict[str, Any]:
+        """model_index.json, without the scheduler."""
+
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefix that transformers dropped in 5.6, and the ids 0..76, which are no weights."""

@@ -9,8 +9,8 @@ import torch
 from controlnet.model.base import Base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.hint import SD_WIDTHS
-from controlnet.model.control.lite import ControlNetLite, gaussian_convolutions_
-from controlnet.model.nets import load_controlnet
+from controlnet.model.control.lite import gaussian_convolutions_
+from controlnet.model.nets import NETWORKS, load_controlnet
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.training.config import CHOICES, TrainConfig
 from controlnet.preprocessors.errors import ModelError, UsageError
@@ -32,9 +32,8 @@ def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainC
         widths = SD_WIDTHS if base.unet.config.block_out_channels[0] >= 128 else TINY_HINT_WIDTHS
         if config.hint == "paper":
             widths = (16, 32, 64, 128)
-        network = ControlNetLite if config.copy == "lite" else ControlNet
         try:
-            net = network.from_base(base.unet, config.hint, widths)
+            net = NETWORKS[config.copy].from_base(base.unet, config.hint, widths)
         except ValueError as error:
             raise ModelError(
                 f"base {base.name}: {error}", "--base sd15, or another of Stable Diffusion 1.x's form"

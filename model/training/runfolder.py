@@ -93,9 +93,11 @@ class RunFolder:
 def next_run(data: Path, resume: bool) -> Path:
     """runs/DATA-N: the next free N, or with `resume` the last one that exists."""
     name = re.sub(r"[^\w.-]+", "-", data.resolve().name if data.is_dir() else data.name) or "data"
-    found = [re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name) for path in Path("runs").glob(f"{name}-*")]
-    numbers = [int(match[1]) for match in found if match]
-    return Path("runs") / f"{name}-{max(numbers, default=0) + (not resume) or 1}"
+    last = 0
+    for path in Path("runs").glob(f"{name}-*"):
+        if match := re.fullmatch(rf"{re.escape(name)}-(\d+)", path.name):
+            last = max(last, int(match[1]))
+    return Path("runs") / f"{name}-{max(1, last if resume else last + 1)}"
 
 
 @contextmanager
@@ -105,17 +107,27 @@ def claimed(folder: Path, numbered: bool) -> Iterator[tuple[Path, int]]:
     if "RANK" in os.environ:  # one of several processes of a command that holds it
         yield folder, -1
         return
-    while (new := not folder.is_dir()) or numbered:
-        try:
-            folder.mkdir(parents=True, exist_ok=not numbered)
-            break
-        except FileExistsError:
-            stem, _, number = folder.name.rpartition("-")
-            folder = folder.with_name(f"{stem}-{int(number) + 1}")
+    folder, new = _made(folder, numbered)
     try:
         with locked(folder) as lock:
             yield folder, lock
     finally:
-        for empty in (folder, folder.parent)[: 2 * new]:
-            with suppress(OSError):
-                empty.rmdir()
+        if new:
+            for empty in (folder, folder.parent):
+                with suppress(OSError):
+                    empty.rmdir()
+
+
+def _made(folder: Path, numbered: bool) -> tuple[Path, bool]:
+    """The folder, made where it was not there, and whether it was made here."""
+    if not numbered:
+        new = not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, new
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder, True
+        except FileExistsError:
+            stem, _, number = folder.name.rpartition("-")
+            folder = folder.with_name(f"{stem}-{int(number) + 1}")

@@ -1,7 +1,9 @@
 """What `generate` is asked for: a job, and how its fields are read. Loads no model.
 
-A field of `Job` is a flag of the command, a key of a file of jobs, an entry of an image's record, and what `replay`
-reads there; its docstring is the help. To add one: a field here, and its use in `studio.py`.
+A field of `Job` is a flag of the command and a key of a file of jobs; its docstring is the help. Unless it says
+otherwise it is also an entry of an image's record, which `replay` reads, and only jobs that agree in it are sampled
+together. Not recorded are what an image does not depend on (out, num) and what its conditions' entries say (cond, mode,
+weighting). To add one: a field here, and its use in `studio.py`, which hands it on to `sampling/generate.py`.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ class Option:
     metavar: str | None = None
     flag_default: Any = ...
     """Of the flag, where the command finds out the field's own default."""
-    recorded: bool = False
-    """Whether it stands in an image's record, settled (`Job.settled`)."""
-    shared: bool = False
+    recorded: bool = True
+    """Whether it stands in an image's record, settled (`Job.settled`), where `replay` reads it."""
+    shared: bool = True
     """Whether images that are sampled together must agree in it."""
 
 
@@ -98,37 +100,37 @@ class Job:
     """
 
     cond: tuple[ConditionFlag, ...] = option(
-        (), _conditions, list[str], metavar="PATH[,key=value...]", flag_default=None
+        (), _conditions, list[str], metavar="PATH[,key=value...]", flag_default=None, recorded=False, shared=False
     )
     """A condition map, or a folder of maps; repeat for several. Keys: detect=KIND, kind, net, scale, start, end,
     weighting, region."""
-    prompt: str = option("", _text, str, "-p", recorded=True)
+    prompt: str = option("", _text, str, "-p", shared=False)
     """What the image shows; @FILE reads it from a file."""
-    negative: str = option("", _text, recorded=True)
+    negative: str = option("", _text, shared=False)
     """What it should not show; or @FILE."""
-    out: str | None = option(None, _text, str, "-o")
+    out: str | None = option(None, _text, str, "-o", recorded=False, shared=False)
     """Where the result goes: a .png, a folder (any other name), or - for standard output."""
-    num: int = option(1, _whole, int, "-n")
+    num: int = option(1, _whole, int, "-n", recorded=False, shared=False)
     """How many images; image k uses seed + k."""
-    steps: int = option(20, _whole, int, recorded=True, shared=True)
+    steps: int = option(20, _whole, int)
     """Sampling steps."""
-    guidance: float | None = option(None, _number, float, recorded=True, shared=True)
+    guidance: float | None = option(None, _number, float)
     """Classifier-free guidance scale; 1 is none. (default: the base's)"""
-    scheduler: str | None = option(None, _text, recorded=True, shared=True)
+    scheduler: str | None = option(None, _text)
     """ddim, euler, unipc, ... (default: the base's)"""
-    base: str = option("tiny", _text, flag_default=None, recorded=True, shared=True)
+    base: str = option("tiny", _text, flag_default=None)
     """The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub id.
     (default: $CONTROLNET_BASE, what `models use` said, tiny)"""
-    size: tuple[int, int] | None = option(None, _size, recorded=True, shared=True)
+    size: tuple[int, int] | None = option(None, _size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
-    seed: int | None = option(None, _whole, int, recorded=True)
+    seed: int | None = option(None, _whole, int, shared=False)
     """Seed of the first image. (default: random, and told)"""
-    mode: str | None = option(None, _text)
+    mode: str | None = option(None, _text, recorded=False, shared=False)
     """balanced; prompt (deep connections count more); control (only beside the prompt, weighted by resolution); guess
     (the same, deep ones more: for empty prompts). (default: the base's)"""
-    control_on: str | None = option(None, _text, recorded=True, shared=True)
+    control_on: str | None = option(None, _text)
     """Halves of the guidance: both, or cond. (default: the mode's, else the base's)"""
-    weighting: str | tuple[float, ...] | None = option(None, _weighting)
+    weighting: str | tuple[float, ...] | None = option(None, _weighting, recorded=False, shared=False)
     """Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
 
     def __post_init__(self):

@@ -23,6 +23,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
+from controlnet.model.registry import recorded_name
 from controlnet.model.sampling.canvas import on_canvas, to_canvas
 from controlnet.model.sampling.generate import (
     BATCH,
@@ -226,7 +227,8 @@ class Studio:
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
         entry = self._origin(flag, condition) | acts | region_entry
-        entry |= {"kind": condition.kind, "net": source, "net_sha256": net_hash, "map_sha256": sha256(map_.tobytes())}
+        entry |= {"kind": condition.kind, "net": recorded_name(source), "net_sha256": net_hash}
+        entry["map_sha256"] = sha256(map_.tobytes())
         return ActiveCondition(net, strength, map_, entry)
 
     def _origin(self, flag: ConditionFlag, condition: Condition) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from controlnet.preprocessors.data.pairs import Pair, Pairs
 from controlnet.preprocessors.detectors.registry import find_detector
-from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
@@ -43,13 +43,13 @@ def build(
 ) -> tuple[dict, list[str]]:
     """Make the data set of photos in `out`, in parallel; pairs that are there already, made of the same photo with the
     same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used,
-    UsageError when `out` holds another data set."""
+    OutputError when nothing could be written, UsageError when `out` holds another data set."""
     names = _names(found)
     _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
 
     # In parallel, and kept in the order in which they are ready; the order of the rows is made below.
     rows: dict[str, dict] = {}
-    failed: list[str] = []
+    failed: list[ControlNetError] = []
     work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
     with workers(jobs) as pool:
         for done, future in enumerate(as_completed([pool.submit(_build_pair, *one) for one in work]), 1):
@@ -57,10 +57,11 @@ def build(
                 row = future.result()
                 rows[row["file_name"]] = row
             except ControlNetError as error:
-                failed.append(str(error))
+                failed.append(error)
             on_pair(done)
     if not rows:
-        raise InputError(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
+        kind_of_error = OutputError if isinstance(failed[0], OutputError) else InputError
+        raise kind_of_error(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
 
     # The split, then metadata and manifest.
     told = {f"images/{name}.png": pair.held_out for pair, name in zip(found.pairs, names, strict=True)}
@@ -76,11 +77,11 @@ def build(
         "resize": resize,
         "pairs": len(rows),
         "held_out": sum(row["split"] != "train" for row in ordered),
-        "failed": failed,
+        "failed": [str(error) for error in failed],
         "metadata_sha256": sha256(lines.encode()),
     }
     write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    return manifest, failed
+    return manifest, manifest["failed"]
 
 
 def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:

@@ -57,7 +57,7 @@ class Family:
 
 
 def scheduler_config(prediction: str) -> dict[str, Any]:
-    """The noise schedule of both families, for `prediction` epsilon or v_prediction."""
+    """The noise schedule of Stable Diffusion 1.x and 2.x, for `prediction` epsilon or v_prediction."""
     shared = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
