@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.controlnet import ControlNet, copied_parts
 from controlnet.model.control.lite import ControlNetLite
 from controlnet.model.files.families import family_name
 from controlnet.model.files.layouts import open_model
@@ -97,14 +97,7 @@ def _from_config(config: dict, path: Path) -> ControlNet:
         downs = config["down_block_types"]
         unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
         unet = UNet2DConditionModel(**unet_config)
-        parts = SimpleNamespace(
-            config=config,
-            conv_in=unet.conv_in,
-            time_proj=unet.time_proj,
-            time_embedding=unet.time_embedding,
-            down_blocks=unet.down_blocks,
-            mid_block=unet.mid_block,
-        )
+        parts = SimpleNamespace(config=config, **{part: getattr(unet, part) for part in copied_parts(config)})
         network = NETWORKS.get(config.get("copy", "full"), ControlNet)
         return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network

@@ -108,12 +108,33 @@ def test_diffusers_files_load_here(tmp_path, order):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_xl_bases_are_refused():
+def test_an_added_embedding_is_copied_and_read(tmp_path):
+    """A base of SDXL's form: our folder in diffusers' class, pooled text and ids at work."""
     unet = small_unet(
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64
-    )
-    with pytest.raises(ValueError, match="SDXL"):
-        ControlNet.from_base(unet)
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 10,
+        transformer_layers_per_block=(2, 1), use_linear_projection=True,
+    ).double()  # fmt: skip
+    net = randomise(ControlNet.from_base(unet, hint_widths=WIDTHS).double()).eval()
+    save_controlnet(net, tmp_path)
+    reference = ControlNetModel.from_pretrained(tmp_path).double().eval()
+    reference.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"))
+    z, t, text, condition = inputs(unet, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    pooled = torch.randn((len(z), 10), generator=generator, dtype=torch.float64)
+    ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]], dtype=torch.float64).expand(len(z), 6)
+    added = {"text_embeds": pooled, "time_ids": ids}
+    with torch.no_grad():
+        down, middle = reference(z, t, text, condition, added_cond_kwargs=added, return_dict=False)
+        ours = net(z, t, Prompt(text, pooled, ids), net.prepare(condition))
+        other = net(z, t, Prompt(text, pooled.flip(0), ids), net.prepare(condition))
+    for a, b in zip([*ours.down, ours.middle], [*down, middle], strict=True):
+        assert (a - b).abs().max() <= 1e-9 * b.std()
+    assert (ours.middle - other.middle).std() > 1e-4 * ours.middle.std()
+
+
+def test_other_embeddings_are_refused():
+    with pytest.raises(ValueError, match="timestep"):
+        ControlNet.from_base(small_unet(class_embed_type="timestep"))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ the other's files; `nets.py` does that.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,23 +29,18 @@ class ControlNet(nn.Module):
     Letters: B batch, C channels, H W pixels, h w latent, T tokens, D text width.
     """
 
-    COPIED: tuple[str, ...] = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
-    """The parts of a UNet that become the trainable copy."""
+    conv_in: nn.Module
+    down_blocks: nn.ModuleList
+    mid_block: nn.Module
 
     def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
-        """encoder: anything with a UNet2DConditionModel's conv_in, time_proj, time_embedding, down_blocks, mid_block
-        and config; its modules are taken, not copied. Raises ValueError for a base with extra embeddings (SDXL)."""
+        """encoder: anything with the `copied_parts` of a UNet2DConditionModel and its config; its modules are taken,
+        not copied. Raises ValueError for a base whose embeddings are of another sort."""
         super().__init__()
-        config = encoder.config
-        if config.get("addition_embed_type") or config.get("class_embed_type"):
-            raise ValueError("bases with added or class embeddings (such as SDXL) are not supported")
         self.gradient_checkpointing = False
-        self.conv_in = encoder.conv_in
-        self.time_proj = encoder.time_proj
-        self.time_embedding = encoder.time_embedding
-        self.down_blocks = encoder.down_blocks
-        self.mid_block = encoder.mid_block
-        self.add_new(dict(config), hint, hint_widths)
+        for part in copied_parts(encoder.config):
+            self.add_module(part, getattr(encoder, part))
+        self.add_new(dict(encoder.config), hint, hint_widths)
 
     def add_new(self, config: dict, hint: str, hint_widths: Sequence[int]) -> None:
         """What no base has: the hint encoder, and a zero convolution for each connection."""
@@ -60,7 +55,7 @@ class ControlNet(nn.Module):
         cls, unet: UNet2DConditionModel, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS
     ) -> ControlNet:
         """A fresh ControlNet: the base's encoding half copied, everything new at zero. The base stays untouched."""
-        copies = {part: copy.deepcopy(getattr(unet, part)) for part in cls.COPIED}
+        copies = {part: copy.deepcopy(getattr(unet, part)) for part in copied_parts(unet.config)}
         return cls(SimpleNamespace(config=unet.config, **copies), hint, hint_widths).requires_grad_(True)
 
     @property
@@ -98,6 +93,16 @@ class ControlNet(nn.Module):
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, feature: Tensor) -> Control:
         """`control` for z_t (B, 4, h, w) at timesteps t (B,), as training asks for it."""
         return self.control(z, self.begin(t, z.dtype), prompt, feature)
+
+
+def copied_parts(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a UNet that become the trainable copy; of SDXL's also the added embedding. Raises ValueError for
+    embeddings that are not known here."""
+    added = config.get("addition_embed_type")
+    if config.get("class_embed_type") or added not in (None, "text_time"):
+        raise ValueError(f"embeddings of {config.get('class_embed_type') or added} are not supported")
+    parts = ("conv_in", "time_proj", "time_embedding", "down_blocks", "mid_block")
+    return (*parts, "add_time_proj", "add_embedding") if added else parts
 
 
 def skip_channels(config: dict) -> list[int]:

@@ -20,8 +20,6 @@ class ControlNetLite(ControlNet):
     are of this project alone (config `copy: lite`).
     """
 
-    COPIED = ("conv_in",)
-
     def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
         """encoder: anything with a UNet2DConditionModel's conv_in and config."""
         nn.Module.__init__(self)

@@ -146,6 +146,8 @@ def _encoder(config: Mapping) -> Names:
         "middle_block.1": "mid_block.attentions.0",
     }
     names |= _resnet("middle_block.0", "mid_block.resnets.0") | _resnet("middle_block.2", "mid_block.resnets.1")
+    if config.get("addition_embed_type"):
+        names |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
     i = 1
     for block, kind in enumerate(config["down_block_types"]):
         for layer in range(config["layers_per_block"]):
