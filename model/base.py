@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from controlnet.model.control.prompt import Prompt
+from controlnet.model.text import TextEncoder
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -28,8 +29,8 @@ class Base:
     """Its folder or single file."""
     unet: UNet2DConditionModel
     vae: Any
-    text_encoder: Any
-    tokenizer: transformers.PreTrainedTokenizerBase
+    encoders: list[TextEncoder]
+    """Their features are read side by side; the last one's pooled text is the prompt's."""
     scheduler: SchedulerMixin
     words: frozenset[str] | None
     """The words that the text encoder was trained on, where the base's tokenizer folder has a words.txt."""
@@ -58,22 +59,40 @@ class Base:
         return self.unet.dtype
 
     def encode_text(self, prompts: list[str]) -> Prompt:
-        """Of B texts. Words beyond the encoder's length are cut; `cut_words` gives them."""
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        with self.at_work(self.text_encoder):
-            c_t = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state  # (B, T, D)
-        return Prompt(c_t.to(self.dtype))
+        """Of B texts, without the ids of size and crop. Words beyond the encoders' length are cut; `cut_words` gives
+        them."""
+        features, pooled = [], None
+        for encoder in self.encoders:
+            with self.at_work(encoder.network):
+                c_t, pooled = encoder(prompts, self.device)
+            features.append(c_t.to(self.dtype))
+        return Prompt(torch.cat(features, -1), None if pooled is None else pooled.to(self.dtype))
+
+    def size_ids(self, size: tuple[int, int]) -> Tensor | None:
+        """What a family with an added embedding is told of a canvas (width, height), (1, 6) float32: the original
+        picture's height and width, top and left of the crop, the canvas's height and width. None for other families."""
+        if not self.unet.config.get("addition_embed_type"):
+            return None
+        width, height = size
+        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first encoder's network."""
+        return self.encoders[0].network
+
+    @property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """The first encoder's."""
+        return self.encoders[0].tokenizer
 
     @property
     def max_tokens(self) -> int:
-        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return min(encoder.max_tokens for encoder in self.encoders)
 
     def cut_words(self, prompt: str) -> str:
-        """The end of the prompt that lies beyond the encoder's length, or ''."""
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        return self.tokenizer.decode(ids[self.max_tokens - 2 :]).strip()
+        """The end of the prompt that lies beyond the encoders' length, or ''."""
+        return max((encoder.cut_words(prompt) for encoder in self.encoders), key=len)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the base never met in training, as far as its folder lists them."""
@@ -114,5 +133,7 @@ class Base:
                     nn.Module.to(network, "cpu")
 
     def unload(self) -> None:
-        """Forget VAE and text encoder: training needs their memory and not them."""
-        self.vae = self.text_encoder = None
+        """Forget VAE and text encoders: training needs their memory and not them."""
+        self.vae = None
+        for encoder in self.encoders:
+            encoder.network = None

@@ -13,20 +13,22 @@ from accelerate import init_empty_weights
 from controlnet.model.base import Base
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.files import hub
-from controlnet.model.files.families import SUPPORTED, family_of
+from controlnet.model.files.families import SUPPORTED, Encoder, family_for
 from controlnet.model.files.layouts import open_model
-from controlnet.model.files.stored import BASE_PARTS, COMPONENTS, Stored
+from controlnet.model.files.stored import Stored
 from controlnet.model.files.tensors import align, check_state, read_json
 from controlnet.model.files.tokenizer import load_tokenizer
 from controlnet.model.registry import BASES, KnownBase, check_base_name
+from controlnet.model.text import TextEncoder
 from controlnet.preprocessors.errors import ModelError, reason
 from diffusers import SchedulerMixin
-from torch import nn
+from torch import Tensor, nn
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
 
 
@@ -40,7 +42,8 @@ def find_base(name: str, offline: bool = False) -> Stored:
     stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
     if stored.path.is_dir():
         read_json(stored.path / "model_index.json", "a base in diffusers' layout")
-        for part in COMPONENTS:
+        family = family_for(stored.config("unet"))
+        for part in (*family.parts, *family.tokenizers, "scheduler"):
             if not (stored.path / part).is_dir():
                 raise ModelError(f"{stored.path}: the base has no folder {part}/", f"ls {stored.path}")
     return stored
@@ -58,17 +61,14 @@ def load_base(
     known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
-    with TemporaryDirectory() as spare:
-        tokenizer = load_tokenizer(stored.tokenizer(Path(spare)))
     home = "cpu" if low_memory else device
     base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
-        tokenizer=tokenizer,
         unet=_load_network("unet", stored, home, dtype),
         vae=_load_network("vae", stored, home, dtype),
-        text_encoder=_load_network("text_encoder", stored, home, dtype),
+        encoders=[_load_encoder(one, stored, home, dtype) for one in family_for(stored.config("unet")).encoders],
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=known.guidance,
         control_on=known.control_on,
@@ -82,9 +82,10 @@ def load_base(
 
 def _check_fit(stored: Stored) -> None:
     """Raises ModelError when the parts of a base do not belong together."""
-    unet, vae, text = (stored.config(part) for part in BASE_PARTS)
-    family = family_of(unet.get("cross_attention_dim"), bool(unet.get("addition_embed_type")))
-    if family is not None and not family.supported:
+    unet, vae = stored.config("unet"), stored.config("vae")
+    family = family_for(unet)
+    widths = [stored.config(encoder.part).get("hidden_size", 512) for encoder in family.encoders]
+    if not family.supported:
         known = " or ".join(known.name for known in SUPPORTED)
         raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported yet", f"a base of {known}")
     pairs = (
@@ -92,8 +93,8 @@ def _check_fit(stored: Stored) -> None:
         (
             "cross_attention_dim",
             unet.get("cross_attention_dim"),
-            "the text encoder's width is",
-            text.get("hidden_size", 512),
+            "the text encoder's width is" if len(widths) == 1 else "the text encoders' widths add up to",
+            sum(widths),
         ),
     )
     strange = [
@@ -105,7 +106,7 @@ def _check_fit(stored: Stored) -> None:
         if own != other:
             raise ModelError(
                 f"{stored.path}: the UNet's {key} is {own}, but {what} {other}",
-                "a text-to-image base (not an inpainting or image-to-image one) of SD 1 or SD 2",
+                "a text-to-image base, not an inpainting or image-to-image one",
             )
 
 
@@ -117,15 +118,15 @@ def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.M
         raise ModelError(f"{stored.path}: its {part} is a {name}, expected {' or '.join(_CLASSES[part])}")
     with init_empty_weights(include_buffers=False):
         try:
-            if part == "text_encoder":
-                network = transformers.CLIPTextModel(transformers.CLIPTextConfig.from_dict(config))
+            if part.startswith("text_encoder"):
+                network = getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(config))
             else:
                 network = getattr(diffusers, name).from_config(config)
         except Exception as error:  # the libraries raise a dozen types for a config that makes no network
             raise ModelError(f"{stored.path}: the config of its {part} is not usable: {reason(error)}") from error
     state = stored.state(part)
-    prefix = "text_model." if any(name.startswith("text_model.") for name in network.state_dict()) else ""
-    state = {prefix + name: tensor for name, tensor in state.items()}
+    if part.startswith("text_encoder"):
+        state = _with_prefix(state, network)
     check_state(network, state, stored.path / part if stored.path.is_dir() else stored.path)
     network.load_state_dict(state, assign=True)
     # Not the library's own `to`: diffusers' warns of types that its models keep.
@@ -133,6 +134,21 @@ def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.M
     nn.Module.to(network, memory_format=torch.channels_last)
     align(network)
     return network
+
+
+def _with_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The names of a text encoder's tensors as this version of transformers has them: with `text_model.` or without."""
+    known = network.state_dict()
+    if not any(name.startswith("text_model.") for name in known):
+        return state
+    return {name if name in known else f"text_model.{name}": tensor for name, tensor in state.items()}
+
+
+def _load_encoder(encoder: Encoder, stored: Stored, device, dtype: torch.dtype) -> TextEncoder:
+    with TemporaryDirectory() as spare:
+        tokenizer = load_tokenizer(stored.tokenizer(encoder.tokenizer, Path(spare)))
+    network = _load_network(encoder.part, stored, device, dtype)
+    return TextEncoder(encoder.part, network, tokenizer, encoder.skipped)
 
 
 def _load_scheduler(stored: Stored) -> SchedulerMixin:
@@ -152,6 +168,10 @@ def _load_scheduler(stored: Stored) -> SchedulerMixin:
 
 
 def reload(base: Base, *parts: str) -> None:
-    """Load the `vae`, the `text_encoder` or both of a base again, in float32, where `Base.unload` forgot them."""
-    for part in parts:
-        setattr(base, part, _load_network(part, open_model(base.path), base.device, torch.float32))
+    """Load the `vae`, the text encoders (`text_encoder`) or both of a base again, in float32, after `Base.unload`."""
+    stored = open_model(base.path)
+    if "vae" in parts:
+        base.vae = _load_network("vae", stored, base.device, torch.float32)
+    if "text_encoder" in parts:
+        for encoder in base.encoders:
+            encoder.network = _load_network(encoder.part, stored, base.device, torch.float32)

@@ -32,6 +32,10 @@ class Prompt:
             self._kept[attention] = pair
         return pair
 
+    def with_ids(self, ids: Tensor | None) -> Prompt:
+        """With the same ids (1, 6) in every row."""
+        return self if ids is None else Prompt(self.c_t, self.pooled, ids.expand(len(self), -1))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Prompt:
         """With a function applied to each of its tensors; nothing is kept."""
         tensors = (self.c_t, self.pooled, self.ids)
@@ -39,6 +43,11 @@ class Prompt:
 
     def to(self, *args: Any) -> Prompt:
         return self.map(lambda tensor: tensor.to(*args))
+
+    def to_network(self, device: torch.device, dtype: torch.dtype) -> Prompt:
+        """On a device, in a network's type; ids stay float32, as bfloat16 has no 1333."""
+        texts = Prompt(self.c_t, self.pooled).to(device, dtype)
+        return texts if self.ids is None else Prompt(texts.c_t, texts.pooled, self.ids.to(device))
 
     def rows(self, count: int) -> Prompt:
         """One row as `count` rows; as many rows as they are."""

@@ -48,6 +48,7 @@ def encode(network: Any, x: Tensor, embedding: Tensor, prompt: Prompt, checkpoin
     """The encoding half of a UNet or of its copy, from conv_in's output x (B, C, h, w): a feature for each skip
     connection, x first, and the middle's. embedding is (B, 4C), or (1, 4C) for all."""
     skips = [x]
+    x = grow(x, len(embedding))  # where pooled text is in the embedding, the halves part here already
     for block in network.down_blocks:
         x, outputs = _run(_down, checkpointed, block, x, embedding, prompt)
         skips += outputs

@@ -11,7 +11,8 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.stored import BASE_PARTS, PREDICTIONS, STEMS, Stored, said, text_state
+from controlnet.model.files.families import family_for
+from controlnet.model.files.stored import BASE_PARTS, PREDICTIONS, STEMS, Stored, public_text_state, said, text_state
 from controlnet.model.files.tensors import Header, read_header, read_json, read_weights, weight_files, write_tensors
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.files import beside, not_written, write_file
@@ -42,7 +43,8 @@ class Folder:
     @property
     def parts(self) -> tuple[str, ...]:
         if (self.path / "model_index.json").is_file():
-            return BASE_PARTS
+            index = self.index()
+            return tuple(part for part in BASE_PARTS if part in index or part != "text_encoder_2")
         return ("controlnet",)
 
     def config(self, part: str) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class Folder:
 
     def state(self, part: str) -> dict[str, Tensor]:
         state = read_weights(self._folder(part), STEMS[part])
-        if part == "text_encoder":
+        if part.startswith("text_encoder"):
             return text_state(state)
         return _renewed(state) if part == "vae" else state
 
@@ -74,11 +76,11 @@ class Folder:
         path = self.path / "scheduler" / "scheduler_config.json"
         return PREDICTIONS.get(read_json(path, "").get("prediction_type", "epsilon")) if path.is_file() else None
 
-    def tokenizer(self, spare: Path) -> Path:
-        return self.path / "tokenizer"
+    def tokenizer(self, name: str, spare: Path) -> Path:
+        return self.path / name
 
     def index(self) -> dict[str, Any]:
-        return json.loads((self.path / "model_index.json").read_text())
+        return read_json(self.path / "model_index.json", "a base in diffusers' layout")
 
     def predicting(self, prediction: str) -> Folder:
         return replace(self, said=prediction)
@@ -124,14 +126,15 @@ def _write_net(stored: Stored, folder: Path) -> None:
 
 
 def _write_base(stored: Stored, folder: Path, scheduler: dict[str, Any]) -> None:
-    for part in BASE_PARTS:
+    for part in (part for part in stored.parts if part != "controlnet"):
         state = stored.state(part)
-        if part == "text_encoder":  # with the prefix of the public files: every version of transformers reads it
-            state = {f"text_model.{name}": tensor for name, tensor in state.items()}
+        if part.startswith("text_encoder"):
+            state = public_text_state(state)
         _write_json(folder / part / "config.json", stored.config(part))
         write_tensors(folder / part / f"{STEMS[part]}.safetensors", state)
-    with TemporaryDirectory() as spare:
-        shutil.copytree(stored.tokenizer(Path(spare)), folder / "tokenizer", copy_function=shutil.copyfile)
+    for name in family_for(stored.config("unet")).tokenizers:
+        with TemporaryDirectory() as spare:
+            shutil.copytree(stored.tokenizer(name, Path(spare)), folder / name, copy_function=shutil.copyfile)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "model_index.json", stored.index() | {"scheduler": ("diffusers", scheduler["_class_name"])})
 

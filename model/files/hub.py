@@ -14,7 +14,7 @@ from typing import Any
 
 from controlnet.model.files.hashes import file_sha256
 from controlnet.model.files.ids import is_hub_id
-from controlnet.model.files.stored import BASE_PARTS, STEMS
+from controlnet.model.files.stored import BASE_PARTS, STEMS, TOKENIZERS
 from controlnet.model.files.tensors import shards_of, weights_among
 from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
 from controlnet.preprocessors.files import exists
@@ -113,7 +113,7 @@ def needed(files: Iterable[str]) -> list[str]:
     """Of a repository's files those that loading reads: configs, tokenizer, one set of weights for each part."""
     files = list(files)
     is_base = "model_index.json" in files
-    folders = (*BASE_PARTS, "tokenizer", "scheduler") if is_base else ("",)
+    folders = (*BASE_PARTS, *TOKENIZERS, "scheduler") if is_base else ("",)
     chosen = ["model_index.json"] if is_base else []
     for folder in folders:
         inside = [f.removeprefix(f"{folder}/") for f in files if f.startswith(f"{folder}/")] if folder else files
@@ -130,14 +130,21 @@ def needed(files: Iterable[str]) -> list[str]:
 def complete(files: Iterable[str]) -> bool:
     """Whether these files are a base or a ControlNet: each part's config and weights."""
     files = set(files)
-    is_base = "model_index.json" in files
-    for part in BASE_PARTS if is_base else ("controlnet",):
-        folder = f"{part}/" if is_base else ""
-        inside = [f.removeprefix(folder) for f in files if f.startswith(folder)]
-        first = weights_among(inside, STEMS[part])
-        if "config.json" not in inside or first is None or (first.endswith(".json") and not shards_of(inside, first)):
-            return False
-    return not is_base or all(any(f.startswith(f"{part}/") for f in files) for part in ("tokenizer", "scheduler"))
+    if "model_index.json" not in files:
+        return _has_network(files, "", "controlnet")
+    folders = {file.split("/")[0] for file in files if "/" in file}
+    second = {"text_encoder_2", "tokenizer_2"}
+    expected = {*BASE_PARTS, *TOKENIZERS, "scheduler"} - (second if not folders & second else set())
+    return expected <= folders and all(_has_network(files, f"{part}/", part) for part in expected & set(BASE_PARTS))
+
+
+def _has_network(files: set[str], folder: str, part: str) -> bool:
+    """Whether a part's config and weights are among the files, all shards of them."""
+    inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
+    first = weights_among(inside, STEMS[part])
+    if "config.json" not in inside or first is None:
+        return False
+    return not first.endswith(".json") or bool(shards_of(inside, first))
 
 
 def revisions() -> dict[str, Any]:

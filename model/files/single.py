@@ -10,7 +10,7 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import SUPPORTED, VAE, Family, family_name, family_of, scheduler_config
+from controlnet.model.files.families import SUPPORTED, VAE, Family, family_for, family_name, family_of, scheduler_config
 from controlnet.model.files.stored import CONFIGS, PREDICTIONS, Stored, said, text_state
 from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
 from controlnet.model.files.tokenizer import write_tokenizer
@@ -83,7 +83,7 @@ class SingleFile:
 
     def _prefix(self, part: str) -> str:
         if part == "text_encoder":
-            return self.family.text_prefix
+            return self.family.encoders[0].prefix
         return PREFIXES[part] if part != "controlnet" else self._net_prefix or ""
 
     @property
@@ -104,10 +104,11 @@ class SingleFile:
         added = any(".label_emb." in f".{n}" or ".add_embedding." in f".{n}" for n in inside)
         width = widths[0] if widths else None
         family = family_of(width, added)
-        if family is None or not family.supported:
+        if family is None or not family.supported or not family.single_files:
             found = family.name if family else family_name({"cross_attention_dim": width})
+            known = " or ".join(f.name for f in SUPPORTED if f.single_files)
             raise ModelError(
-                f"{self.path}: {found}; expected {' or '.join(f.name for f in SUPPORTED)}",
+                f"{self.path}: {found}; expected {known}",
                 "a folder in diffusers' layout says of itself what it is: use that",
             )
         return family
@@ -124,7 +125,7 @@ class SingleFile:
         if part == "vae":
             return dict(VAE)
         if part == "text_encoder":
-            return dict(self.family.text_encoder)
+            return dict(self.family.encoders[0].config)
         unet = dict(self.family.unet)
         first = "conv_in" if self._net_prefix is None and part == "controlnet" else "input_blocks.0.0"
         unet["in_channels"] = self._headers[f"{self._prefix(part)}{first}.weight"].shape[1]
@@ -159,7 +160,7 @@ class SingleFile:
         if part == "controlnet" and self._net_prefix is None:
             return state
         if part == "text_encoder":
-            return text_state(from_open_clip(state, config) if self.family.open_clip else state)
+            return text_state(from_open_clip(state, config) if self.family.encoders[0].open_clip else state)
         table = NAMES[part](config)
         renamed = names.rename(state, table)
         if len(renamed) != len(state):
@@ -173,8 +174,9 @@ class SingleFile:
         said = self._metadata.get("modelspec.prediction_type") or self._metadata.get("modelspec.predict_key") or ""
         return PREDICTIONS.get(said.lower())
 
-    def tokenizer(self, spare: Path) -> Path:
-        write_tokenizer(spare, self.family.pad_token)
+    def tokenizer(self, name: str, spare: Path) -> Path:
+        encoder = next(one for one in self.family.encoders if one.tokenizer == name)
+        write_tokenizer(spare, encoder.pad_token)
         return spare
 
     def index(self) -> dict[str, Any]:
@@ -217,10 +219,9 @@ def write_single(stored: Stored, out: Path) -> None:
 
 def _renamed(part: str, config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if part == "text_encoder":
-        family = family_of(config["hidden_size"], False)
-        assert family is not None  # _check_base
-        state = to_open_clip(state, config) if family.open_clip else {f"text_model.{k}": t for k, t in state.items()}
-        return {family.text_prefix + name: tensor for name, tensor in state.items()}
+        encoder = family_for({"cross_attention_dim": config["hidden_size"]}).encoders[0]
+        state = to_open_clip(state, config) if encoder.open_clip else {f"text_model.{k}": t for k, t in state.items()}
+        return {encoder.prefix + name: tensor for name, tensor in state.items()}
     if part == "controlnet" and (config.get("hint_encoder", "released") != "released" or config.get("copy") == "lite"):
         raise ModelError(
             "the original layout has no place for this ControlNet's"
@@ -243,10 +244,10 @@ def _check_base(stored: Stored, configs: dict[str, Any]) -> None:
         )
     width = configs["unet"].get("cross_attention_dim")
     family = family_of(width, bool(configs["unet"].get("addition_embed_type")))
-    if family is None or not family.supported:
+    if family is None or not family.supported or not family.single_files:
         raise ModelError(
             f"{stored.path}: text features of width {width}; expected"
-            f" {' or '.join(f'{f.width} ({f.name})' for f in SUPPORTED)}",
+            f" {' or '.join(f'{f.width} ({f.name})' for f in SUPPORTED if f.single_files)}",
             "--to diffusers",
         )
 

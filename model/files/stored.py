@@ -10,12 +10,12 @@ from torch import Tensor
 
 STEMS = {
     "controlnet": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
+    "text_encoder": "model", "text_encoder_2": "model",
 }  # fmt: skip
 """Parts, and the name of their weights in a folder."""
-BASE_PARTS = ("unet", "vae", "text_encoder")
-COMPONENTS = (*BASE_PARTS, "tokenizer", "scheduler")
-"""All that a base needs."""
+BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+"""The networks that a base may have."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONFIGS = "controlnet_toolkit.configs"
 """The key of a single file's metadata where `models convert` writes the configs, which the layout does not have."""
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -32,7 +32,7 @@ class Stored(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Which of controlnet, unet, vae, text_encoder are there."""
+        """Which of controlnet, unet, vae, text_encoder, text_encoder_2 are there."""
 
     def config(self, part: str) -> dict[str, Any]:
         """Raises ModelError where the part is not there, or of no known family."""
@@ -52,8 +52,8 @@ class Stored(Protocol):
     def predicting(self, prediction: str) -> Stored:
         """The same model, which predicts what somebody says: epsilon or v_prediction."""
 
-    def tokenizer(self, spare: Path) -> Path:
-        """The folder of its tokenizer: its own, or CLIP's, written into the folder `spare`."""
+    def tokenizer(self, name: str, spare: Path) -> Path:
+        """The folder of a tokenizer (`tokenizer`, `tokenizer_2`): its own, or CLIP's, written into `spare`."""
 
     def index(self) -> dict[str, Any]:
         """model_index.json, without the scheduler."""
@@ -65,6 +65,17 @@ def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: t for k, t in bare.items() if not k.endswith("position_ids")}
 
 
+def public_text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse: with the prefix of the public files, which every version of transformers reads."""
+    return {k if k.startswith("text_projection") else f"text_model.{k}": t for k, t in state.items()}
+
+
 def said(part: str, article: str = "a ") -> str:
-    words = {"controlnet": "ControlNet", "unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+    words = {
+        "controlnet": "ControlNet",
+        "unet": "UNet",
+        "vae": "VAE",
+        "text_encoder": "text encoder",
+        "text_encoder_2": "second text encoder",
+    }
     return article + words[part]

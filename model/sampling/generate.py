@@ -51,9 +51,9 @@ class Encoded:
         """Keep the prompts of these texts, and no others."""
         self.prompts = {text: self.prompts.get(text) or base.encode_text([text]) for text in texts}
 
-    def prompt(self, texts: Sequence[str]) -> Prompt:
-        """A row for each text."""
-        return Prompt.cat([self.prompts[text] for text in texts])
+    def prompt(self, texts: Sequence[str], ids: Tensor | None) -> Prompt:
+        """A row for each text, on a canvas with these ids (1, 6), where the family has them."""
+        return Prompt.cat([self.prompts[text] for text in texts]).with_ids(ids)
 
     def prepare(self, base: Base, nets: Sequence[Net], requests: Sequence[Request]) -> None:
         """Keep the features of these requests' conditions, and no others."""
@@ -104,7 +104,8 @@ def generate(
         encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()))
         with base.at_work(*networks):
             encoded.prepare(base, networks, group)
-        prompt, negative = encoded.prompt(prompts), encoded.prompt(negatives) if guided else None  # B rows each
+        ids = base.size_ids((width, height))
+        prompt, negative = encoded.prompt(prompts, ids), encoded.prompt(negatives, ids) if guided else None  # B rows
         controls = [
             ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength)
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))

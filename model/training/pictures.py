@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from controlnet.model.base import Base
 from controlnet.model.control.net import Net
-from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.load import reload
 from controlnet.model.sampling.canvas import condition_tensor
@@ -36,10 +35,7 @@ def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precisio
     maps = [condition_tensor(held_out.condition(i, 0, False)) for i in range(count)]
     conditions = torch.stack(maps).to(device)  # (n, 3, side, side)
     captions = [held_out.pairs[i].caption for i in range(count)]
-    prompt, negative = (
-        Prompt(torch.from_numpy(np.stack([held_out.text(text) for text in texts]))).to(device, base.dtype)
-        for texts in (captions, [""])
-    )
+    prompt, negative = (held_out.prompt(texts).to_network(device, base.dtype) for texts in (captions, [""]))
     if base.vae is None:
         reload(base, "vae")
     with autocast(device, precision):

@@ -48,6 +48,9 @@ class Samples:
         self.check_command = check_command(pairs[0].image.parent if pairs else Path("DATA"), config.kind)
         self.size = config.size or base.native_size
         self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
+        ids = base.size_ids((self.size, self.size))
+        self.ids = ids if ids is None else ids.cpu()
+        self.encoded: tuple[str | None, Any] = (None, None)
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
@@ -57,14 +60,14 @@ class Samples:
         for done, index in enumerate(rows, 1):
             try:
                 for flip in (False, True)[: 1 + self.config.flip]:
-                    self.text(self.caption(index, flip))
+                    self.text(self.caption(index, flip)), self.pooled(self.caption(index, flip))
                     for crop in range(self.config.crops):
                         self.moments(index, crop, flip)
                         self.condition(index, crop, flip)
             except InputError as error:
                 failed.append(error)
             on_item(done)
-        self.text("")
+        self.text(""), self.pooled("")
         self.cache.remember()
         if len(failed) > 1:
             first = failed[0]
@@ -77,8 +80,25 @@ class Samples:
         return flip_words(caption) if flip else caption
 
     def text(self, caption: str) -> np.ndarray:
+        """c_t of a caption, (T, D)."""
         key = key_of(self.base_hash, caption)
-        return self.cache.array("text", key, lambda: self._encode_text(caption))
+        return self.cache.array("text", key, lambda: _array(self._encode_text(caption).c_t))
+
+    def pooled(self, caption: str) -> np.ndarray | None:
+        """Its pooled text (P,), where the base has an added embedding."""
+        if self.ids is None:
+            return None
+        key = key_of(self.base_hash, caption)
+        return self.cache.array("pooled", key, lambda: _array(self._encode_text(caption).pooled))
+
+    def prompt(self, captions: list[str]) -> Prompt:
+        """A row for each caption, on the CPU, float32."""
+        c_t = torch.from_numpy(np.stack([self.text(caption) for caption in captions])).float()
+        if self.ids is None:
+            return Prompt(c_t)
+        rows = [row for caption in captions if (row := self.pooled(caption)) is not None]
+        pooled = torch.from_numpy(np.stack(rows)).float()
+        return Prompt(c_t, pooled).with_ids(self.ids)
 
     def moments(self, index: int, crop: int, flip: bool) -> np.ndarray:
         """Mean and log variance of the latent, or the latent itself of a VAE without variance."""
@@ -145,10 +165,12 @@ class Samples:
         return self.base.encode_image(x)[0].half().cpu().numpy()
 
     @torch.no_grad()
-    def _encode_text(self, caption: str) -> np.ndarray:
+    def _encode_text(self, caption: str) -> Prompt:
         if self.base.text_encoder is None:
             reload(self.base, "text_encoder")
-        return self.base.encode_text([caption]).c_t[0].half().cpu().numpy()
+        if self.encoded[0] != caption:  # its features and its pooled text are asked for one after the other
+            self.encoded = caption, self.base.encode_text([caption])
+        return self.encoded[1]
 
     def _hash(self, path) -> str:
         return self.cache.file_hash(path) if self.cache.folder else ""
@@ -182,7 +204,7 @@ class Samples:
             "moments": moments,
             "noise": noise,
             "t": t,
-            "text": self.text(caption),
+            "caption": caption,
             "condition": self.condition(index, crop, flip),
         }
 
@@ -193,7 +215,7 @@ class Samples:
             z0=self.base.latents(moments, noise[:, 0]),
             eps=noise[:, 1].contiguous(),
             t=torch.tensor([s["t"] for s in samples]),
-            prompt=Prompt(torch.from_numpy(np.stack([s["text"] for s in samples])).float()),
+            prompt=self.prompt([s["caption"] for s in samples]),
             condition=torch.stack([condition_tensor(s["condition"]) for s in samples]),
         )
 
@@ -214,6 +236,12 @@ class Samples:
             part = slice(i, i + self.config.batch_size)
             batches.append((self._collate(samples[part]), torch.stack([condition_tensor(c) for c in others[part]])))
         return batches
+
+
+def _array(row: Tensor | None) -> np.ndarray:
+    """(1, ...) as the cache keeps it, (...) float16."""
+    assert row is not None
+    return row[0].half().cpu().numpy()
 
 
 def check_command(folder: Path, kind: str) -> str:

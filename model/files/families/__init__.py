@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from controlnet.model.files.families.family import VAE, Family, scheduler_config
+from controlnet.model.files.families.family import VAE, Encoder, Family, scheduler_config
 from controlnet.model.files.families.sd1 import SD1
 from controlnet.model.files.families.sd2 import SD2
 from controlnet.model.files.families.sdxl import REFINER, SDXL
 
-__all__ = ["FAMILIES", "SD1", "SD2", "SUPPORTED", "VAE", "Family", "family_name", "family_of", "scheduler_config"]
+__all__ = [
+    "FAMILIES", "SD1", "SD2", "SDXL", "SUPPORTED", "VAE", "Encoder", "Family", "family_for", "family_name", "family_of",
+    "scheduler_config",
+]  # fmt: skip
 
 FAMILIES = (SD1, SD2, SDXL, REFINER)
 SUPPORTED = tuple(family for family in FAMILIES if family.supported)
@@ -22,6 +25,12 @@ SUPPORTED = tuple(family for family in FAMILIES if family.supported)
 def family_of(width: Any, added: bool) -> Family | None:
     """By the width of the text features, and whether there is an added embedding."""
     return next((family for family in FAMILIES if (family.width, family.added) == (width, added)), None)
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """Of a UNet's config, supported or not; for one of no known family a family with one text encoder, as `tiny` is."""
+    width = config.get("cross_attention_dim")
+    return family_of(width, bool(config.get("addition_embed_type"))) or Family(family_name(config), 0)
 
 
 def family_name(config: Mapping[str, Any]) -> str:

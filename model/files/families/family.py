@@ -36,6 +36,24 @@ VAE: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """A text encoder of a family."""
+
+    part: str = "text_encoder"
+    """Its folder in diffusers' layout."""
+    tokenizer: str = "tokenizer"
+    """Its tokenizer's."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+    """Before its names in a single file."""
+    open_clip: bool = False
+    """Whether it has OpenCLIP's names there."""
+    pad_token: str = "<|endoftext|>"
+    skipped: int = 0
+    """Layers at its end that the family does not read (text.TextEncoder)."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A family, known by the width of its text features and by whether it has an added embedding."""
 
@@ -46,14 +64,20 @@ class Family:
     """Whether pooled text, size and crop are added to the time embedding."""
     supported: bool = True
     unet: Mapping[str, Any] = field(default_factory=dict)
-    text_encoder: Mapping[str, Any] = field(default_factory=dict)
-    text_prefix: str = ""
-    """Where a single file has the text encoder."""
-    open_clip: bool = False
-    """Whether that one has OpenCLIP's names."""
-    pad_token: str = "<|endoftext|>"
+    encoders: tuple[Encoder, ...] = (Encoder(),)
     predictions: tuple[str, ...] = ("epsilon",)
     """What its bases predict; a single file must say which, where there are several."""
+    single_files: bool = True
+    """Whether it is read from single files."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The networks of a base, as diffusers' folders are called."""
+        return ("unet", "vae", *(encoder.part for encoder in self.encoders))
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(encoder.tokenizer for encoder in self.encoders)
 
 
 def scheduler_config(prediction: str) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""SDXL: two text encoders, pooled text and size in the time embedding; equal to diffusers' pipelines."""
+
+import numpy as np
+import pytest
+import torch
+from controlnet.model.control.controlnet import ControlNet
+from controlnet.model.control.strength import Strength
+from controlnet.model.load import load_base
+from controlnet.model.nets import load_controlnet, save_controlnet
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.loop import ActiveNet, sample
+from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.sampling.starts import FromNoise
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from helpers import randomise
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+PROMPT, NEGATIVE = "a red cube on a blue floor", "a person"
+CANVAS = (72, 64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An SDXL base with random weights in `base`, narrow where the family allows it, and a ControlNet in `net`."""
+    from controlnet.model.tiny.recipe import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    torch.manual_seed(3)
+    tokenizer = make_tokenizer(["a red cube on a blue floor", "a person standing"] * 20, folder / "tokens")
+
+    def encoder(cls, width):
+        return cls(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            projection_dim=20,
+        ))  # fmt: skip
+
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=2048,
+        attention_head_dim=2, use_linear_projection=True, transformer_layers_per_block=(1, 2, 3),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        unet=unet, vae=vae, text_encoder=encoder(CLIPTextModel, 768), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder_2=encoder(CLIPTextModelWithProjection, 1280), add_watermarker=False,
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    ).save_pretrained(folder / "base")  # fmt: skip
+    save_controlnet(randomise(ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))), folder / "net")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    net = ControlNetModel.from_pretrained(folder / "net").double()
+    pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(
+        folder / "base", controlnet=net, add_watermarker=False
+    ).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def prompts(base):
+    ids = base.size_ids(CANVAS)
+    return (base.encode_text([text] * 2).with_ids(ids) for text in (PROMPT, NEGATIVE))
+
+
+def test_texts_are_diffusers_own(folder, pipeline):
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    c_t, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False, device="cpu")
+    ours = base.encode_text([PROMPT])
+    assert ours.c_t.shape[-1] == 2048
+    assert (ours.c_t - c_t).abs().max() <= 1e-9 * c_t.std() and (ours.pooled - pooled).abs().max() <= 1e-9
+    assert base.cut_words("cube " * 60).startswith("cube") and not base.cut_words("cube")
+
+
+@pytest.mark.parametrize("scheduler", [None, "ddim", "dpm++2m"])
+@pytest.mark.parametrize("control_on", ["both", "cond"])
+def test_parity_with_diffusers_pipeline(folder, pipeline, scheduler, control_on):
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    net = load_controlnet(folder / "net", torch.float64, base.unet.config, base.name)
+    condition = np.repeat((np.random.default_rng(0).random((*CANVAS[::-1], 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
+    hint = condition_tensor(condition)[None].double()
+    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    start = FromNoise.seeded([5, 6], (4, CANVAS[1] // 8, CANVAS[0] // 8))
+    start.noise = start.noise.double()
+    prompt, negative = prompts(base)
+    with torch.no_grad():
+        theirs = pipeline(
+            [PROMPT] * 2, negative_prompt=[NEGATIVE] * 2, image=hint, latents=start.noise, guidance_scale=5.0,
+            num_inference_steps=5, output_type="latent", width=CANVAS[0], height=CANVAS[1],
+            controlnet_conditioning_scale=0.8, guess_mode=control_on == "cond",
+        ).images  # fmt: skip
+        # diffusers' guess mode has weights of its own, from 0.1 to 1.
+        weighting = tuple(np.logspace(-1, 0, net.connections)) if control_on == "cond" else "uniform"
+
+        def ours(scale):
+            acting = [ActiveNet(net, net.prepare(hint), Strength(scale, weighting=weighting, control_on=control_on))]
+            own = make_scheduler(base.scheduler, scheduler)
+            return sample(base.unet, own, start, prompt, negative, acting, 5, 5.0)
+
+        images, without = ours(0.8), ours(0.0)
+    assert (images - without).std() > 0.001 * images.std()  # control is at work
+    assert (images - theirs).abs().max() <= (
+        1e-9 if control_on == "both" else 1e-6
+    ) * theirs.std()  # its weights are float32
+
+
+def test_from_the_command_line_and_again(folder, tmp_path, monkeypatch, capsys):
+    from controlnet.cli.main import main
+    from controlnet.preprocessors.images import png_bytes
+
+    monkeypatch.chdir(tmp_path)
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20] = lines[:, 30] = 255
+    (tmp_path / "map.canny.png").write_bytes(png_bytes(lines))
+    args = ["--base", str(folder / "base"), "--dtype", "float32", "--steps", "2", "--seed", "1", "--size", "64"]
+    for out, more in (("a.png", ["--cond", f"map.canny.png,net={folder / 'net'}"]), ("b.png", [])):
+        with pytest.raises(SystemExit) as stop:
+            main(["generate", *args, *more, "-p", PROMPT, "-o", out])
+        assert stop.value.code == 0, capsys.readouterr().err
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(["replay", "a.png"])
+    assert stop.value.code == 0, capsys.readouterr().err
+
+
+def test_it_is_trained_on(folder, tmp_path, monkeypatch, capsys):
+    """Pooled text and ids from the cache; the network is diffusers' afterwards."""
+    import json
+
+    from controlnet.cli.main import main
+    from controlnet.preprocessors.images import png_bytes
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        (tmp_path / f"photos/{i}.png").write_bytes(png_bytes(rng.integers(0, 255, (64, 64, 3)).astype(np.uint8)))
+        (tmp_path / f"photos/{i}.txt").write_text(f"cube {i}")
+    sets = ["size=64", "max_steps=4", "batch_size=2", "held_out=2", "log_every=1", "validate_every=2", "pictures=1",
+            "gradient_checkpointing=true", "learning_rate=1e-3"]  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "train",
+                "photos",
+                "--base",
+                str(folder / "base"),
+                "-o",
+                "run",
+                "-q",
+                *(w for s in sets for w in ("--set", s)),
+            ]
+        )
+    assert stop.value.code == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "lr" in row] == [1, 2, 3, 4]
+    trained = ControlNetModel.from_pretrained(tmp_path / "run")
+    assert trained.config.addition_embed_type == "text_time" and trained.add_embedding is not None
