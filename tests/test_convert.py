@@ -42,7 +42,7 @@ def empty(cls, config):
 
 
 def text_state(family):
-    state = empty(CLIPTextModel, dict(family.text_encoder)).state_dict()
+    state = empty(CLIPTextModel, dict(family.encoders[0].config)).state_dict()
     return {k.removeprefix("text_model."): t for k, t in state.items()}
 
 
@@ -79,7 +79,7 @@ def test_names_of_the_vae():
 
 
 def test_names_of_open_clip():
-    config = dict(SD2.text_encoder) | {
+    config = dict(SD2.encoders[0].config) | {
         "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 20
     }  # fmt: skip
     text = CLIPTextModel(CLIPTextConfig.from_dict(config))
@@ -125,11 +125,11 @@ def narrow(request, tmp_path_factory):
     family, folder = request.param, tmp_path_factory.mktemp("narrow") / "base"
     torch.manual_seed(2)
     config = dict(family.unet) | {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "attention_head_dim": 2}
-    text = dict(family.text_encoder) | {"num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 49408}
+    text = dict(family.encoders[0].config) | {"num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 49408}
     unet = UNet2DConditionModel.from_config(config | {"sample_size": 8})
     vae = AutoencoderKL.from_config(VAE | {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2})
     encoder = CLIPTextModel(CLIPTextConfig.from_dict(text))
-    write_tokenizer(folder.parent / "tokens", family.pad_token)
+    write_tokenizer(folder.parent / "tokens", family.encoders[0].pad_token)
     StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=encoder, tokenizer=CLIPTokenizer.from_pretrained(folder.parent / "tokens"),
         scheduler=DDIMScheduler.from_config(scheduler_config("epsilon" if family is SD1 else "v_prediction")),
@@ -304,7 +304,7 @@ def test_full_size_single_files(family, tmp_path):
     text = text_state(family)
     if family is SD2:
         text = {k: torch.empty(t.shape) for k, t in text.items()}
-        text = to_open_clip(text, dict(family.text_encoder)) | {"text_projection": torch.empty(1024, 1024)}
+        text = to_open_clip(text, dict(family.encoders[0].config)) | {"text_projection": torch.empty(1024, 1024)}
         text = {k: t.to("meta") for k, t in text.items()}
     else:
         text = {f"text_model.{k}": t for k, t in text.items()}

@@ -302,7 +302,7 @@ def test_a_photo_is_detected_at_the_aspect_of_the_canvas(run, common, tmp_path, 
 
 @pytest.mark.parametrize("args, said", [
     (["--init", "a.png"], "a picture as a start is not supported yet"), (["--lora=x"], "LoRA is not supported"),
-    (["-p", "x", "--base", "sdxl"], "SDXL is not supported yet"), (["-p", "x", "--base", "sd15x"], "--base sd15"),
+    (["-p", "x", "--base", "sdxll"], "--base sdxl"), (["-p", "x", "--base", "sd15x"], "--base sd15"),
     (["--cond", "photo.png"], "detect=canny"), (["--cond", "map.canny.png,region=none.png"], "none.png: no such file"),
     (["-p", "x", "--size", "8"], "8 pixels, expected 64 to 8192"), (["-p", "x", "--size", "100"], "a multiple of 8"),
     (["--cond", "map.png,kind=cany"], "no such file"), (["--cond", "map.canny.png,kind=cany"], "kind=canny"),

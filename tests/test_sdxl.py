@@ -121,6 +121,29 @@ def test_parity_with_diffusers_pipeline(folder, pipeline, scheduler, control_on)
     ) * theirs.std()  # its weights are float32
 
 
+def test_a_vae_that_leaves_float16_goes_on_in_float32(folder):
+    """As SDXL's own does: no black picture, no NaN."""
+    base = load_base(str(folder / "base"), dtype=torch.float16)
+    base.vae.decoder.conv_in.weight.data *= 3e4
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    images = base.decode(latents)
+    assert torch.isfinite(images).all() and images.std() > 0.01 and base.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shown, expected", [
+    (None, (1024, 1024)), ((768, 512), (1216, 832)), ((512, 768), (832, 1216)), ((500, 480), (1024, 1024)),
+    ((3000, 1000), (1536, 640)),
+])  # fmt: skip
+def test_canvases_are_those_that_it_was_trained_on(folder, shown, expected):
+    from controlnet.model.sampling.generate import canvas_size
+
+    base = load_base(str(folder / "base"))
+    small = canvas_size(base, shown)  # its native size is 64, not 1024
+    assert all(abs(a - b / 16) <= 4 and a % 8 == 0 for a, b in zip(small, expected, strict=True))
+    base.unet.register_to_config(sample_size=128)
+    assert canvas_size(base, shown) == expected
+
+
 def test_from_the_command_line_and_again(folder, tmp_path, monkeypatch, capsys):
     from controlnet.cli.main import main
     from controlnet.preprocessors.images import png_bytes

@@ -5,6 +5,7 @@ Reads and writes no files; `work/studio.py` reads, the commands write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -185,8 +186,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:
-    """(width, height): the condition's aspect with its shorter side at the base's native size, in multiples of 8."""
+    """(width, height): of the sizes that the base was trained on the one that is nearest to the condition's aspect;
+    where it was trained on one size, the condition's aspect with the shorter side native, in multiples of 8."""
     native, step = base.native_size, base.factor
+    if base.sizes:
+        width, height = condition_size or base.sizes[0]
+        width, height = min(base.sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        scale = native / base.sizes[0][0]  # of a base that was tuned at another size
+        return round(width * scale / step) * step, round(height * scale / step) * step
     if condition_size is None:
         return native, native
     width, height = condition_size

@@ -67,6 +67,8 @@ class Family:
     encoders: tuple[Encoder, ...] = (Encoder(),)
     predictions: tuple[str, ...] = ("epsilon",)
     """What its bases predict; a single file must say which, where there are several."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Canvases (width, height) that its bases were trained on; none: any whose shorter side is the native size."""
     single_files: bool = True
     """Whether it is read from single files."""
 

@@ -3,6 +3,10 @@ added to the time embedding. Figures from diffusers' pipeline and the base's rep
 
 from controlnet.model.files.families.family import Encoder, Family
 
+_SIZES = (
+    (1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216),
+    (1344, 768), (768, 1344), (1536, 640), (640, 1536),
+)  # fmt: skip
 SDXL = Family(
     "SDXL",
     2048,
@@ -11,6 +15,7 @@ SDXL = Family(
         Encoder(skipped=1),
         Encoder("text_encoder_2", "tokenizer_2", open_clip=True, pad_token="!", skipped=1),
     ),
+    sizes=_SIZES,
     single_files=False,
 )
 REFINER = Family("SDXL's refiner", 1280, added=True, supported=False)
