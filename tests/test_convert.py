@@ -84,14 +84,14 @@ def test_names_of_open_clip():
     }  # fmt: skip
     text = CLIPTextModel(CLIPTextConfig.from_dict(config))
     state = {k.removeprefix("text_model."): t for k, t in text.state_dict().items()}
-    ours = {f"{SD2.text_prefix}{k}": t for k, t in to_open_clip(state, config).items()}
+    ours = {f"{SD2.encoders[0].prefix}{k}": t for k, t in to_open_clip(state, config).items()}
     back = {k.removeprefix("text_model."): t for k, t in theirs.convert_open_clip_checkpoint(text, ours).items()}
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
 
 
 def test_names_of_clip():
     state = text_state(SD1)
-    ours = {f"{SD1.text_prefix}text_model.{k}": t for k, t in state.items()}
+    ours = {f"{SD1.encoders[0].prefix}text_model.{k}": t for k, t in state.items()}
     back = {k.removeprefix("text_model."): t for k, t in theirs.convert_ldm_clip_checkpoint(ours).items()}
     assert back.keys() == state.keys()
 

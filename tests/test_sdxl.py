@@ -121,6 +121,52 @@ def test_parity_with_diffusers_pipeline(folder, pipeline, scheduler, control_on)
     ) * theirs.std()  # its weights are float32
 
 
+def test_both_ways_and_the_same_image(folder, tmp_path):
+    """Folder, single file and back: every tensor equal; the names are those of the original layout."""
+    from controlnet.model.files.convert import convert
+    from controlnet.model.files.layouts import open_model
+    from safetensors import safe_open
+
+    convert(folder / "base", tmp_path / "xl.safetensors", "original")
+    with safe_open(tmp_path / "xl.safetensors", "pt") as file:
+        names = set(file.keys())
+    for name in ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.1.model.text_projection",
+                 "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
+                 "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight"):  # fmt: skip
+        assert name in names, name
+    convert(tmp_path / "xl.safetensors", tmp_path / "again", "diffusers")
+    before, after = open_model(folder / "base"), open_model(tmp_path / "again")
+    assert after.parts == before.parts == ("unet", "vae", "text_encoder", "text_encoder_2")
+    for part in before.parts:
+        a, b = before.state(part), after.state(part)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
+    StableDiffusionXLPipeline.from_pretrained(tmp_path / "again", add_watermarker=False)
+
+
+def test_names_at_full_size_are_diffusers_own():
+    """SDXL's own sizes, without numbers: UNet, ControlNet and second text encoder."""
+    from accelerate import init_empty_weights
+    from controlnet.model.files import names
+    from controlnet.model.files.families import SDXL
+    from diffusers.loaders import single_file_utils as theirs
+
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(dict(SDXL.unet))
+        net = ControlNet.from_base(unet)
+    state = unet.state_dict()
+    ours = names.rename(state, names.reverse(names.unet(SDXL.unet)))
+    assert len(ours) == len(state) == 1680
+    original = {f"model.diffusion_model.{k}": t for k, t in ours.items()}
+    back = theirs.convert_ldm_unet_checkpoint(
+        original, SDXL.unet | {"num_class_embeds": None, "class_embed_type": None}
+    )
+    assert back.keys() == state.keys() and all(back[k] is state[k] for k in state)
+    config = SDXL.unet | {"conditioning_embedding_out_channels": list(net.hint_widths)}
+    renamed = names.rename(net.state_dict(), names.reverse(names.controlnet(config)))
+    assert len(renamed) == len(net.state_dict()) and "label_emb.0.2.bias" in renamed
+    assert sum(name.startswith("zero_convs.") for name in renamed) == 18 and net.connections == 10
+
+
 def test_a_vae_that_leaves_float16_goes_on_in_float32(folder):
     """As SDXL's own does: no black picture, no NaN."""
     base = load_base(str(folder / "base"), dtype=torch.float16)

@@ -10,7 +10,7 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import SUPPORTED, VAE, Family, family_for, family_name, family_of, scheduler_config
+from controlnet.model.files.families import SUPPORTED, Family, family_for, family_name, family_of
 from controlnet.model.files.stored import CONFIGS, PREDICTIONS, Stored, said, text_state
 from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
 from controlnet.model.files.tokenizer import write_tokenizer
@@ -22,13 +22,6 @@ PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "cont
 """Before the names of a part; the text encoder's differs from family to family."""
 NAMES = {"unet": names.unet, "vae": names.vae, "controlnet": names.controlnet}
 """config -> table of names, for each part."""
-INDEX = {
-    "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
-    "vae": ("diffusers", "AutoencoderKL"), "unet": ("diffusers", "UNet2DConditionModel"),
-    "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
-    "safety_checker": (None, None), "feature_extractor": (None, None),
-}  # fmt: skip
-"""model_index.json of a base that comes in one file, without its scheduler."""
 
 
 @dataclass
@@ -69,7 +62,9 @@ class SingleFile:
                 "cond_stage_model.transformer.text_model.final_layer_norm.weight",
                 "cond_stage_model.transformer.final_layer_norm.weight",
                 "cond_stage_model.model.ln_final.weight",
+                "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
             ),
+            "text_encoder_2": ("conditioner.embedders.1.model.ln_final.weight",),
         }
         return tuple(part for part, marked in marks.items() if any(mark in self._headers for mark in marked))
 
@@ -82,8 +77,8 @@ class SingleFile:
         return None
 
     def _prefix(self, part: str) -> str:
-        if part == "text_encoder":
-            return self.family.encoders[0].prefix
+        if part.startswith("text_encoder"):
+            return self.family.encoder(part).prefix
         return PREFIXES[part] if part != "controlnet" else self._net_prefix or ""
 
     @property
@@ -104,9 +99,9 @@ class SingleFile:
         added = any(".label_emb." in f".{n}" or ".add_embedding." in f".{n}" for n in inside)
         width = widths[0] if widths else None
         family = family_of(width, added)
-        if family is None or not family.supported or not family.single_files:
+        if family is None or not family.supported:
             found = family.name if family else family_name({"cross_attention_dim": width})
-            known = " or ".join(f.name for f in SUPPORTED if f.single_files)
+            known = " or ".join(f.name for f in SUPPORTED)
             raise ModelError(
                 f"{self.path}: {found}; expected {known}",
                 "a folder in diffusers' layout says of itself what it is: use that",
@@ -123,15 +118,14 @@ class SingleFile:
             config = self._written[part]
             return completed(config, str(config.get("_class_name")), self.path)
         if part == "vae":
-            return dict(VAE)
-        if part == "text_encoder":
-            return dict(self.family.encoders[0].config)
+            return dict(self.family.vae)
+        if part.startswith("text_encoder"):
+            return dict(self.family.encoder(part).config)
         unet = dict(self.family.unet)
         first = "conv_in" if self._net_prefix is None and part == "controlnet" else "input_blocks.0.0"
         unet["in_channels"] = self._headers[f"{self._prefix(part)}{first}.weight"].shape[1]
         if part == "unet":
-            if self.prediction() == "v_prediction":
-                unet["sample_size"] = 96  # SD 2.x was trained at 768 pixels with it, at 512 with epsilon
+            unet["sample_size"] = self.family.sample_sizes.get(self.prediction() or "", unet["sample_size"])
             return unet
         unet = {k: v for k, v in unet.items() if k not in ("up_block_types", "sample_size", "out_channels")}
         return unet | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": self._hint_widths()}
@@ -159,8 +153,8 @@ class SingleFile:
         state = {k.removeprefix(prefix): t for k, t in read_tensors(self.path, self.headers(part)).items()}
         if part == "controlnet" and self._net_prefix is None:
             return state
-        if part == "text_encoder":
-            return text_state(from_open_clip(state, config) if self.family.encoders[0].open_clip else state)
+        if part.startswith("text_encoder"):
+            return text_state(from_open_clip(state, config) if self.family.encoder(part).open_clip else state)
         table = NAMES[part](config)
         renamed = names.rename(state, table)
         if len(renamed) != len(state):
@@ -180,7 +174,7 @@ class SingleFile:
         return spare
 
     def index(self) -> dict[str, Any]:
-        return dict(INDEX)
+        return self.family.index
 
     def predicting(self, prediction: str) -> SingleFile:
         return replace(self, said=prediction)
@@ -196,7 +190,7 @@ class SingleFile:
                 f"controlnet models convert {self.path} {self.path.stem} --to diffusers --prediction v_prediction"
                 " (768-pixel models of SD 2.x; epsilon for 512-pixel ones)",
             )
-        return scheduler_config(prediction)
+        return self.family.scheduler(prediction)
 
 
 def write_single(stored: Stored, out: Path) -> None:
@@ -209,17 +203,18 @@ def write_single(stored: Stored, out: Path) -> None:
     if "unet" in configs:
         _check_base(stored, configs)
         configs["scheduler"] = stored.scheduler()
+    family = family_for(configs.get("unet") or configs["controlnet"])
     for part in stored.parts:
-        tensors |= _renamed(part, configs[part], stored.state(part))
+        tensors |= _renamed(family, part, configs[part], stored.state(part))
     metadata = {CONFIGS: json.dumps(configs, sort_keys=True)}
     if "scheduler" in configs:
         metadata["modelspec.prediction_type"] = configs["scheduler"].get("prediction_type", "epsilon")
     write_tensors(out, tensors, metadata)
 
 
-def _renamed(part: str, config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if part == "text_encoder":
-        encoder = family_for({"cross_attention_dim": config["hidden_size"]}).encoders[0]
+def _renamed(family: Family, part: str, config: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if part.startswith("text_encoder"):
+        encoder = family.encoder(part)
         state = to_open_clip(state, config) if encoder.open_clip else {f"text_model.{k}": t for k, t in state.items()}
         return {encoder.prefix + name: tensor for name, tensor in state.items()}
     if part == "controlnet" and (config.get("hint_encoder", "released") != "released" or config.get("copy") == "lite"):
@@ -244,31 +239,40 @@ def _check_base(stored: Stored, configs: dict[str, Any]) -> None:
         )
     width = configs["unet"].get("cross_attention_dim")
     family = family_of(width, bool(configs["unet"].get("addition_embed_type")))
-    if family is None or not family.supported or not family.single_files:
+    if family is None or not family.supported:
         raise ModelError(
             f"{stored.path}: text features of width {width}; expected"
-            f" {' or '.join(f'{f.width} ({f.name})' for f in SUPPORTED if f.single_files)}",
+            f" {' or '.join(f'{f.width} ({f.name})' for f in SUPPORTED)}",
             "--to diffusers",
         )
 
 
 def from_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """The text encoder of an SD 2 file; what diffusers does not keep (the last layer, the projection) left out."""
-    position = state.pop("positional_embedding")
-    renamed = names.rename(names.split_attention(state), names.open_clip(config))
-    return renamed | {"embeddings.position_embedding.weight": position}
+    """A text encoder with OpenCLIP's names by diffusers'. What diffusers does not keep is left out: a last layer that is
+    not read, the projection of a model without one. Some files have the projection as a linear layer already."""
+    found = {"embeddings.position_embedding.weight": state.pop("positional_embedding")}
+    if _projects(config):
+        projection = state.get("text_projection.weight")
+        found["text_projection.weight"] = state["text_projection"].T.contiguous() if projection is None else projection
+    return found | names.rename(names.split_attention(state), names.open_clip(config))
 
 
 def to_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """The reverse."""
-    position = {"positional_embedding": state["embeddings.position_embedding.weight"]}
-    return position | names.join_attention(names.rename(state, names.reverse(names.open_clip(config))))
+    found = {"positional_embedding": state["embeddings.position_embedding.weight"]}
+    if _projects(config):
+        found["text_projection"] = state["text_projection.weight"].T.contiguous()
+    return found | names.join_attention(names.rename(state, names.reverse(names.open_clip(config))))
+
+
+def _projects(config: dict) -> bool:
+    return config.get("architectures") == ["CLIPTextModelWithProjection"]
 
 
 def _guess(headers: dict[str, Header]) -> str:
     known = (
         ("lora_", "a LoRA"),
-        ("conditioner.embedders", "an SDXL base, which is not supported"),
+        ("conditioner.embedders", "a part of an SDXL base"),
         ("model.diffusion_model.joint_blocks", "an SD 3 base, which is not supported"),
         ("double_blocks", "a Flux model, which is not supported"),
         ("down_blocks.0.resnets", "the UNet of a base in diffusers' names, without its config"),

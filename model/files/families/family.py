@@ -6,7 +6,7 @@ v1-inference.yaml, github.com/Stability-AI/stablediffusion v2-inference-v.yaml).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,29 @@ VAE: Mapping[str, Any] = {
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32, "act_fn": "silu", "sample_size": 512,
     "scaling_factor": 0.18215,
+}  # fmt: skip
+
+
+def scheduler_config(prediction: str) -> dict[str, Any]:
+    """The noise schedule of Stable Diffusion 1.x and 2.x, for `prediction` epsilon or v_prediction."""
+    shared = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+    }
+    if prediction == "epsilon":
+        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **shared}
+    return {"_class_name": "DDIMScheduler", **shared}
+
+
+PIPELINE: Mapping[str, Any] = {
+    "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, "safety_checker": (None, None),
+    "feature_extractor": (None, None),
 }  # fmt: skip
 
 
@@ -69,31 +92,31 @@ class Family:
     """What its bases predict; a single file must say which, where there are several."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Canvases (width, height) that its bases were trained on; none: any whose shorter side is the native size."""
-    single_files: bool = True
-    """Whether it is read from single files."""
+    vae: Mapping[str, Any] = field(default_factory=lambda: VAE)
+    scheduler: Callable[[str], dict[str, Any]] = scheduler_config
+    """What it predicts -> the config of its scheduler."""
+    sample_sizes: Mapping[str, int] = field(default_factory=dict)
+    """What it predicts -> its native size in latent cells, where that is another than `unet` says."""
+    pipeline: Mapping[str, Any] = field(default_factory=lambda: PIPELINE)
+    """What its model_index.json says beside its parts."""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The networks of a base, as diffusers' folders are called."""
         return ("unet", "vae", *(encoder.part for encoder in self.encoders))
 
+    def encoder(self, part: str) -> Encoder:
+        return next(encoder for encoder in self.encoders if encoder.part == part)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """model_index.json, without the scheduler."""
+        parts = {"vae": ("diffusers", "AutoencoderKL"), "unet": ("diffusers", "UNet2DConditionModel")}
+        for encoder in self.encoders:
+            parts[encoder.part] = ("transformers", encoder.config["architectures"][0])
+            parts[encoder.tokenizer] = ("transformers", "CLIPTokenizer")
+        return {**self.pipeline, **parts}
+
     @property
     def tokenizers(self) -> tuple[str, ...]:
         return tuple(encoder.tokenizer for encoder in self.encoders)
-
-
-def scheduler_config(prediction: str) -> dict[str, Any]:
-    """The noise schedule of Stable Diffusion 1.x and 2.x, for `prediction` epsilon or v_prediction."""
-    shared = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": prediction,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "clip_sample": False,
-    }
-    if prediction == "epsilon":
-        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **shared}
-    return {"_class_name": "DDIMScheduler", **shared}

@@ -13,4 +13,5 @@ SD2 = Family(
     unet=_UNET,
     encoders=(Encoder(config=_TEXT, prefix="cond_stage_model.model.", open_clip=True, pad_token="!"),),
     predictions=("epsilon", "v_prediction"),
+    sample_sizes={"v_prediction": 96},  # it was trained at 768 pixels with it, at 512 with epsilon
 )
