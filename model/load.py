@@ -86,7 +86,7 @@ def _check_fit(stored: Stored) -> None:
     """Raises ModelError when the parts of a base do not belong together."""
     unet, vae = stored.config("unet"), stored.config("vae")
     family = family_for(unet)
-    widths = [stored.config(encoder.part).get("hidden_size", 512) for encoder in family.encoders]
+    widths = [_width(stored, encoder.part) for encoder in family.encoders]
     if not family.supported:
         known = " or ".join(known.name for known in SUPPORTED)
         raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported yet", f"a base of {known}")
@@ -110,6 +110,14 @@ def _check_fit(stored: Stored) -> None:
                 f"{stored.path}: the UNet's {key} is {own}, but {what} {other}",
                 "a text-to-image base, not an inpainting or image-to-image one",
             )
+
+
+def _width(stored: Stored, part: str) -> int:
+    """Of a text encoder's features."""
+    width = stored.config(part).get("hidden_size", 512)
+    if not isinstance(width, int):
+        raise ModelError(f"{stored.path}: hidden_size of its {part} is {width!r}, expected a number")
+    return width
 
 
 def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.Module:

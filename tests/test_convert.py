@@ -308,7 +308,7 @@ def test_full_size_single_files(family, tmp_path):
         text = {k: t.to("meta") for k, t in text.items()}
     else:
         text = {f"text_model.{k}": t for k, t in text.items()}
-    state |= {family.text_prefix + k: t for k, t in text.items()}
+    state |= {family.encoders[0].prefix + k: t for k, t in text.items()}
     config = family.unet | {"conditioning_embedding_out_channels": list(net.hint_widths)}
     state |= {f"control_model.{k}": t for k, t in names.rename(
         net.state_dict(), names.reverse(names.controlnet(config))).items()}  # fmt: skip

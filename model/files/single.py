@@ -248,8 +248,8 @@ def _check_base(stored: Stored, configs: dict[str, Any]) -> None:
 
 
 def from_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """A text encoder with OpenCLIP's names by diffusers'. What diffusers does not keep is left out: a last layer that is
-    not read, the projection of a model without one. Some files have the projection as a linear layer already."""
+    """A text encoder with OpenCLIP's names, by diffusers'. What diffusers does not keep is left out: a last layer that
+    is not read, the projection of a model without one. Some files have the projection as a linear layer already."""
     found = {"embeddings.position_embedding.weight": state.pop("positional_embedding")}
     if _projects(config):
         projection = state.get("text_projection.weight")
