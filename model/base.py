@@ -60,13 +60,14 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def encode_text(self, prompts: list[str]) -> Prompt:
-        """Of B texts, without the ids of size and crop. Words beyond the encoders' length are cut; `cut_words` gives
-        them."""
+    def encode_text(self, prompts: list[str], seconds: list[str] | None = None, clip_skip: int = 0) -> Prompt:
+        """Of B texts, without the ids of size and crop. A second encoder reads `seconds`, if they are given. Words
+        beyond the encoders' length are cut; `cut_words` gives them. `clip_skip` leaves out layers at their end."""
         features, pooled = [], None
-        for encoder in self.encoders:
+        for i, encoder in enumerate(self.encoders):
+            texts = seconds if i and seconds is not None else prompts
             with self.at_work(encoder.network):
-                c_t, pooled = encoder(prompts, self.device)
+                c_t, pooled = encoder(texts, self.device, clip_skip)
             features.append(c_t.to(self.dtype))
         return Prompt(torch.cat(features, -1), None if pooled is None else pooled.to(self.dtype))
 

@@ -26,8 +26,8 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite}
 """Networks that control, by the word in their config (`copy`) and in the settings of a run."""
 WEIGHTS = STEMS["controlnet"]
-_FAMILY = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim")
-"""What a base and its ControlNet must agree on."""
+_FAMILY = ("cross_attention_dim", "addition_embed_type", "in_channels", "block_out_channels", "layers_per_block")
+"""What a base and its ControlNet must agree on. Attention may be left out of the copy, as small nets of SDXL do."""
 _UNET_KEYS = set(inspect.signature(UNet2DConditionModel.__init__).parameters)
 _FILE_KEYS = set(inspect.signature(ControlNetModel.__init__).parameters) - {"self"}
 

@@ -11,6 +11,7 @@ from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
+from controlnet.preprocessors.errors import ModelError
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -86,6 +87,12 @@ def test_texts_are_diffusers_own(folder, pipeline):
     ours = base.encode_text([PROMPT])
     assert ours.c_t.shape[-1] == 2048
     assert (ours.c_t - c_t).abs().max() <= 1e-9 * c_t.std() and (ours.pooled - pooled).abs().max() <= 1e-9
+    c_t, _, pooled, _ = pipeline.encode_prompt(
+        PROMPT, prompt_2=NEGATIVE, clip_skip=1, do_classifier_free_guidance=False, device="cpu"
+    )
+    other = base.encode_text([PROMPT], [NEGATIVE], 1)
+    assert (other.c_t - c_t).abs().max() <= 1e-9 * c_t.std() and (other.pooled - pooled).abs().max() <= 1e-9
+    assert (other.c_t - ours.c_t).std() > 0.01 * c_t.std() and (other.pooled - ours.pooled).std() > 0
     assert base.cut_words("cube " * 60).startswith("cube") and not base.cut_words("cube")
 
 
@@ -119,6 +126,44 @@ def test_parity_with_diffusers_pipeline(folder, pipeline, scheduler, control_on)
     assert (images - theirs).abs().max() <= (
         1e-9 if control_on == "both" else 1e-6
     ) * theirs.std()  # its weights are float32
+
+
+@pytest.mark.parametrize("form", [
+    {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": 1},
+    {"transformer_layers_per_block": (0, 0, 1)},
+], ids=["small", "mid"])  # fmt: skip
+def test_small_nets_are_diffusers_own(folder, tmp_path, form):
+    """As diffusers publishes them: less attention in the copy than in the base, or none."""
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    whole = ControlNetModel.from_pretrained(folder / "net").config
+    config = {k: v for k, v in dict(whole).items() if not k.startswith("_")} | form
+    torch.manual_seed(0)
+    reference = randomise(ControlNetModel(**config)).double().eval()
+    reference.save_pretrained(tmp_path)
+    net = load_controlnet(tmp_path, torch.float64, base.unet.config, base.name)
+    prompt, negative = prompts(base)
+    z, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([700, 700])
+    condition = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    both = type(prompt).cat([negative, prompt])
+    with torch.no_grad():
+        added = {"text_embeds": both.pooled, "time_ids": both.ids}
+        down, middle = reference(
+            torch.cat([z, z]), torch.cat([t, t]), both.c_t, condition.expand(4, -1, -1, -1), added_cond_kwargs=added,
+            return_dict=False,
+        )  # fmt: skip
+        ours = net.control(z, net.begin(t[:1], z.dtype), both, net.prepare(condition))
+    for a, b in zip([*ours.down, ours.middle], [*down, middle], strict=True):
+        a = a.repeat(len(b) // len(a), 1, 1, 1)  # conv_in's is shared by both halves
+        assert (a - b).abs().max() <= 1e-9 * b.std()
+
+
+def test_a_net_of_another_family_is_refused(folder, small_base_folder):
+    base = load_base(str(small_base_folder / "base"))
+    with pytest.raises(ModelError, match="SDXL"):
+        load_controlnet(folder / "net", base=base.unet.config, base_name="mine")
+    base = load_base(str(folder / "base"))
+    with pytest.raises(ModelError, match="the base is SDXL"):
+        load_controlnet(small_base_folder / "net", base=base.unet.config, base_name="mine")
 
 
 def test_both_ways_and_the_same_image(folder, tmp_path):
@@ -205,7 +250,17 @@ def test_from_the_command_line_and_again(folder, tmp_path, monkeypatch, capsys):
         assert stop.value.code == 0, capsys.readouterr().err
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        main(["replay", "a.png"])
+        main(["generate", *args, "-p", PROMPT, "--prompt2", NEGATIVE, "--clip-skip", "1", "-o", "c.png"])
+    assert stop.value.code == 0 and (tmp_path / "c.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    for flags, said in (
+        (["--clip-skip", "2"], "has 2 layers"),
+        (["--base", "tiny", "--prompt2", "x"], "one text encoder"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["generate", *args, "-p", PROMPT, "-o", "d.png", *flags])
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["replay", "c.png"])
     assert stop.value.code == 0, capsys.readouterr().err
 
 
@@ -242,3 +297,17 @@ def test_it_is_trained_on(folder, tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in rows if "lr" in row] == [1, 2, 3, 4]
     trained = ControlNetModel.from_pretrained(tmp_path / "run")
     assert trained.config.addition_embed_type == "text_time" and trained.add_embedding is not None
+
+
+def test_clip_skip_is_an_encoder_with_fewer_layers(small_base_folder):
+    """Of Stable Diffusion, whose final norm is read all the same."""
+    base = load_base(str(small_base_folder / "base"), dtype=torch.float64)
+    network = base.text_encoder
+    config = type(network.config).from_dict(network.config.to_dict() | {"num_hidden_layers": 1})
+    shorter = CLIPTextModel(config).double().eval()
+    state = network.state_dict()
+    shorter.load_state_dict({name: state[name] for name in shorter.state_dict()})
+    whole, skipped = (base.encode_text([PROMPT], None, skip).c_t for skip in (0, 1))
+    tokens = base.tokenizer([PROMPT], padding="max_length", max_length=base.max_tokens, return_tensors="pt").input_ids
+    assert torch.equal(skipped, shorter(tokens).last_hidden_state)
+    assert (whole - skipped).std() > 0.01 * whole.std()

@@ -29,6 +29,10 @@ BATCH = 4
 """Images sampled together; more would need more memory, and no image depends on it."""
 
 
+Texts = tuple[str, str | None]
+"""What the first text encoder reads, and the second; None: the same."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What one image is made from."""
@@ -38,23 +42,40 @@ class Request:
     conditions: tuple[np.ndarray, ...] = ()
     """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
     negative: str = ""
+    prompt2: str | None = None
+    """What a second text encoder reads; None: the same."""
+    negative2: str | None = None
+
+    @property
+    def texts(self) -> Texts:
+        return self.prompt, self.prompt2
+
+    @property
+    def negatives(self) -> Texts:
+        return self.negative, self.negative2
 
 
 @dataclass
 class Encoded:
     """Prompts and features of the last images: what the next ones share with them is not computed again."""
 
-    prompts: dict[str, Prompt] = field(default_factory=dict)
+    prompts: dict[tuple[Texts, int], Prompt] = field(default_factory=dict)
+    """By the texts, and the layers that are skipped."""
     features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
     """(network, condition) by identity -> the condition, so that its identity stays its own, and its feature."""
 
-    def encode_texts(self, base: Base, texts: set[str]) -> None:
+    def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int) -> None:
         """Keep the prompts of these texts, and no others."""
-        self.prompts = {text: self.prompts.get(text) or base.encode_text([text]) for text in texts}
+        kept = {}
+        for first, second in texts:
+            key = (first, second), clip_skip
+            seconds = None if second is None else [second]
+            kept[key] = self.prompts.get(key) or base.encode_text([first], seconds, clip_skip)
+        self.prompts = kept
 
-    def prompt(self, texts: Sequence[str], ids: Tensor | None) -> Prompt:
+    def prompt(self, texts: Sequence[Texts], clip_skip: int, ids: Tensor | None) -> Prompt:
         """A row for each text, on a canvas with these ids (1, 6), where the family has them."""
-        return Prompt.cat([self.prompts[text] for text in texts]).with_ids(ids)
+        return Prompt.cat([self.prompts[text, clip_skip] for text in texts]).with_ids(ids)
 
     def prepare(self, base: Base, nets: Sequence[Net], requests: Sequence[Request]) -> None:
         """Keep the features of these requests' conditions, and no others."""
@@ -84,12 +105,13 @@ def generate(
     on_step: Callable[[float], None] = lambda images: None,
     encoded: Encoded | None = None,
     batch: int = BATCH,
+    clip_skip: int = 0,
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
 
     `size` is (width, height), default the base's native one; `guidance`, `scheduler` and the halves that control acts
-    on default to the base's own. on_step is told how many images are made, parts of them included. Raises ModelError
-    when the latents stop being finite.
+    on default to the base's own; `clip_skip` layers at the end of the text encoders are left out. on_step is told how
+    many images are made, parts of them included. Raises ModelError when the latents stop being finite.
     """
     guidance = base.guidance if guidance is None else guidance
     width, height = size or (base.native_size, base.native_size)
@@ -100,13 +122,14 @@ def generate(
     made = 0
     for group in _groups(requests, 1 if base.low_memory else batch):
         # What the images of a group need, encoded once per text and once per condition.
-        prompts, negatives = [r.prompt for r in group], [r.negative for r in group]
+        prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
         guided = guidance != 1
-        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()))
+        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip)
         with base.at_work(*networks):
             encoded.prepare(base, networks, group)
         ids = base.size_ids((width, height))
-        prompt, negative = encoded.prompt(prompts, ids), encoded.prompt(negatives, ids) if guided else None  # B rows
+        prompt = encoded.prompt(prompts, clip_skip, ids)  # B rows
+        negative = encoded.prompt(negatives, clip_skip, ids) if guided else None
         controls = [
             ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength)
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))

@@ -108,6 +108,12 @@ class Job:
     """What the image shows; @FILE reads it from a file."""
     negative: str = option("", _text, shared=False)
     """What it should not show; or @FILE."""
+    prompt2: str | None = option(None, _text, shared=False)
+    """What the second text encoder of SDXL reads. (default: the prompt)"""
+    negative2: str | None = option(None, _text, shared=False)
+    """What it reads in the place of the negative prompt. (default: the negative prompt)"""
+    clip_skip: int = option(0, _whole, int)
+    """Layers at the end of the text encoders that are left out; A1111 counts one more."""
     out: str | None = option(None, _text, str, "-o", recorded=False, shared=False)
     """Where the result goes: a .png, a folder (any other name), or - for standard output."""
     num: int = option(1, _whole, int, "-n", recorded=False, shared=False)
@@ -160,7 +166,10 @@ class Job:
                     f"--{flag} {value}: expected one of {', '.join(known)}", f"--{flag} {(near or list(known))[0]}"
                 )
 
-        for flag, text in (("prompt", self.prompt), ("negative", self.negative)):
+        if not 0 <= self.clip_skip <= 30:
+            raise UsageError(f"--clip-skip {self.clip_skip}: expected 0 to 30", "--clip-skip 1")
+        for flag in ("prompt", "negative", "prompt2", "negative2"):
+            text = getattr(self, flag) or ""
             try:
                 text.encode()
             except UnicodeEncodeError:

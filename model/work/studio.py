@@ -93,7 +93,8 @@ class Prepared:
     @property
     def request(self) -> Request:
         maps = tuple(one.map for one in self.acting)
-        return Request(self.job.prompt, self.wanted.seed, maps, self.job.negative)
+        job = self.job
+        return Request(job.prompt, self.wanted.seed, maps, job.negative, job.prompt2, job.negative2)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -172,6 +173,7 @@ class Studio:
             job.scheduler,
             on_step,
             first.encoded,
+            clip_skip=job.clip_skip,
         )
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
             yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
@@ -192,6 +194,7 @@ class Studio:
         scheduler = make_scheduler(base.scheduler, one.job.scheduler)
         size, conditions = self.conditions(one.job)
         self._say_canvas(one, size)
+        _check_encoders(base, one.job)
         self._check_words(base, one.job)
         check_memory(base, size, self.low_memory)
         # What is wrong with a condition is told before any of them is loaded.
@@ -337,6 +340,16 @@ class Studio:
 
     def _warn(self, text: str) -> None:
         self.say(f"warning: {text}")
+
+
+def _check_encoders(base: Base, job: Job) -> None:
+    """Raises UsageError for what the base's text encoders do not have."""
+    for flag in ("prompt2", "negative2"):
+        if getattr(job, flag) is not None and len(base.encoders) == 1:
+            raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")
+    layers = min(encoder.layers for encoder in base.encoders)
+    if job.clip_skip >= layers:
+        raise UsageError(f"--clip-skip {job.clip_skip}: the text encoder has {layers} layers", "--clip-skip 1")
 
 
 def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:
