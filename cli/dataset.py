@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Quiet, say, warn
+from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.errors import Exit, OutputError, UsageError
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
 
 app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.", add_completion=False)
@@ -28,7 +30,6 @@ def check(
 ) -> None:
     from controlnet.preprocessors.data.check import check_pairs
     from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, find_pairs, kind_of_pairs
-    from controlnet.preprocessors.files import write_file
     from controlnet.preprocessors.images import png_bytes
     from controlnet.preprocessors.sheet import contact_sheet
 
@@ -76,7 +77,6 @@ def build(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from controlnet.model.work.outputs import keeps
     from controlnet.preprocessors.data.build import build, options_of
     from controlnet.preprocessors.data.pairs import find_pairs
     from controlnet.preprocessors.geometry import parse_size

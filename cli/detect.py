@@ -9,6 +9,7 @@ import inspect
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,7 @@ from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.weights import WEIGHTS, digests, kept
 from typer.core import TyperGroup
 
 Inputs = Annotated[
@@ -97,7 +99,6 @@ def _detect(
 
 
 def _weights_of(row: Detector) -> dict | None:
-    from controlnet.preprocessors.weights import WEIGHTS, digests, kept
 
     if not row.weights:
         return None
@@ -197,24 +198,23 @@ COMMON = [
 ]  # fmt: skip
 
 
-def _make_maps(
-    chosen: list[tuple[Detector, Any]], weights, offline, keypoints, *, inputs, out, as_json, size, resize, recursive,
-    overwrite, skip_existing, preview, quiet,
-) -> None:  # fmt: skip
+def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, **given) -> None:
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
     from controlnet.model.work.maps import Detection, expand, is_points  # OpenCV, when it is used
     from controlnet.preprocessors.geometry import RESIZES, parse_size
     from controlnet.preprocessors.images import read_bytes
 
-    wanted = parse_size(size)
-    if resize not in RESIZES:
-        raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
-    sources = expand(inputs, recursive, say)
+    flags = SimpleNamespace(**given)  # those of COMMON
+    wanted = parse_size(flags.size)
+    if flags.resize not in RESIZES:
+        raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
+    sources = expand(flags.inputs, flags.recursive, say)
     several = len(chosen) > 1
-    _check_places(out, "-" in sources, several, as_json)
+    _check_places(flags.out, "-" in sources, several, flags.as_json)
+    preview = flags.preview
     if preview is not None:
         check_png("--preview", preview)
-        preview = None if keeps(preview, overwrite, skip_existing) else preview
+        preview = None if keeps(preview, flags.overwrite, flags.skip_existing) else preview
     piped = read_bytes("-") if "-" in sources else b""  # once for all kinds
 
     def read(source: str) -> bytes:
@@ -227,10 +227,12 @@ def _make_maps(
         try:
             ready = None
             if not all(is_points(detector.kind, source) for source in sources):
-                with bytes_bar(f"fetching {detector.weights}", quiet) as on_bytes:
+                with bytes_bar(f"fetching {detector.weights}", flags.quiet) as on_bytes:
                     ready = detector.ready(options, weights, offline, on_bytes)
-            job = Detection(detector, options, ready, wanted, resize, read, overwrite, skip_existing)
-            missed, shown[detector.kind] = _run(job, sources, out, as_json, keypoints, preview is not None, quiet)
+            job = Detection(detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing)
+            missed, shown[detector.kind] = _run(
+                job, sources, flags.out, flags.as_json, keypoints, preview is not None, flags.quiet
+            )
             failed += missed
         except ControlNetError as error:
             if not several:

@@ -9,9 +9,13 @@ import typer
 from controlnet.cli import formats
 from controlnet.cli.bars import bytes_bar
 from controlnet.cli.options import Json, Quiet, default_base, say, use_base
+from controlnet.model.registry import BASES, NETS
 from controlnet.model.work.machine import silence_libraries
-from controlnet.preprocessors.errors import Exit, UsageError
+from controlnet.preprocessors import weights
+from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
+from controlnet.preprocessors.errors import Exit, ModelError, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.weights import WEIGHTS, kept
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,9 +50,6 @@ def list_(as_json: Json = False) -> None:
 
 def rows() -> list[dict[str, Any]]:
     """name, what, family, kind, source, licence and whether it is here, of all that the tables know."""
-    from controlnet.model.registry import BASES, NETS
-    from controlnet.preprocessors.detectors.registry import DETECTORS
-    from controlnet.preprocessors.weights import WEIGHTS, kept
 
     # Weights -> the kinds that are detected with them.
     kinds: dict[str, list[str]] = {name: [] for name in WEIGHTS}
@@ -112,15 +113,12 @@ def pull(
 
 def _embedded() -> list[str]:
     """The default detectors' weights that come from the package index."""
-    from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
-    from controlnet.preprocessors.weights import WEIGHTS
 
     names = dict.fromkeys(find_detector(kind).weights for kind in DETECTORS)
     return [name for name in names if name and WEIGHTS[name].file]
 
 
 def _pulled(name: str, update: bool, quiet: bool) -> Path:
-    from controlnet.preprocessors import weights
 
     if name in weights.WEIGHTS:
         with bytes_bar(f"fetching {name}", quiet) as on_bytes:
@@ -138,7 +136,6 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
 def _model(name: str) -> str:
     """The folder or hub id of a name of the tables, or a hub id as it is."""
     from controlnet.model.files import hub
-    from controlnet.model.registry import BASES, NETS
 
     known = BASES.get(name) or NETS.get(name)
     if known is None and not hub.is_hub_id(name):
@@ -150,8 +147,6 @@ def _model(name: str) -> str:
 def verify(names: Names = None, as_json: Json = False) -> None:
     silence_libraries()
     from controlnet.model.files import hub
-    from controlnet.model.registry import NETS
-    from controlnet.preprocessors import weights
 
     locked = hub.revisions()
     known = dict.fromkeys(row["name"] for row in rows() if row["here"] and _is_checked(row["name"], locked))
@@ -174,7 +169,6 @@ def verify(names: Names = None, as_json: Json = False) -> None:
 
 def _is_checked(name: str, locked: dict) -> bool:
     """Not what another program has put into the hub's cache: nobody knows what it was."""
-    from controlnet.preprocessors.weights import WEIGHTS
 
     return name in WEIGHTS or Path(_model(name)).is_dir() or _model(name) in locked
 
@@ -184,7 +178,6 @@ def _verify_model(source: str) -> list[str]:
     from controlnet.model.files import hub
     from controlnet.model.files.layouts import open_model
     from controlnet.model.files.tensors import check_finite
-    from controlnet.preprocessors.errors import ModelError
 
     if not Path(source).is_dir():
         return hub.verify(source)
@@ -204,7 +197,6 @@ def use(
     silence_libraries()
     from controlnet.model.files import hub
     from controlnet.model.files.layouts import open_model
-    from controlnet.model.registry import BASES, NETS
 
     if name in NETS or not (name in BASES or Path(name).exists() or hub.is_hub_id(name)):
         raise UsageError(

@@ -6,15 +6,33 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.options import BaseName, Device, Json, Offline, Quiet, Strict, default_base, say, tell, warn
+from controlnet.cli.options import (
+    BaseName,
+    Device,
+    Json,
+    Offline,
+    Quiet,
+    Strict,
+    default_base,
+    field_docs,
+    say,
+    tell,
+    warn,
+)
+from controlnet.model.registry import BASES
+from controlnet.model.training.report import describe, draw_curve, draw_curves, read_run
 from controlnet.model.training.runfolder import RunFolder, claimed, next_run
+from controlnet.model.work.machine import choose_device, silence_libraries
 from controlnet.model.work.outputs import keeps
+from controlnet.model.work.processes import ORPHANED, launch, stop_without_parent
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.weights import cache_folder
 
 WORLD = "world"
 WORLD_SCENES = 3000
@@ -46,10 +64,6 @@ Seed = Annotated[int | None, typer.Option(help="Seed of weights, order, noise an
 
 def _settings(wanted: bool) -> None:
     if wanted:
-        from dataclasses import fields
-
-        from controlnet.cli.options import field_docs
-        from controlnet.model.registry import BASES
         from controlnet.model.training.config import TrainConfig
 
         print("# defaults for Stable Diffusion; other bases have their own:")
@@ -100,8 +114,6 @@ def train(
     settings_of = _config(run if resume else None, config, set_ or [], base, seed, kind)
     with claimed(folder, numbered=not (out or resume)) as (folder, lock):
         if processes > 1 and "RANK" not in os.environ:
-            from controlnet.model.work.processes import launch
-
             raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])], lock))
         with _stoppable(folder):
             _train(found, folder, settings_of, resume, force, device, offline, as_json, strict, quiet)
@@ -111,7 +123,6 @@ def train(
 def _stoppable(folder: Path):
     """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first. So does the end
     of the command that started this process."""
-    from controlnet.model.work.processes import ORPHANED, stop_without_parent
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -139,15 +150,12 @@ def _config(run: RunFolder | None, config_path: Path | None, assignments: list[s
 
 
 def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):
-    from dataclasses import replace
 
-    from controlnet.model.work.machine import choose_device, silence_libraries
     from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 
     silence_libraries()
     if found is None:
         from controlnet.model.tiny.world.shards import world_photos
-        from controlnet.preprocessors.weights import cache_folder
 
         place = cache_folder() / "world" / f"{WORLD_SCENES}-128"
         try:
@@ -230,7 +238,6 @@ def _watcher(quiet: bool, max_steps: int):
 
 
 def _state(folder: Path, at_work: bool | None = None) -> dict:
-    from controlnet.model.training.report import describe, read_run
 
     run = read_run(folder, at_work)
     last = run.validations[-1] if run.validations else {}
@@ -254,7 +261,6 @@ def status(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs; several are put side by side.")],
     as_json: Json = False,
 ) -> None:
-    from controlnet.model.training.report import draw_curve, draw_curves, read_run
 
     states = [_state(run) for run in runs]
     if as_json:

@@ -20,7 +20,22 @@ from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.stage_one import stage_one
 
 __all__ = [
-    "Base", "Condition", "ControlNet", "ControlNetError", "ControlledBlock", "Image", "Job", "Scored", "Scorer",
-    "Strength", "Studio", "again", "load_base", "load_controlnet", "read_condition", "save_controlnet", "stage_one",
+    "Base",
+    "Condition",
+    "ControlNet",
+    "ControlNetError",
+    "ControlledBlock",
+    "Image",
+    "Job",
+    "Scored",
+    "Scorer",
+    "Strength",
+    "Studio",
+    "again",
+    "load_base",
+    "load_controlnet",
+    "read_condition",
+    "save_controlnet",
+    "stage_one",
     "zero_conv",
-]  # fmt: skip
+]

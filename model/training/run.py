@@ -129,9 +129,7 @@ def _record(
         "held_out": len(validation.pairs),
         "sha256": fingerprint(found, Cache(cache_folder() / "training")),
     }
-    return {
-        "settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts, "data": data
-    }  # fmt: skip
+    return {"settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts, "data": data}
 
 
 def _check_resume(run: RunFolder, record: dict[str, Any], config: TrainConfig, force: bool, watcher: Watcher) -> None:

@@ -28,10 +28,17 @@ _SIZES = (
 def euler(prediction: str) -> dict[str, Any]:
     """The config of its scheduler."""
     return {
-        "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": prediction,
-        "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear", "use_karras_sigmas": False,
-    }  # fmt: skip
+        "_class_name": "EulerDiscreteScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction,
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+        "interpolation_type": "linear",
+        "use_karras_sigmas": False,
+    }
 
 
 SDXL = Family(
@@ -42,7 +49,12 @@ SDXL = Family(
     encoders=(
         Encoder(config=TEXT, prefix="conditioner.embedders.0.transformer.", skipped=1),
         Encoder(
-            "text_encoder_2", "tokenizer_2", _BIG_G, "conditioner.embedders.1.model.", open_clip=True, pad_token="!",
+            "text_encoder_2",
+            "tokenizer_2",
+            _BIG_G,
+            "conditioner.embedders.1.model.",
+            open_clip=True,
+            pad_token="!",
             skipped=1,
         ),
     ),
@@ -50,5 +62,5 @@ SDXL = Family(
     scheduler=euler,
     sizes=_SIZES,
     pipeline={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
-)  # fmt: skip
+)
 REFINER = Family("SDXL's refiner", 1280, added=True, supported=False)
