@@ -37,8 +37,7 @@ def replay(
     overwrite: Overwrite = False,
     offline: Offline = False,
 ) -> None:
-    from controlnet.model.work.replay import changes, compare, job_of, read_recorded
-    from controlnet.model.work.replay import replay as again
+    from controlnet.model.work.replay import changes, compare, job_of, read_recorded, remake
 
     before = read_recorded(image)
     job = job_of(before, cond)
@@ -54,7 +53,7 @@ def replay(
     if out is not None:
         check_png("-o", out)
         keeps(out, overwrite, skip_existing=False)
-    after = again(before, replace(job, **changed), device, offline, say)
+    after = remake(before, replace(job, **changed), device, offline, say)
     if out is not None:
         write_file(out, after.png())
     if changed:

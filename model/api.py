@@ -12,8 +12,8 @@ from controlnet.model.control.zero import ControlledBlock, zero_conv
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.work.jobs import Job
-from controlnet.model.work.replay import again
-from controlnet.model.work.score import Scored, Scorer
+from controlnet.model.work.replay import replay
+from controlnet.model.work.score import Scored, Scorer, score
 from controlnet.model.work.studio import Image, Studio
 from controlnet.preprocessors.condition import Condition, read_condition
 from controlnet.preprocessors.errors import ControlNetError
@@ -31,11 +31,12 @@ __all__ = [
     "Scorer",
     "Strength",
     "Studio",
-    "again",
     "load_base",
     "load_controlnet",
     "read_condition",
+    "replay",
     "save_controlnet",
+    "score",
     "stage_one",
     "zero_conv",
 ]

@@ -51,7 +51,7 @@ def read_recorded(path: Path) -> Recorded:
     return Recorded(path, pixels, record)
 
 
-def replay(
+def remake(
     image: Recorded,
     job: Job,
     device: str | None = None,
@@ -76,10 +76,10 @@ def replay(
     return list(studio.make(copies))[place]
 
 
-def again(path: str | Path, device: str | None = None) -> tuple[Image, Difference, list[str]]:
+def replay(path: str | Path, device: str | None = None) -> tuple[Image, Difference, list[str]]:
     """An image file made again from its record: the image, how far off it is, and what differs, a line each."""
     before = read_recorded(Path(path))
-    after = replay(before, job_of(before), device)
+    after = remake(before, job_of(before), device)
     return after, compare(before.pixels, after.pixels), changes(before.record, after.record)
 
 

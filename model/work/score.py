@@ -151,6 +151,11 @@ class Scorer:
         return row.ready(chosen, offline=self.offline)
 
 
+def score(path: str, conditions: Sequence[str] = (), offline: bool = False) -> list[tuple[str, Scored]]:
+    """(condition, its scores) of one image file; see `Scorer.of_file`. For many images keep a `Scorer`."""
+    return Scorer(offline).of_file(path, conditions)
+
+
 def _same_aspect(image: np.ndarray, map_: np.ndarray) -> bool:
     ratio = map_.shape[1] / map_.shape[0] * image.shape[0] / image.shape[1]
     return abs(ratio - 1) <= ASPECT
