@@ -309,5 +309,5 @@ def test_clip_skip_is_an_encoder_with_fewer_layers(small_base_folder):
     shorter.load_state_dict({name: state[name] for name in shorter.state_dict()})
     whole, skipped = (base.encode_text([PROMPT], None, skip).c_t for skip in (0, 1))
     tokens = base.tokenizer([PROMPT], padding="max_length", max_length=base.max_tokens, return_tensors="pt").input_ids
-    assert torch.equal(skipped, shorter(tokens).last_hidden_state)
+    assert (skipped - shorter(tokens).last_hidden_state).abs().max() <= 1e-12 * skipped.std()
     assert (whole - skipped).std() > 0.01 * whole.std()

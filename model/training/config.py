@@ -60,7 +60,7 @@ class TrainConfig(LoopConfig):
     keep: int = 2
     log_every: int = 10
     prompt_dropout: float = 0.5
-    """Share of prompts replaced by the empty one (paper section 3.4)."""
+    """Share of prompts replaced by the empty one (paper section 3.3)."""
     min_snr: float = 0.0
     """Gamma of min-SNR weighting (arXiv 2303.09556); 0 is the plain loss."""
     gradient_checkpointing: bool = False

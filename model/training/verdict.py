@@ -1,7 +1,7 @@
 """Does it work yet? A verdict on the control-gap curve of a run. Needs no torch.
 
 Training a ControlNet is sudden: for hundreds or thousands of steps the images ignore the condition, then they follow it
-(paper section 3.4, Fig. 4). The loss hardly shows it. The control gap does, long before the eye: the loss with another
+(paper section 3.3, Fig. 4). The loss hardly shows it. The control gap does, long before the eye: the loss with another
 pair's condition minus the loss with the true one, on fixed held-out pairs, noise and timesteps.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 EXPECTED_STEPS = 10_000
-"""By then the paper's networks had converged (section 3.4)."""
+"""By then the paper's networks had converged (section 3.3)."""
 IN_A_ROW = 3
 """So many validations in a row above the noise band mean convergence; as many below it mean that it is lost."""
 

@@ -197,7 +197,6 @@ class Studio:
         _check_encoders(base, one.job)
         self._check_words(base, one.job)
         check_memory(base, size, self.low_memory)
-        # What is wrong with a condition is told before any of them is loaded.
         evaluations = count_evaluations(scheduler, one.job.steps)
         job = one.job.settled(base, size)
         acting = [self._acting(job, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
