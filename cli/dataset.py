@@ -10,9 +10,11 @@ import typer
 from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Quiet, say, warn
 from controlnet.model.work.outputs import keeps
+from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, find_pairs
 from controlnet.preprocessors.errors import Exit, OutputError, UsageError
-from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.geometry import parse_size
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.sheet import write_sheet
 
 app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.", add_completion=False)
 SHOWN = 3
@@ -28,23 +30,18 @@ def check(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    from controlnet.preprocessors.data.check import check_pairs
-    from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, find_pairs, kind_of_pairs
-    from controlnet.preprocessors.images import png_bytes
-    from controlnet.preprocessors.sheet import contact_sheet
+    from controlnet.preprocessors.data.check import check_pairs, kind_or_unknown
 
     found = find_pairs(data)
     sheet = out or data.parent / f"{data.resolve().name}{SHEET_SUFFIX}"
-    try:
-        name, _ = kind_of_pairs(found, kind or "")
-    except UsageError as error:
-        warn(f"{error}; lines are not checked for polarity")
-        name = "unknown"
+    name, unknown = kind_or_unknown(found, kind)
+    if unknown:
+        warn(f"{unknown}; lines are not checked for polarity")
     with count_bar("checking", len(found.pairs), quiet) as on_pair:
         counts, problems, previews = check_pairs(found, name, on_pair)
     if previews:
         try:
-            write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
+            write_sheet(sheet, previews, 4)
         except OutputError as error:  # data of someone else's: the words are what counts
             if out is not None:
                 raise
@@ -78,8 +75,6 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     from controlnet.preprocessors.data.build import build, options_of
-    from controlnet.preprocessors.data.pairs import find_pairs
-    from controlnet.preprocessors.geometry import parse_size
 
     if resize not in ("crop", "pad", "stretch"):
         raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")

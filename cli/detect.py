@@ -200,25 +200,24 @@ COMMON = [
 
 def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, **given) -> None:
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    from controlnet.model.work.maps import Detection, expand, is_points  # OpenCV, when it is used
-    from controlnet.preprocessors.geometry import RESIZES, parse_size
-    from controlnet.preprocessors.images import read_bytes
+    from controlnet.model.work import maps
+    from controlnet.preprocessors import geometry, images
 
     flags = SimpleNamespace(**given)  # those of COMMON
-    wanted = parse_size(flags.size)
-    if flags.resize not in RESIZES:
-        raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
-    sources = expand(flags.inputs, flags.recursive, say)
+    wanted = geometry.parse_size(flags.size)
+    if flags.resize not in geometry.RESIZES:
+        raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(geometry.RESIZES)}", "--resize crop")
+    sources = maps.expand(flags.inputs, flags.recursive, say)
     several = len(chosen) > 1
     _check_places(flags.out, "-" in sources, several, flags.as_json)
     preview = flags.preview
     if preview is not None:
         check_png("--preview", preview)
         preview = None if keeps(preview, flags.overwrite, flags.skip_existing) else preview
-    piped = read_bytes("-") if "-" in sources else b""  # once for all kinds
+    piped = images.read_bytes("-") if "-" in sources else b""  # once for all kinds
 
     def read(source: str) -> bytes:
-        return piped if source == "-" else read_bytes(source)
+        return piped if source == "-" else images.read_bytes(source)
 
     if several and len(sources) == 1:
         read(sources[0])  # not there: told once, not for every kind
@@ -226,12 +225,14 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
     for detector, options in chosen:
         try:
             ready = None
-            if not all(is_points(detector.kind, source) for source in sources):
+            if not all(maps.is_points(detector.kind, source) for source in sources):
                 with bytes_bar(f"fetching {detector.weights}", flags.quiet) as on_bytes:
                     ready = detector.ready(options, weights, offline, on_bytes)
-            job = Detection(detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing)
+            job = maps.Detection(
+                detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing
+            )
             missed, shown[detector.kind] = _run(
-                job, sources, flags.out, flags.as_json, keypoints, preview is not None, flags.quiet
+                maps, job, sources, flags.out, flags.as_json, keypoints, preview is not None, flags.quiet
             )
             failed += missed
         except ControlNetError as error:
@@ -240,9 +241,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
             failed += len(sources)
             say(f"error: {detector.kind}: {error}")
     if preview is not None and any(shown.values()):
-        from controlnet.model.work.sheets import write_maps
-
-        write_maps(preview, shown)
+        maps.write_preview(preview, shown)
         say(f"look at {preview}")
     if failed:
         say(f"{failed} of {len(sources) * len(chosen)} maps failed")
@@ -260,16 +259,16 @@ def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) ->
         raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
 
 
-def _run(job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool, quiet: bool):
+def _run(
+    maps, job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool, quiet: bool
+):
     """Make a map of every source and tell of it; how many failed, and the first photos and their maps, small. One bad
     photo of several is reported and the rest goes on; a single bad one raises."""
-    from controlnet.model.work.maps import points_of, run, targets_of
-
-    targets = targets_of(sources, out, job.detector.kind)
-    points = points_of(sources, keypoints, targets)
+    targets = maps.targets_of(sources, out, job.detector.kind)
+    points = maps.points_of(sources, keypoints, targets)
     failed, shown = 0, {}
     with count_bar("detect", len(sources), quiet or len(sources) < FEW) as on_item:
-        for done, (source, made) in enumerate(run(job, sources, targets, points, previews, say), 1):
+        for done, (source, made) in enumerate(maps.run(job, sources, targets, points, previews, say), 1):
             if made.error is not None:
                 if len(sources) == 1:
                     raise made.error

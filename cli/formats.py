@@ -21,11 +21,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     silence_libraries()
-    from controlnet.model.files.describe import described
-    from controlnet.model.files.layouts import open_model
+    from controlnet.model.files import describe
 
     for path in paths:
-        fields = described(open_model(path))
+        fields = describe.described(path)
         if as_json:
             print(dumps(fields))
             continue
@@ -53,11 +52,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     silence_libraries()
-    from controlnet.model.files.convert import LAYOUTS
-    from controlnet.model.files.convert import convert as write
+    from controlnet.model.files import convert as conversion
 
-    if to not in LAYOUTS:
-        raise UsageError(f"--to {to}: expected {' or '.join(LAYOUTS)}", "--to diffusers")
+    if to not in conversion.LAYOUTS:
+        raise UsageError(f"--to {to}: expected {' or '.join(conversion.LAYOUTS)}", "--to diffusers")
     if prediction not in (None, "epsilon", "v_prediction"):
         raise UsageError(f"--prediction {prediction}: expected epsilon or v_prediction", "--prediction v_prediction")
     if out.exists() and not overwrite:
@@ -67,6 +65,6 @@ def convert(
     is_model = any((out / name).is_file() for name in ("model_index.json", "config.json"))
     if to == "diffusers" and out.is_dir() and (not is_model or RunFolder(out).holds_run):
         raise OutputError(f"{out}: a folder that holds more than a model; it is not replaced", f"{out}/NAME")
-    write(source, out, to, prediction)
+    conversion.convert(source, out, to, prediction)
     say(f"{source} -> {out}, {to} layout")
     tell({"output": str(out), "source": str(source), "to": to}, as_json)

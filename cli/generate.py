@@ -27,7 +27,7 @@ from controlnet.cli.options import (
     tell,
     typed,
 )
-from controlnet.model.work.batch import Wanted, read_jobs_file, spread, targets
+from controlnet.model.work.batch import read_jobs_file, spread, targets
 from controlnet.model.work.jobs import Job, check_names, make_job
 from controlnet.model.work.outputs import check_png, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
@@ -146,34 +146,22 @@ def _generate(
     rows: list[list] = []
     if wanted:
         # Not before: what is wrong with a job is told in a moment, and this imports torch.
-        from controlnet.model.work.studio import Studio
+        from controlnet.model.work import best, sheets, studio
 
-        studio = Studio(device, dtype, offline, strict, low_memory, say)
-        for image in _images(studio, wanted, keep_best, offline, failed, quiet):
-            _write(image, as_json)
-            if preview is not None and len(rows) < SHOWN:
-                rows.append(_row(image, studio))
-    if preview is not None and rows:
-        from controlnet.model.work.sheets import write_images
-
-        write_images(preview, rows)
-        say(f"look at {preview}")
+        maker = studio.Studio(device, dtype, offline, strict, low_memory, say)
+        with images_bar(len(wanted), quiet) as on_step:
+            for image in best.make_best(wanted, keep_best, maker, failed, say, on_step):
+                _write(image, as_json)
+                if preview is not None and len(rows) < SHOWN:
+                    rows.append(_row(image, maker))
+        if preview is not None and rows:
+            sheets.write_images(preview, rows)
+            say(f"look at {preview}")
     failed.end(todo)
 
 
 generate = typed(_generate, PARAMETERS)
 generate.command_class = Command  # type: ignore[attr-defined]
-
-
-def _images(studio: Studio, wanted: list[Wanted], keep_best: int | None, offline: bool, failed: _Failures, quiet: bool):
-    """The images as they are made, or of each job the best of them."""
-    from controlnet.model.work.best import best, scorable
-
-    if keep_best is not None:
-        wanted = scorable(wanted, studio, failed)
-    with images_bar(len(wanted), quiet) as on_step:
-        images = studio.make(wanted, failed, on_step)
-        yield from images if keep_best is None else best(images, keep_best, studio, offline, failed, say)
 
 
 def _from_file(flag: str, text: str) -> str:

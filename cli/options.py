@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from controlnet.model.work.jobs import Job, Option
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
 from typer.core import TyperCommand
 
@@ -108,8 +109,6 @@ def default_base() -> str:
 
 def use_base(name: str) -> Path:
     """Make a base the default one; the file that says so."""
-    from controlnet.preprocessors.files import write_file
-
     write_file(_base_file(), f"{name}\n".encode())
     return _base_file()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,18 +50,16 @@ def score(
             raise UsageError("--overlay shows one image", "controlnet score IMAGE --overlay overlay.png")
         check_png("--overlay", overlay)
         keeps(overlay, overwrite, skip_existing=False)
-    from controlnet.model.work.score import Scorer  # torch and OpenCV
+    from controlnet.model.work import score, sheets  # torch and OpenCV
 
-    scorer = Scorer(offline)
+    scorer = score.Scorer(offline)
     if jobs is not None:
-        _score_jobs(scorer, jobs, as_json, quiet)
+        _score_jobs(scorer, jobs, as_json, quiet, score.interval)
         return
     assert image is not None
     results = scorer.of_file(image, cond or [])
     if overlay is not None:
-        from controlnet.model.work.sheets import write_overlay
-
-        write_overlay(overlay, image, results)
+        sheets.write_overlay(overlay, image, results)
         say(f"look at {overlay}")
     for path, one in results:
         if as_json:
@@ -71,10 +70,8 @@ def score(
                 print(f"  {name.replace('_', ' '):18}{value:8.3f}")
 
 
-def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool) -> None:
+def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool, interval: Callable) -> None:
     """A line each, then the mean of every score with its 95 % bootstrap interval."""
-    from controlnet.model.work.score import interval
-
     # A bad line is told, and the rest goes on.
     lines = read_jobs_file(path)
     values: dict[tuple[str, str], list[float]] = {}

@@ -30,12 +30,13 @@ from controlnet.model.training.runfolder import RunFolder, claimed, next_run
 from controlnet.model.work.machine import choose_device, silence_libraries
 from controlnet.model.work.outputs import keeps
 from controlnet.model.work.processes import ORPHANED, launch, stop_without_parent
+from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.weights import cache_folder
 
 WORLD = "world"
-WORLD_SCENES = 3000
+WORLD_SCENES = "3000-128"
 
 Data = Annotated[
     str,
@@ -98,8 +99,6 @@ def train(
     quiet: Quiet = False,
     settings: Settings = False,
 ) -> None:
-    from controlnet.preprocessors.data.pairs import find_pairs
-
     if processes < 1:
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
@@ -111,7 +110,11 @@ def train(
     if not resume and run.holds_run:
         raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
     keeps(run.record, overwrite=True, skip_existing=False)
-    settings_of = _config(run if resume else None, config, set_ or [], base, seed, kind)
+    silence_libraries()
+    from controlnet.model.training.config import read_config
+
+    files = [path for path in (resume and run.config, config) if path]
+    settings_of = read_config(files, set_ or [], default_base=default_base(), base=base, seed=seed, kind=kind)
     with claimed(folder, numbered=not (out or resume)) as (folder, lock):
         if processes > 1 and "RANK" not in os.environ:
             raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])], lock))
@@ -142,28 +145,12 @@ def _stoppable(folder: Path):
             signal.signal(number, handler)
 
 
-def _config(run: RunFolder | None, config_path: Path | None, assignments: list[str], base, seed, kind):
-    from controlnet.model.training.config import read_config
-
-    paths = [path for path in (run and run.config, config_path) if path]
-    return read_config(paths, assignments, default_base=default_base(), base=base, seed=seed, kind=kind)
-
-
 def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):
-
-    from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
-
     silence_libraries()
-    if found is None:
-        from controlnet.model.tiny.world.shards import world_photos
+    from controlnet.model.tiny.world import shards
+    from controlnet.model.training import run as training
 
-        place = cache_folder() / "world" / f"{WORLD_SCENES}-128"
-        try:
-            found = find_pairs(world_photos(place, WORLD_SCENES, 128, report=say))
-        except OSError as error:
-            raise OutputError(
-                f"{place}: the scenes cannot be kept there ({error.strerror})", "CONTROLNET_CACHE=DIR for another place"
-            ) from error
+    found = found or find_pairs(shards.world_photos(cache_folder() / "world" / WORLD_SCENES, report=say))
     kind, reason = kind_of_pairs(found, config.kind)
     reason = "the run's" if resume else reason
     config = replace(config, kind=kind)
@@ -174,10 +161,8 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
             f"{config.max_steps:,} steps of {config.batch_size * config.accumulation}; run in {folder}"
         )
         _warn_of(found)
-    from controlnet.model.training.run import train as run
-
-    with _watcher(quiet or not main, config.max_steps) as watcher:
-        progress = run(found, config, folder, choose_device(device), resume, force, offline, watcher, strict)
+    with _watcher(training.Watcher, quiet or not main, config.max_steps) as watcher:
+        progress = training.train(found, config, folder, choose_device(device), resume, force, offline, watcher, strict)
     if main:
         state = _state(folder, at_work=False)
         for line in state["lines"]:
@@ -205,15 +190,13 @@ def _warn_of(found: Any) -> None:
 
 
 @contextmanager
-def _watcher(quiet: bool, max_steps: int):
+def _watcher(watcher: type, quiet: bool, max_steps: int):
     """Progress on standard error: bars when someone is watching, else a line for each look at the held-out pairs."""
-    from controlnet.model.training.run import Watcher
-
     if quiet:
-        yield Watcher()
+        yield watcher()
         return
     if not sys.stderr.isatty():
-        yield Watcher(say=say)
+        yield watcher(say=say)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -234,7 +217,7 @@ def _watcher(quiet: bool, max_steps: int):
                 tasks["steps"] = bars.add_task("training", total=max_steps)
             bars.update(tasks["steps"], completed=progress.step, description=f"training, loss {progress.loss:.3f}")
 
-        yield Watcher(say=lambda text: console.print(text, highlight=False), on_item=on_item, on_step=on_step)
+        yield watcher(say=lambda text: console.print(text, highlight=False), on_item=on_item, on_step=on_step)
 
 
 def _state(folder: Path, at_work: bool | None = None) -> dict:

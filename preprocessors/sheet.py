@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.images import png_bytes
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LINE = 8, 15
+Cell = tuple[np.ndarray, str]
+"""A picture (H, W) or (H, W, 3) uint8, and the words below it."""
 
 
-def contact_sheet(pictures: list[tuple[np.ndarray, str]], columns: int, cell: int = 256) -> np.ndarray:
-    """(image (H, W) or (H, W, 3) uint8, text) pairs in rows of `columns` -> one (H, W, 3) uint8 picture.
+def contact_sheet(pictures: list[Cell], columns: int, cell: int = 256) -> np.ndarray:
+    """Cells in rows of `columns` -> one (H, W, 3) uint8 picture.
 
     Each picture is scaled to fit a square of `cell` pixels, small ones without smoothing; a row is as high as its
     highest picture.
@@ -38,3 +43,8 @@ def contact_sheet(pictures: list[tuple[np.ndarray, str]], columns: int, cell: in
                 draw.text((left, top + high + 4 + k * LINE), line, fill="black", font=font)
         top += height + MARGIN
     return np.asarray(sheet)
+
+
+def write_sheet(path: Path, cells: list[Cell], columns: int) -> None:
+    """A contact sheet as a PNG file. Raises OutputError."""
+    write_file(path, png_bytes(contact_sheet(cells, columns)))

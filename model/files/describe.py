@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from controlnet.model.files.families import family_name
-from controlnet.model.files.stored import Stored
+from controlnet.model.files.layouts import open_model
 
 
-def described(stored: Stored) -> dict[str, Any]:
-    """What `models show` prints; reads no tensor."""
+def described(path: Path) -> dict[str, Any]:
+    """What `models show` prints of the model at a path; reads no tensor. Raises ModelError."""
+    stored = open_model(path)
     net = "controlnet" in stored.parts
     configs = {part: stored.config(part) for part in stored.parts}
     headers = {part: stored.headers(part) for part in stored.parts}

@@ -15,6 +15,22 @@ Failed = Callable[[str, ControlNetError], None]
 """Told the name of a job and why it failed."""
 
 
+def make_best(
+    wanted: list[Wanted],
+    count: int | None,
+    studio: Studio,
+    failed: Failed,
+    say: Callable[[str], None],
+    on_step: Callable[[float], None] = lambda images: None,
+) -> Iterator[Image]:
+    """The wanted images as they are made, or of each job the best `count` of them. `on_step` is told how many images
+    are made, parts of them included."""
+    if count is None:
+        yield from studio.make(wanted, failed, on_step)
+    else:
+        yield from best(studio.make(scorable(wanted, studio, failed), failed, on_step), count, studio, failed, say)
+
+
 def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wanted]:
     """The wanted images whose conditions an image can be held against; the others' jobs fail before they are made."""
     bad: set[int] = set()
@@ -29,11 +45,11 @@ def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wante
 
 
 def best(
-    images: Iterator[Image], count: int, studio: Studio, offline: bool, failed: Failed, say: Callable[[str], None]
+    images: Iterator[Image], count: int, studio: Studio, failed: Failed, say: Callable[[str], None]
 ) -> Iterator[Image]:
     """Of each job's images the `count` that keep best to their conditions, in the order of their seeds, with `score` in
     their records: the mean over the conditions of the score that tells most of each."""
-    scorer = Scorer(offline)
+    scorer = Scorer(studio.offline)
 
     def scored(image: Image) -> Image:
         _, conditions = studio.conditions(image.wanted.job)

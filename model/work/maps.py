@@ -23,6 +23,7 @@ from controlnet.preprocessors.images import read_image, suffixes, why_skipped
 from controlnet.preprocessors.keypoints import draw_json, to_json
 from controlnet.preprocessors.kinds import KINDS
 from controlnet.preprocessors.metadata import load, sha256
+from controlnet.preprocessors.sheet import Cell, write_sheet
 from controlnet.preprocessors.stage_one import record, stage_one
 from PIL import Image
 
@@ -232,3 +233,16 @@ def expand(inputs: list[str], recursive: bool, say: Callable[[str], None] = lamb
             )
         sources += found
     return list(dict.fromkeys(sources))
+
+
+def write_preview(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
+    """A contact sheet of what was detected: every photo with its maps beside it. `shown` is kind -> photo's name ->
+    (photo, map). Raises OutputError."""
+    cells: list[Cell] = []
+    for source in dict.fromkeys(source for kind in shown.values() for source in kind):
+        own = {kind: pictures[source] for kind, pictures in shown.items() if source in pictures}
+        cells.append((next(iter(own.values()))[0], Path(source).name))
+        blank = 0 * cells[-1][0] + 255
+        cells += [(own[kind][1], kind) if kind in own else (blank, f"no {kind}") for kind in shown]
+    columns = len(shown) + 1
+    write_sheet(path, cells, 2 * columns if columns == 2 < len(cells) else columns)

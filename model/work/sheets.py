@@ -1,30 +1,13 @@
-"""Contact sheets to look at: what was detected, what was made of which conditions, and where control failed."""
+"""Contact sheets to look at: what was made of which conditions, and where control failed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from controlnet.model.work.score import MEASURES, Scored
-from controlnet.preprocessors.files import write_file
-from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.kinds import kind_named
-from controlnet.preprocessors.sheet import contact_sheet
-
-Cell = tuple[np.ndarray, str]
-"""A picture (H, W, 3) uint8, and the words below it."""
-
-
-def write_maps(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
-    """Of what was detected, kind -> photo's name -> (photo, map): every photo, and its maps beside it."""
-    cells: list[Cell] = []
-    for source in dict.fromkeys(source for kind in shown.values() for source in kind):
-        own = {kind: pictures[source] for kind, pictures in shown.items() if source in pictures}
-        cells.append((next(iter(own.values()))[0], Path(source).name))
-        blank = 0 * cells[-1][0] + 255
-        cells += [(own[kind][1], kind) if kind in own else (blank, f"no {kind}") for kind in shown]
-    columns = len(shown) + 1
-    _write(path, cells, 2 * columns if columns == 2 < len(cells) else columns)
+from controlnet.preprocessors.sheet import Cell, write_sheet
 
 
 def write_images(path: Path, rows: list[list[Cell]]) -> None:
@@ -32,7 +15,7 @@ def write_images(path: Path, rows: list[list[Cell]]) -> None:
     columns = max(map(len, rows))
     blank = 0 * rows[0][0][0] + 255
     cells = [cell for row in rows for cell in [(blank, "")] * (columns - len(row)) + row]
-    _write(path, cells, columns if columns > 2 else 2 * columns)
+    write_sheet(path, cells, columns if columns > 2 else 2 * columns)
 
 
 def write_overlay(path: Path, image: str, results: list[tuple[str, Scored]]) -> None:
@@ -47,8 +30,4 @@ def write_overlay(path: Path, image: str, results: list[tuple[str, Scored]]) -> 
             (one.found, "found on the image"),
             (one.shown, legend),
         ]
-    _write(path, cells, 4)
-
-
-def _write(path: Path, cells: list[Cell], columns: int) -> None:
-    write_file(path, png_bytes(contact_sheet(cells, columns, 256)))
+    write_sheet(path, cells, 4)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from controlnet.preprocessors.data.pairs import Pair, Pairs
+from controlnet.preprocessors.data.pairs import Pair, Pairs, kind_of_pairs
 from controlnet.preprocessors.doubts import doubts
-from controlnet.preprocessors.errors import InputError
+from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.sheet import Cell
 
 SHOWN = 24
 """Pairs on the contact sheet."""
@@ -69,9 +70,7 @@ def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, whe
         yield Problem("error", "another aspect", f"{where}: {width}x{height} for a picture of {size[0]}x{size[1]}")
 
 
-def check_pairs(
-    found: Pairs, kind: str, on_pair=lambda done: None
-) -> tuple[dict, list[Problem], list[tuple[np.ndarray, str]]]:
+def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dict, list[Problem], list[Cell]]:
     """(counts, problems, up to 24 previews with what is said of them) of a whole data set. Pairs with an error are
     shown first."""
     problems = [Problem("warning", "missing file", name) for name in found.missing]
@@ -81,8 +80,8 @@ def check_pairs(
     # Each pair for itself, and beside those before it.
     sizes: dict[tuple[int, int], int] = {}
     seen: dict[str, str] = {}
-    good: list[tuple[np.ndarray, str]] = []
-    bad: list[tuple[np.ndarray, str]] = []
+    good: list[Cell] = []
+    bad: list[Cell] = []
     for done, pair in enumerate(found.pairs, 1):
         own, digest, size, preview = check_pair(pair, kind)
         problems += own
@@ -111,3 +110,11 @@ def check_pairs(
         "warnings": sum(p.level == "warning" for p in problems),
     }
     return counts, problems, (bad + good)[:SHOWN]
+
+
+def kind_or_unknown(found: Pairs, kind: str | None) -> tuple[str, str]:
+    """The kind of a data set's conditions, and '' or why nobody can tell it."""
+    try:
+        return kind_of_pairs(found, kind or "")[0], ""
+    except UsageError as error:
+        return "unknown", str(error)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from controlnet.model.tiny.world.render import render
 from controlnet.model.tiny.world.scenes import WORLD_VERSION, make_scene
+from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.files import beside, write_file
 from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.workers import workers
@@ -103,12 +104,18 @@ def _mapped(paths: list[Path], key: str, scenes: int) -> np.ndarray:
     return np.load(joined, mmap_mode="r")
 
 
-def world_photos(folder: Path, scenes: int, size: int, report=print) -> Path:
-    """The first `scenes` of the world as a folder of pictures with captions, `folder`, drawn where it is not there."""
+def world_photos(folder: Path, scenes: int = 3000, size: int = 128, report=print) -> Path:
+    """The first `scenes` of the world as a folder of pictures with captions, `folder`, drawn where it is not there.
+    Raises OutputError."""
     folder = Path(folder)
     if (folder / "metadata.jsonl").is_file():
         return folder
-    data = world(folder.parent / "shards", scenes, size, report=report)
+    try:
+        data = world(folder.parent / "shards", scenes, size, report=report)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: the scenes cannot be kept there ({error.strerror})", "CONTROLNET_CACHE=DIR for another place"
+        ) from error
     lines = []
     for index, (image, caption) in enumerate(zip(data.images, data.captions, strict=True)):
         write_file(folder / f"{index:05d}.png", png_bytes(image))
