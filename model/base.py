@@ -1,6 +1,6 @@
-"""The base: the locked text-to-image model, and what is asked of it: texts and pictures encoded, latents decoded.
+"""The base: the locked text-to-image model. It encodes texts and images, and decodes latents.
 
-`tiny` and Stable Diffusion take the same path; nothing here asks which one it is. `load.py` loads it.
+Every base takes the same path, `tiny` as well as SDXL: nothing here asks which one it is. `load.py` loads it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Base:
     unet: UNet2DConditionModel
     vae: Any
     encoders: list[TextEncoder]
-    """Their features are read side by side; the last one's pooled text is the prompt's."""
+    """Their features are joined along the width; the pooled text is the last one's."""
     scheduler: SchedulerMixin
     words: frozenset[str] | None
-    """The words that the text encoder was trained on, where the base's tokenizer folder has a words.txt."""
+    """The words the text encoder was trained on, from words.txt in the tokenizer's folder; None without that file."""
     guidance: float
     control_on: str
-    """Its own way to apply control (modes.CONTROL_ON)."""
+    """The halves of the guidance that control acts on by default (modes.CONTROL_ON)."""
     device: torch.device
     sizes: tuple[tuple[int, int], ...] = ()
-    """Canvases (width, height) that it was trained on; none: any whose shorter side is the native size."""
+    """The canvases (width, height) it was trained on. Empty if it was trained on one size, `native_size`."""
     low_memory: bool = False
-    """Whether a network is on the device only while it works, pictures are made one at a time, and decoded in tiles
-    where they are larger than the VAE was trained on."""
+    """Less memory, more time: each network is on the device only while it works, images are made one at a time, and
+    the VAE decodes large ones in tiles."""
 
     def __post_init__(self):
         self.scale = self.vae.config.scaling_factor
@@ -53,7 +53,7 @@ class Base:
 
     @property
     def native_size(self) -> int:
-        """Pixels of the side of a square picture as the base was trained."""
+        """Side in pixels of the square images the base was trained on."""
         return self.unet.config.sample_size * self.factor
 
     @property
@@ -61,8 +61,9 @@ class Base:
         return self.unet.dtype
 
     def encode_text(self, prompts: list[str], seconds: list[str] | None = None, clip_skip: int = 0) -> Prompt:
-        """Of B texts, without the ids of size and crop. A second encoder reads `seconds`, if they are given. Words
-        beyond the encoders' length are cut; `cut_words` gives them. `clip_skip` leaves out layers at their end."""
+        """The prompt of B texts, without the ids of size and crop. A second encoder reads `seconds` if they are given,
+        else the same texts. Words beyond the encoders' length are cut (`cut_words` returns them). `clip_skip` is the
+        number of layers left out at the end of each encoder."""
         features, pooled = [], None
         for i, encoder in enumerate(self.encoders):
             texts = seconds if i and seconds is not None else prompts
@@ -72,8 +73,8 @@ class Base:
         return Prompt(torch.cat(features, -1), None if pooled is None else pooled.to(self.dtype))
 
     def size_ids(self, size: tuple[int, int]) -> Tensor | None:
-        """What a family with an added embedding is told of a canvas (width, height), (1, 6) float32: the original
-        picture's height and width, top and left of the crop, the canvas's height and width. None for other families."""
+        """The ids (1, 6) float32 of a canvas (width, height) for a family with an added embedding, else None: height
+        and width of the original picture, top and left of the crop, height and width of the canvas."""
         if not self.unet.config.get("addition_embed_type"):
             return None
         width, height = size
@@ -86,7 +87,7 @@ class Base:
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        """The first encoder's."""
+        """The first encoder's tokenizer."""
         return self.encoders[0].tokenizer
 
     @property
@@ -98,29 +99,29 @@ class Base:
         return max((encoder.cut_words(prompt) for encoder in self.encoders), key=len)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of the prompt that the base never met in training, as far as its folder lists them."""
+        """Words of the prompt that are not in `words`; none where that is None."""
         if self.words is None:
             return []
         return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if w not in self.words]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Moments of the latents of images (B, 3, H, W) in [-1, 1]: mean and log variance (B, 2C, h, w), or of a VAE
-        without variance the latents themselves (B, C, h, w)."""
+        """The VAE's moments of images (B, 3, H, W) in [-1, 1]: mean and log variance (B, 2C, h, w), or the latents
+        themselves (B, C, h, w) if the VAE has no variance."""
         with self.at_work(self.vae):
             encoded = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
         return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """z_0 (B, C, h, w) of moments, scaled as the UNet sees them; noise has z_0's shape and draws from the
-        variance."""
+        """z_0 (B, C, h, w), scaled as the UNet sees it, drawn from moments with standard normal noise of z_0's
+        shape."""
         mean, *spread = moments.chunk(2, 1) if moments.shape[1] == 2 * noise.shape[1] else (moments,)
         z = mean + (0.5 * spread[0].clamp(-30, 20)).exp() * noise if spread else mean
         return (z - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], float32, of latents as the UNet gives them.
+        """Latents (B, C, h, w) as the UNet predicts them -> images (B, 3, H, W) in [-1, 1], float32.
 
-        Some VAEs, SDXL's among them, leave float16's range: then this one goes on in float32.
+        Some VAEs, SDXL's among them, leave the range of float16. Such a VAE is then kept in float32.
         """
         latents = latents / self.scale + self.shift
         with self.at_work(self.vae):
@@ -132,7 +133,7 @@ class Base:
 
     @contextmanager
     def at_work(self, *networks: Any) -> Iterator[None]:
-        """Inside, these networks are on the device; with low_memory they are on the CPU before and after."""
+        """While the context lasts these networks are on the device. With low_memory they are on the CPU otherwise."""
         if self.low_memory:
             for network in networks:
                 nn.Module.to(network, self.device)
@@ -144,7 +145,7 @@ class Base:
                     nn.Module.to(network, "cpu")
 
     def unload(self) -> None:
-        """Forget VAE and text encoders: training needs their memory and not them."""
+        """Free the memory of the VAE and the text encoders, which training needs only before its first step."""
         self.vae = None
         for encoder in self.encoders:
             encoder.network = None

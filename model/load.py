@@ -1,4 +1,4 @@
-"""A base loaded from a folder in diffusers' layout, a single file, a name of the table or a hub id; and checked."""
+"""Loads a base from a folder in diffusers' layout, a single file, a name of the table or a hub id, and checks it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CLASSES = {
 
 
 def find_base(name: str, offline: bool = False) -> Stored:
-    """A base by its name in the registry, its folder, its file or its hub id; none of its weights are read yet.
+    """Find a base by its name in the registry, its folder, its file or its hub id. Reads no weights.
 
     Raises UsageError for an unknown name, ModelError for a folder that lacks a part or a file that is no base.
     """
@@ -83,7 +83,7 @@ def load_base(
 
 
 def _check_fit(stored: Stored) -> None:
-    """Raises ModelError when the parts of a base do not belong together."""
+    """Raises ModelError when the parts of a base do not fit each other."""
     unet, vae = stored.config("unet"), stored.config("vae")
     family = family_for(unet)
     widths = [_width(stored, encoder.part) for encoder in family.encoders]
@@ -113,7 +113,7 @@ def _check_fit(stored: Stored) -> None:
 
 
 def _width(stored: Stored, part: str) -> int:
-    """Of a text encoder's features."""
+    """Width of a text encoder's features."""
     width = stored.config(part).get("hidden_size", 512)
     if not isinstance(width, int):
         raise ModelError(f"{stored.path}: hidden_size of its {part} is {width!r}, expected a number")
@@ -147,7 +147,7 @@ def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.M
 
 
 def _with_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The names of a text encoder's tensors as this version of transformers has them: with `text_model.` or without."""
+    """A text encoder's tensors under the names this version of transformers uses: with `text_model.` or without."""
     known = network.state_dict()
     if not any(name.startswith("text_model.") for name in known):
         return state
@@ -178,7 +178,7 @@ def _load_scheduler(stored: Stored) -> SchedulerMixin:
 
 
 def reload(base: Base, *parts: str) -> None:
-    """Load the `vae`, the text encoders (`text_encoder`) or both of a base again, in float32, after `Base.unload`."""
+    """After `Base.unload`, load the VAE (`vae`) or the text encoders (`text_encoder`) of a base again, in float32."""
     stored = open_model(base.path)
     if "vae" in parts:
         base.vae = _load_network("vae", stored, base.device, torch.float32)

@@ -1,7 +1,7 @@
-"""ControlNets as files: read from any layout that `files.layouts` knows, written as a folder in diffusers' layout.
+"""Loads ControlNets from any layout in `files.layouts`, and saves them as folders in diffusers' layout.
 
-Our parameter names are diffusers' own; only the config is translated. Weights are checked before use: names, shapes,
-finite numbers.
+Parameter names are diffusers' own; only the config is translated. Names, shapes and numbers of the weights are checked
+before use.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from controlnet.preprocessors.files import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite}
-"""Networks that control, by the word in their config (`copy`) and in the settings of a run."""
+"""The networks that control. The key is the value of `copy` in their config and in the settings of a run."""
 WEIGHTS = STEMS["controlnet"]
 _FAMILY = ("cross_attention_dim", "addition_embed_type", "in_channels", "block_out_channels", "layers_per_block")
-"""What a base and its ControlNet must agree on. Attention may be left out of the copy, as small nets of SDXL do."""
+"""Keys of the config that a base and its ControlNet must agree in. The number of attention blocks is not among them:
+small ControlNets of SDXL leave some out."""
 _UNET_KEYS = set(inspect.signature(UNet2DConditionModel.__init__).parameters)
 _FILE_KEYS = set(inspect.signature(ControlNetModel.__init__).parameters) - {"self"}
 
 
 def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and the weights (in `dtype`, else as they are), each whole or not at all; diffusers'
-    ControlNetModel loads the folder when the hint encoder is the released one. Raises OutputError."""
+    """Write config.json and the weights, in `dtype` if it is given. A file is written whole or not at all. If the hint
+    encoder is the released one, diffusers' ControlNetModel loads the folder. Raises OutputError."""
     folder = Path(folder)
     config = {k: v for k, v in controlnet.config.items() if k in _FILE_KEYS}
     config |= {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": list(controlnet.hint_widths)}
@@ -50,8 +51,8 @@ def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | N
 def load_controlnet(
     path: Path, dtype: torch.dtype | None = torch.float32, base: Mapping | None = None, base_name: str = "the base"
 ) -> ControlNet:
-    """The ControlNet of a folder or a single file, in evaluation mode, in `dtype` (None: as stored). With the config
-    of a base's UNet, a net made for another family is refused before its weights are read.
+    """Load the ControlNet of a folder or a single file, in evaluation mode, in `dtype` (None: as stored). If `base`,
+    the config of a base's UNet, is given, a ControlNet of another family is refused before its weights are read.
 
     Raises ModelError for a missing or unreadable file, a config of something else, and weights whose names, shapes or
     numbers are wrong.
@@ -73,7 +74,7 @@ def load_controlnet(
 
 
 def check_family(stored: Stored, base: Mapping, base_name: str) -> None:
-    """Raises ModelError unless a stored ControlNet is made for bases of this UNet's config. Reads no weights."""
+    """Raises ModelError unless a stored ControlNet fits a UNet with the config `base`. Reads no weights."""
     config = stored.config("controlnet")
     for key in _FAMILY:
         if _plain(config.get(key)) != _plain(base.get(key)):
@@ -91,7 +92,7 @@ def _plain(value):
 
 
 def _from_config(config: dict, path: Path) -> ControlNet:
-    """The modules are those of a UNet2DConditionModel of the same config; its decoding half is thrown away."""
+    """Build the network from the modules of a UNet2DConditionModel of the same config; its decoding half is dropped."""
     unet_config = {k: v for k, v in config.items() if k in _UNET_KEYS and not k.startswith("_")}
     try:
         downs = config["down_block_types"]

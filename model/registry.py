@@ -1,7 +1,7 @@
-"""Known models: one row a base, one row a ControlNet.
+"""Known models: one row per base, one row per ControlNet.
 
-Of the ControlNet 1.1 set, `inpaint` and `shuffle` are left out: they need conditions that a photo's map is not (masked
-pixels; control averaged over the picture).
+Two ControlNets of the 1.1 set are missing: `inpaint` needs the photo with its masked pixels at -1, and `shuffle` needs
+its control averaged over the image.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ TINY_HINT_WIDTHS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class KnownBase:
-    """`source` is a folder or a hub id."""
+    """A row of BASES. `source` is a folder or a hub id."""
 
     family: str
     source: str
     licence: str
     guidance: float = 7.5
     control_on: str = "both"
-    """Halves of the guidance in which control acts unless one says otherwise."""
+    """The halves of the guidance that control acts on by default."""
     training: dict[str, float] = field(default_factory=dict)
-    """Where the settings of `controlnet train` differ from the defaults, which suit Stable Diffusion."""
+    """Settings of `controlnet train` with another default than the usual one, which suits Stable Diffusion."""
 
 
 @dataclass(frozen=True)
 class KnownNet:
-    """A ControlNet for a kind of condition and the bases of a family."""
+    """A row of NETS: a ControlNet for one kind of condition and one family of bases."""
 
     family: str
     kind: str
@@ -119,6 +119,6 @@ def net_for(family: str, kind: str) -> KnownNet | None:
 
 
 def recorded_name(source: str) -> str:
-    """What a record says of a ControlNet's source: the name in the table of one that ships with the package, since its
-    place differs from machine to machine; else the source itself."""
+    """How a record names a ControlNet: by its name in the table if it ships with the package, since its folder differs
+    from machine to machine; else by its source."""
     return next((name for name, net in NETS.items() if net.source == source and not is_hub_id(source)), source)

@@ -1,4 +1,4 @@
-"""Text encoders: words to the features that a base's networks read."""
+"""Text encoders: they turn prompts into the features that a base's networks read."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ class TextEncoder:
     """CLIPTextModel, or CLIPTextModelWithProjection, which has pooled text too; None while it is unloaded."""
     tokenizer: transformers.PreTrainedTokenizerBase
     skipped: int = 0
-    """Layers at its end that are not read: then the last one that is gives its features, without the final norm."""
+    """How many layers at its end the family leaves out. If any, the features are the last remaining layer's output,
+    without the final norm."""
 
     @property
     def max_tokens(self) -> int:
         return min(self.tokenizer.model_max_length, self.network.config.max_position_embeddings)
 
     def __call__(self, texts: list[str], device: torch.device, skip: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Features (B, T, D), and the pooled text (B, P) where the network projects it. Words beyond its length are
-        cut. `skip` leaves out more layers at the end; a family that reads the final norm has it still."""
+        """Features (B, T, D), and the pooled text (B, P) if the network has a projection, else None. Words beyond
+        `max_tokens` are cut. `skip` more layers are left out at the end; the final norm still follows in families that
+        have it."""
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
@@ -41,10 +43,10 @@ class TextEncoder:
 
     @property
     def layers(self) -> int:
-        """How many it has that are read."""
+        """How many layers the family uses."""
         return self.network.config.num_hidden_layers - self.skipped
 
     def cut_words(self, text: str) -> str:
-        """The end of the text that lies beyond its length, or ''."""
+        """The end of the text that lies beyond `max_tokens`, or ''."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return self.tokenizer.decode(ids[self.max_tokens - 2 :]).strip()

@@ -1,4 +1,4 @@
-"""Control: what a network that controls gives to the locked UNet. Several of them are added (paper section 3.4)."""
+"""Control: what a ControlNet gives to the locked UNet. Several of them are added up (paper section 3.4)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Control:
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b. What both halves of the guidance share has B rows, what differs 2B; the fewer rows are repeated."""
+    """a + b. A tensor that both halves of the guidance share has B rows, others have 2B; the fewer are repeated."""
     return grow(a, len(b)) + grow(b, len(a))
 
 
 def grow(x: Tensor, batch: int) -> Tensor:
-    """x with at least `batch` rows: those it has, repeated."""
+    """x with its rows repeated until there are at least `batch`."""
     return x if len(x) >= batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
 
 

@@ -34,8 +34,8 @@ class ControlNet(nn.Module):
     mid_block: nn.Module
 
     def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
-        """encoder: anything with the `copied_parts` of a UNet2DConditionModel and its config; its modules are taken,
-        not copied. Raises ValueError for a base whose embeddings are of another sort."""
+        """encoder: any object with the `copied_parts` of a UNet2DConditionModel and its config. Its modules are used as
+        they are, not copied. Raises ValueError for a base with unknown embeddings."""
         super().__init__()
         self.gradient_checkpointing = False
         for part in copied_parts(encoder.config):
@@ -43,7 +43,7 @@ class ControlNet(nn.Module):
         self.add_new(dict(encoder.config), hint, hint_widths)
 
     def add_new(self, config: dict, hint: str, hint_widths: Sequence[int]) -> None:
-        """What no base has: the hint encoder, and a zero convolution for each connection."""
+        """Add what the base does not have: the hint encoder, and a zero convolution for each connection."""
         self.config, self.hint, self.hint_widths = config, hint, tuple(hint_widths)
         channels = skip_channels(config)
         self.controlnet_cond_embedding = HINT_ENCODERS[hint](channels[0], hint_widths)
@@ -64,8 +64,8 @@ class ControlNet(nn.Module):
         return len(self.controlnet_down_blocks) + 1
 
     def prepare(self, condition: Tensor) -> Tensor:
-        """c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once per image: it depends on neither z_t nor t. Some
-        public networks say in their config that they were trained on maps with red and blue exchanged."""
+        """The feature c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Computed once per image, since it depends
+        on neither z_t nor t. Some public networks were trained with red and blue exchanged; their config says so."""
         if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
             condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
@@ -77,17 +77,17 @@ class ControlNet(nn.Module):
     def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> Control:
         """Control for z_t (B, 4, h, w) at time embeddings (1 or B, 4C), under a prompt and a feature c_f (B, C, h, w).
 
-        This is Eq. 2 in every block at once. The hint encoder ends in Z(c; Theta_z1), so the copy F(.; Theta_c) reads
-        x + Z(c; Theta_z1); each of its outputs passes a zero convolution of its own, Z(.; Theta_z2); the locked UNet
-        adds what comes out of them (`unet.predict`).
+        This is Eq. 2 for all blocks at once. The hint encoder ends in Z(c; Theta_z1), so the copy F(.; Theta_c) reads
+        x + Z(c; Theta_z1). Each output of the copy passes its own zero convolution Z(.; Theta_z2), and the locked UNet
+        adds the results to its skip connections (`unet.predict`).
         """
         skips, middle = self.features(z, time, prompt, feature)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         return Control(down, self.controlnet_mid_block(middle))
 
     def features(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the trainable copy makes of z_t and c_f, before the zero convolutions: one per skip connection, and the
-        middle's."""
+        """The outputs of the trainable copy before the zero convolutions: one per skip connection, and the middle
+        block's."""
         return encode(self, self.conv_in(z) + feature, embed(self, time, prompt), prompt, self.gradient_checkpointing)
 
     def forward(self, z: Tensor, t: Tensor, prompt: Prompt, feature: Tensor) -> Control:
@@ -96,8 +96,8 @@ class ControlNet(nn.Module):
 
 
 def copied_parts(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The parts of a UNet that become the trainable copy; of SDXL's also the added embedding. Raises ValueError for
-    embeddings that are not known here."""
+    """The parts of a UNet that become the trainable copy. SDXL's added embedding is one of them. Raises ValueError for
+    unknown embeddings."""
     added = config.get("addition_embed_type")
     if config.get("class_embed_type") or added not in (None, "text_time"):
         raise ValueError(f"embeddings of {config.get('class_embed_type') or added} are not supported")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 class ControlNetLite(ControlNet):
-    """Single 3x3 convolutions instead of the trainable copy's blocks, one per skip connection and one for the middle.
+    """One 3x3 convolution per skip connection, and one for the middle, in place of the trainable copy's blocks.
 
-    Reads z_t and the condition; neither timestep nor text reach it, as no block is left that would take them. Its files
-    are of this project alone (config `copy: lite`).
+    It reads z_t and the condition, but neither timestep nor text. Only this project reads its files (their config has
+    `copy: lite`).
     """
 
     def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
@@ -35,7 +35,7 @@ class ControlNetLite(ControlNet):
         self.add_new(config, hint, hint_widths)
 
     def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        """Nothing: it knows no time."""
+        """An empty tensor (n, 0): this network does not depend on time."""
         return times.new_empty((len(times), 0), dtype=dtype)
 
     def features(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""All that sampling and training ask of a network that controls; `controlnet.py` and `lite.py` have one each."""
+"""What sampling and training need from a network that controls. `controlnet.py` and `lite.py` each have one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Net(Protocol):
         neither z_t nor t."""
 
     def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        """What it needs to know about each of the timesteps (n,), (n, ...): once per schedule."""
+        """What the network computes from timesteps (n,) alone, (n, ...). Once per schedule."""
 
     def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> Control:
-        """Control for z_t (B, 4, h, w) at a row of what `begin` gave, (1, ...), or at a row for each image, (B, ...),
-        under a prompt of B rows, or of 2B for both halves of the guidance."""
+        """Control for z_t (B, 4, h, w). `time` has one row of `begin`'s result, (1, ...), or one per image, (B, ...).
+        The prompt has B rows, or 2B for both halves of the guidance."""

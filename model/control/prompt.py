@@ -1,4 +1,4 @@
-"""The prompt as the networks read it, and what need not be computed from it twice."""
+"""The prompt as the networks read it. What is computed from it alone is computed once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 class Prompt:
-    """c_t (B, T, D), and its keys and values in every cross-attention that has read it; of a family with an added
-    embedding also the pooled text (B, P) and the ids (B, 6) of size and crop, else None."""
+    """Text features c_t (B, T, D). In families with an added embedding also the pooled text (B, P) and the ids (B, 6)
+    of size and crop; None in others. Keeps the keys and values of every cross-attention that has read it."""
 
     def __init__(self, c_t: Tensor, pooled: Tensor | None = None, ids: Tensor | None = None):
         self.c_t, self.pooled, self.ids = c_t, pooled, ids
@@ -45,12 +45,12 @@ class Prompt:
         return self.map(lambda tensor: tensor.to(*args))
 
     def to_network(self, device: torch.device, dtype: torch.dtype) -> Prompt:
-        """On a device, in a network's type; ids stay float32, as bfloat16 has no 1333."""
+        """On a device, in a network's type. Ids stay in float32, because bfloat16 would round 1333 to 1336."""
         texts = Prompt(self.c_t, self.pooled).to(device, dtype)
         return texts if self.ids is None else Prompt(texts.c_t, texts.pooled, self.ids.to(device))
 
     def rows(self, count: int) -> Prompt:
-        """One row as `count` rows; as many rows as they are."""
+        """A prompt of one row with that row repeated `count` times; one of `count` rows unchanged."""
         return self if len(self) == count else self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     @staticmethod

@@ -28,13 +28,13 @@ class Strength:
     weighting: str | tuple[float, ...] = "uniform"
     """A name (modes.WEIGHTINGS), or a weight for each connection."""
     control_on: str | None = None
-    """`both` halves of the guidance, or `cond`: only the half that reads the prompt (paper section 3.4). The sampling
-    loop does it; None is both there, and the base's own way in `sampling/generate.py`."""
+    """`both` halves of the guidance, or `cond`: only the half that reads the prompt (paper section 3.4). None means the
+    base's default in `sampling/generate.py`, and both in the sampling loop."""
     region: np.ndarray | None = None
     """Where control acts: (H, W) float in [0, 1] on the canvas, or everywhere."""
 
     def at(self, i: int, evaluations: int) -> float:
-        """The scale in evaluation i. Where it is 0 the ControlNet need not run."""
+        """The scale in evaluation i. If it is 0, the ControlNet need not run."""
         if not self._inside(i, evaluations) or (self.region is not None and not self.region.any()):
             return 0.0
         if not isinstance(self.scale, tuple):
@@ -42,13 +42,13 @@ class Strength:
         return next((value for value, begin in reversed(self.scale) if i / evaluations >= begin), 0.0)
 
     def acts_in(self, evaluations: int) -> bool:
-        """Whether there is an evaluation to act in, among so many; a scale of 0 asks for none."""
+        """Whether it acts in at least one of so many evaluations, or is not meant to (scale 0)."""
         wanted = any(value for value, _ in self.scale) if isinstance(self.scale, tuple) else self.scale
         everywhere = replace(self, region=None)
         return not wanted or any(everywhere.at(i, evaluations) for i in range(evaluations))
 
     def fits(self, connections: int) -> bool:
-        """Whether a weighting by numbers has one for each connection."""
+        """Whether a weighting given as numbers has one per connection."""
         return isinstance(self.weighting, str) or len(self.weighting) == connections
 
     def _inside(self, i: int, evaluations: int) -> bool:

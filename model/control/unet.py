@@ -1,14 +1,14 @@
-"""The walk through the UNet, block by block. The modules are diffusers'; the order in which they are called is ours, so
-that a sampling computes nothing twice. The locked base and the trainable copy are walked alike.
+"""The walk through the UNet, block by block: diffusers' modules, called in our own order, so that sampling computes
+nothing twice. The locked base and the trainable copy are walked in the same way.
 
 * Keys and values of the prompt are computed once per image (`Prompt`), time embeddings once per schedule
   (`embed_times`).
-* What lies before the first cross-attention reads no prompt, so both halves of the guidance share it: z_t has B rows,
-  one per image, while the prompt has 2B, those without the prompt first. At the first cross-attention the features
-  grow to 2B rows (`grow`); skips from before it are repeated where they are joined or added.
-* Feature maps stay in channels_last between convolutions and attention: no copies from one layout to the other.
+* Both halves of the guidance share everything before the first cross-attention, because it does not read the prompt.
+  So z_t has B rows, one per image, while the prompt has 2B, the unconditional half first. At the first cross-attention
+  the features grow to 2B rows (`grow`); earlier skips are repeated when they are joined or added.
+* Feature maps stay in channels_last between convolutions and attention, so no copies from one layout to the other.
 
-Knows of control only that it is added. Letters: B batch, C channels, h w latent, N = h w, T tokens, D text width.
+All it does with control is to add it. Letters: B batch, C channels, h w latent, N = h w, T tokens, D text width.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def embed_times(network: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def embed(network: Any, time: Tensor, prompt: Prompt) -> Tensor:
-    """The embedding that every block reads, (1 or B, 4C): a time embedding, and in a family with an added embedding (as
-    SDXL is) what the prompt's pooled text and ids add to it."""
+    """The embedding that every block reads, (1 or B, 4C): the time embedding, plus the added embedding of pooled text
+    and ids in families that have one (SDXL)."""
     if prompt.pooled is None or prompt.ids is None:
         return time
     ids = network.add_time_proj(prompt.ids.flatten()).reshape(len(prompt), -1)  # (B, 6 x 256)
@@ -45,8 +45,8 @@ def embed(network: Any, time: Tensor, prompt: Prompt) -> Tensor:
 
 
 def encode(network: Any, x: Tensor, embedding: Tensor, prompt: Prompt, checkpointed: bool = False):
-    """The encoding half of a UNet or of its copy, from conv_in's output x (B, C, h, w): a feature for each skip
-    connection, x first, and the middle's. embedding is (B, 4C), or (1, 4C) for all."""
+    """The encoding half of a UNet or of its copy, from conv_in's output x (B, C, h, w). Returns a feature per skip
+    connection, x first, and the middle block's. `embedding` is (B, 4C), or (1, 4C) for all rows."""
     skips = [x]
     x = grow(x, len(embedding))  # where pooled text is in the embedding, the halves part here already
     for block in network.down_blocks:
@@ -58,8 +58,8 @@ def encode(network: Any, x: Tensor, embedding: Tensor, prompt: Prompt, checkpoin
 def predict(
     unet: UNet2DConditionModel, z: Tensor, time: Tensor, prompt: Prompt, control: Control | None = None
 ) -> Tensor:
-    """eps_theta(z_t, t, c_t, c_f): the locked base's output, (B, 4, h, w) with as many rows as the prompt has, control
-    added to its skips and middle. `time` is `embed_times`, (1 or B, 4C)."""
+    """eps_theta(z_t, t, c_t, c_f), (B, 4, h, w): the output of the locked base with control added to its skips and its
+    middle. It has as many rows as the prompt. `time` is (1 or B, 4C), from `embed_times`."""
     checkpointed = torch.is_grad_enabled() and unet.is_gradient_checkpointing
     embedding = embed(unet, time, prompt)
     skips, x = encode(unet, unet.conv_in(z), embedding, prompt, checkpointed)
@@ -74,7 +74,7 @@ def predict(
 
 
 def denoise(unet: UNet2DConditionModel, z: Tensor, t: Tensor, prompt: Prompt, control: Control | None = None) -> Tensor:
-    """`predict` for z_t (B, 4, h, w) at timesteps t (B,), no schedule being known."""
+    """`predict` for z_t (B, 4, h, w) at timesteps t (B,), without a schedule."""
     return predict(unet, z, embed_times(unet, t, z.dtype), prompt, control)
 
 
@@ -119,7 +119,7 @@ def _attentions(block: Any) -> list:
 
 
 def _transformer(module: Any, x: Tensor, prompt: Prompt) -> Tensor:
-    """(B, C, h, w) -> (B', C, h, w), B' the prompt's rows."""
+    """(B, C, h, w) -> (B', C, h, w), where B' is the number of the prompt's rows."""
     tokens = _to_tokens(module, module.norm(x))  # (B, N, C)
     for block in module.transformer_blocks:
         normed = block.norm1(tokens)
@@ -138,20 +138,20 @@ def _to_tokens(module: Any, x: Tensor) -> Tensor:
 
 
 def _to_features(module: Any, tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """The reverse, through proj_out."""
+    """(B, N, C) -> (B, C, h, w), through proj_out."""
     if module.use_linear_projection:
         return module.proj_out(tokens).unflatten(1, tuple(size)).permute(0, 3, 1, 2)
     return module.proj_out(tokens.unflatten(1, tuple(size)).permute(0, 3, 1, 2))
 
 
 def _attention(module: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """x (B, N, C) asks, k and v (B, heads, N or T, C / heads) answer."""
+    """Attention of queries from x (B, N, C) over k and v (B, heads, N or T, C / heads)."""
     mixed = F.scaled_dot_product_attention(_heads(module.to_q(x), module.heads), k, v)
     return module.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 def _keys_values(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two (B, heads, N or T, C / heads)."""
+    """Keys and values, each (B, heads, N or T, C / heads)."""
     return _heads(module.to_k(x), module.heads), _heads(module.to_v(x), module.heads)
 
 

@@ -11,10 +11,10 @@ SOFT = 0.825
 
 
 def weights_of(weighting: str | Sequence[float], residuals: Sequence[Tensor]) -> list[float]:
-    """A weight for each connection, from the residuals' real sizes (B, C, h_i, w_i).
+    """One weight per connection, from the sizes of the residuals (B, C, h_i, w_i).
 
-    `resolution`: proportional to 64 / h_i, the largest being 1. `soft`: 0.825 ** (n - 1 - i). `uniform`: 1. Numbers are
-    taken as they are. Raises ValueError for another name.
+    `resolution`: proportional to 64 / h_i, the largest weight being 1. `soft`: 0.825 ** (n - 1 - i). `uniform`: 1.
+    Numbers are used as given. Raises ValueError for an unknown name.
     """
     if not isinstance(weighting, str):
         return list(weighting)

@@ -2,8 +2,9 @@
 
     y_c = F(x; Theta) + Z(F(x + Z(c; Theta_z1); Theta_c); Theta_z2)
 
-Both convolutions Z start at zero, so y_c = y exactly at step 0: training cannot begin by harming the base. Only
-Theta_z2 has a gradient then; after one optimiser step Theta_c and Theta_z1 have one too, after two also what makes c.
+Both convolutions Z start at zero, so at step 0 y_c equals y exactly: training cannot begin by harming the base. At that
+step only Theta_z2 has a gradient; after one optimiser step Theta_c and Theta_z1 have one too, and after two steps so
+has the network that computes c.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def zero_conv(channels_in: int, channels_out: int | None = None) -> nn.Conv2d:
-    """A 1x1 convolution whose weight and bias are zero; it keeps the channels unless told otherwise."""
+    """A 1x1 convolution with weight and bias zero. `channels_out` defaults to `channels_in`."""
     return zero_(nn.Conv2d(channels_in, channels_in if channels_out is None else channels_out, kernel_size=1))
 
 
