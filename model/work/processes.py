@@ -23,6 +23,8 @@ PARENT = "CONTROLNET_PARENT"
 """The environment variable that holds the process that started this one."""
 PATIENCE = 30.0
 """Seconds that processes get to end after a signal, or after another one of them has failed."""
+GRACE = 5.0
+"""Seconds that a process gets to notice that the one that started it is gone."""
 
 
 def launch(processes: int, args: list[str], lock: int = -1) -> int:
@@ -69,15 +71,21 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
 
 
 def stop_without_parent() -> None:
-    """In a process that `launch` started: stop, and save, when the one that started it is gone."""
+    """In a process that `launch` started: stop, and save, when the one that started it is gone. Before training has its
+    own handler of ORPHANED there is nothing to save; a process that then waits for one that is gone, where no Python
+    runs and so no handler, is ended from here."""
     parent = int(os.environ.get(PARENT, 0))
     if not parent:
         return
+    handler = signal.getsignal(ORPHANED)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         os.kill(os.getpid(), ORPHANED)
+        time.sleep(GRACE)
+        if signal.getsignal(ORPHANED) is handler:
+            os._exit(Exit.INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
 
