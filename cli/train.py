@@ -131,8 +131,8 @@ def _stoppable(folder: Path):
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, ORPHANED)}
-    stop_without_parent()
     try:
+        stop_without_parent()
         yield
     except KeyboardInterrupt:
         if RunFolder(folder).log.exists():
