@@ -1,4 +1,4 @@
-"""Configs of networks and schedulers as diffusers has them: what a config leaves out, and what cannot be."""
+"""Configs of networks and schedulers as diffusers has them: missing keys filled in, impossible values refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from controlnet.preprocessors.errors import ModelError
 
 PER_LEVEL = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
              "num_attention_heads", "only_cross_attention")  # fmt: skip
-"""Keys whose value may be one for all levels, or a list with one for each."""
+"""Keys whose value is one number for all levels, or a list with one per level."""
 
 
 @cache
 def _parameters(owner: str) -> dict[str, inspect.Parameter]:
-    """Of a class of diffusers, those that have a default; none of a class that it has not."""
+    """The parameters of a diffusers class that have a default; empty for an unknown class."""
     import diffusers
 
     cls = getattr(diffusers, owner, None)
@@ -26,13 +26,13 @@ def _parameters(owner: str) -> dict[str, inspect.Parameter]:
 
 
 def defaults(owner: str) -> dict[str, Any]:
-    """What a class of diffusers takes for the keys that a config leaves out."""
+    """The default values of a diffusers class, for keys that a config leaves out."""
     return {name: parameter.default for name, parameter in _parameters(owner).items()}
 
 
 def completed(config: dict[str, Any], owner: str, where: Path) -> dict[str, Any]:
-    """A config with diffusers' defaults for what it leaves out. Raises ModelError for a value of another type than the
-    default's: most of these make a network that fails in its first step."""
+    """A config with diffusers' defaults for the keys it leaves out. Raises ModelError for a value of another type than
+    the default: most of these make a network that fails at its first step."""
     own = defaults(owner)
     for key, value in config.items():
         default = own.get(key)
@@ -45,7 +45,7 @@ def completed(config: dict[str, Any], owner: str, where: Path) -> dict[str, Any]
 
 
 def _takes_numbers_alone(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter that may be None is a number otherwise, by its annotation (`float | None`)."""
+    """Whether a parameter is annotated as a number or None (`float | None`)."""
     words = set(re.findall(r"\w+", str(parameter.annotation))) - {"typing", "Optional", "Union", "None", "NoneType"}
     return bool(words) and words <= {"float", "int"}
 

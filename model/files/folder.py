@@ -27,7 +27,7 @@ class Folder:
 
     path: Path
     said: str | None = None
-    """What it predicts, as somebody said."""
+    """What the model predicts, if the caller said so."""
 
     @property
     def layout(self) -> str:
@@ -95,7 +95,7 @@ class Folder:
 
 
 def _renewed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A VAE's tensors by today's names: files older than diffusers 0.18 call the layers of its attention otherwise."""
+    """A VAE's tensors under today's names: before diffusers 0.18 the layers of its attention had others."""
     table: dict[str, str] = {}
     for half in ("encoder", "decoder"):
         attention = f"{half}.mid_block.attentions.0"
@@ -105,8 +105,8 @@ def _renewed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_folder(stored: Stored, out: Path) -> None:
-    """A model as a folder; a base with a ControlNet has the ControlNet in `controlnet`. Raises OutputError when it
-    cannot be written; then nothing is left of it."""
+    """Write a model as a folder; if it is a base with a ControlNet, the ControlNet goes into its folder `controlnet`.
+    Raises OutputError when it cannot be written; nothing of it is left then."""
     if out.suffix in (".safetensors", ".ckpt", ".pth"):
         raise UsageError(f"{out}: diffusers' layout is a folder", f"--to original, or {out.with_suffix('')}")
     scheduler = stored.scheduler() if "unet" in stored.parts else None  # what nobody knows is told before the work

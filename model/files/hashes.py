@@ -1,4 +1,5 @@
-"""The identity of a model: one sha256 over its file or its folder's weights, remembered by size and time of change."""
+"""The identity of a model: one sha256 of its file, or of all weights in its folder. Cached by the files' size and time
+of change."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from controlnet.preprocessors.weights import cache_folder
 
 
 def model_hash(model: Path) -> str:
-    """sha256 over names and contents of all weights below a folder, not counting other models in it; of a single file
-    its content's."""
+    """The sha256 of a single file's content, or of names and contents of all weights below a folder (ControlNets in a
+    base's folder do not count)."""
     model = Path(model)
     folder = model if model.is_dir() else model.parent
     files = (

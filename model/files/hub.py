@@ -1,7 +1,7 @@
-"""Models of the model hub: fetched once, at a revision that stays, and found again without a network.
+"""Models from the model hub: fetched once, pinned to a revision, and found again without a network.
 
-models.lock.json in the cache folder keeps for each OWNER/NAME the revision that was the newest when it was fetched
-first, and the sha256 of its files as they were then. Of a repository nothing is fetched but what is read.
+models.lock.json in the cache folder holds for each OWNER/NAME the newest revision at the time of the first fetch, and
+the sha256 of its files. Only files that are read are fetched.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 _NETWORK: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-"""What the client raises for a network that fails; its HTTP library is another one with every few versions."""
+"""What the client raises when the network fails. The list depends on its HTTP library, which has changed before."""
 
 
 def find(name: str, offline: bool, example: str) -> Path:
-    """Where a model is: a folder or file as it is, or a hub id, fetched if it is not here yet.
+    """The path of a model: a folder or file as given, or that of a hub id, which is fetched if it is not here yet.
 
-    Raises UsageError for a name that is neither, ModelError for what cannot be had.
+    Raises UsageError for a name that is neither, ModelError for a model that cannot be fetched.
     """
     if exists(name):
         return Path(name)
@@ -46,8 +46,8 @@ def find(name: str, offline: bool, example: str) -> Path:
 
 
 def kept(name: str) -> Path | None:
-    """The folder of a hub id, if all its files are on this machine: at the revision in the lock file or, where that
-    has none, at the revision that another program fetched."""
+    """The folder of a hub id, if all its files are on this machine, else None. The revision is the one in the lock file
+    or, without an entry there, the one that another program fetched."""
     locked = revisions().get(name)
     try:
         folder = Path(snapshot_download(name, revision=locked and locked["revision"], local_files_only=True))
@@ -59,10 +59,10 @@ def kept(name: str) -> Path | None:
 
 
 def pull(name: str, update: bool = False) -> Path:
-    """Fetch a hub id, check it and lock it: at the locked revision, or at the newest one with `update` or when the lock
-    does not know it.
+    """Fetch a hub id, check it and lock it. The revision is the locked one, or the newest with `update` or without an
+    entry in the lock file.
 
-    Raises ModelError when it cannot be had, is no model, or is not what the hub or the lock says.
+    Raises ModelError when it cannot be fetched, is not a model, or differs from what the hub or the lock file says.
     """
     locked = None if update else revisions().get(name)
     try:
@@ -101,7 +101,7 @@ def pull(name: str, update: bool = False) -> Path:
 
 
 def verify(name: str) -> list[str]:
-    """Files of a locked hub id that are missing or not what they were. Raises ModelError for one that is not locked."""
+    """Files of a locked hub id that are missing or have changed. Raises ModelError for an id that is not locked."""
     locked = revisions().get(name)
     if locked is None:
         raise ModelError(f"{name}: was not fetched by this toolkit", f"controlnet models pull {name}")
@@ -110,7 +110,7 @@ def verify(name: str) -> list[str]:
 
 
 def needed(files: Iterable[str]) -> list[str]:
-    """Of a repository's files those that loading reads: configs, tokenizer, one set of weights for each part."""
+    """The files of a repository that loading reads: configs, tokenizers, one set of weights per part."""
     files = list(files)
     is_base = "model_index.json" in files
     folders = (*BASE_PARTS, *TOKENIZERS, "scheduler") if is_base else ("",)
@@ -128,7 +128,7 @@ def needed(files: Iterable[str]) -> list[str]:
 
 
 def complete(files: Iterable[str]) -> bool:
-    """Whether these files are a base or a ControlNet: each part's config and weights."""
+    """Whether these files make a whole base or ControlNet: config and weights of every part."""
     files = set(files)
     if "model_index.json" not in files:
         return _has_network(files, "", "controlnet")
@@ -139,7 +139,7 @@ def complete(files: Iterable[str]) -> bool:
 
 
 def _has_network(files: set[str], folder: str, part: str) -> bool:
-    """Whether a part's config and weights are among the files, all shards of them."""
+    """Whether the files hold a part's config and all its weights."""
     inside = [file.removeprefix(folder) for file in files if file.startswith(folder)]
     first = weights_among(inside, STEMS[part])
     if "config.json" not in inside or first is None:

@@ -1,10 +1,10 @@
 """Names of tensors in the two layouts: the original single files (github.com/CompVis/stable-diffusion, `ldm`;
 github.com/lllyasviel/ControlNet, `cldm`) and diffusers' folders.
 
-Each function gives a table from modules of the original to modules of diffusers, for the config of a network in
-diffusers' words. The tables are one to one, so the same table converts in both directions, and every tensor keeps its
-numbers: only names change, and for two kinds of attention the shape (`VAE`: 1x1 convolutions that are linear layers in
-diffusers; OpenCLIP: query, key and value in one tensor).
+Each function returns a table from modules of the original to modules of diffusers, for a network's config in diffusers'
+words. The tables are one to one, so the same table converts in both directions. Only names change, except for two kinds
+of attention, whose shape changes too: the VAE's has 1x1 convolutions where diffusers has linear layers, and OpenCLIP's
+has query, key and value in one tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def unet(config: Mapping) -> Names:
-    """`model.diffusion_model.*` of a base, without that prefix."""
+    """The names of a base's UNet, without the prefix `model.diffusion_model.`"""
     names = _encoder(config) | {"out.0": "conv_norm_out", "out.2": "conv_out"}
     i = 0
     for block, kind in enumerate(config["up_block_types"]):
@@ -45,7 +45,7 @@ def unet(config: Mapping) -> Names:
 
 
 def controlnet(config: Mapping) -> Names:
-    """`control_model.*` of a ControlNet with the released hint encoder, without that prefix."""
+    """The names of a ControlNet with the released hint encoder, without the prefix `control_model.`"""
     names = _encoder(config)
     connections = len(config["down_block_types"]) * (config["layers_per_block"] + 1)
     names |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(connections)}
@@ -56,7 +56,7 @@ def controlnet(config: Mapping) -> Names:
 
 
 def vae(config: Mapping) -> Names:
-    """`first_stage_model.*` of a base, without that prefix."""
+    """The names of a base's VAE, without the prefix `first_stage_model.`"""
     names = {name: name for name in ("quant_conv", "post_quant_conv")}
     count = len(config["block_out_channels"])
     for half, more in (("encoder", 0), ("decoder", 1)):
@@ -77,7 +77,7 @@ def vae(config: Mapping) -> Names:
 
 
 def open_clip(config: Mapping) -> Names:
-    """`cond_stage_model.model.*` of an SD 2 base, without that prefix; query, key and value apart."""
+    """The names of an OpenCLIP text encoder, with query, key and value already split."""
     names = {"token_embedding": "embeddings.token_embedding", "ln_final": "final_layer_norm"}
     for i in range(config["num_hidden_layers"]):
         own, other = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
@@ -87,7 +87,8 @@ def open_clip(config: Mapping) -> Names:
 
 
 def rename(state: State, names: Names) -> State:
-    """The tensors whose module, or a module around it, is in the table, by their other names."""
+    """The tensors under their new names. A tensor is left out if neither its module nor one around it is in the
+    table."""
     renamed = {}
     for name, tensor in state.items():
         module, rest = name, ""
@@ -104,17 +105,17 @@ def reverse(names: Names) -> Names:
 
 
 def linear_attention(state: State) -> State:
-    """A VAE's attention as diffusers has it, its (C, C, 1, 1) weights as (C, C)."""
+    """The state of a VAE with the weights of its attention as linear layers: (C, C, 1, 1) -> (C, C)."""
     return {k: t[:, :, 0, 0] if _is_attention(k) and t.ndim == 4 else t for k, t in state.items()}
 
 
 def convolution_attention(state: State) -> State:
-    """The reverse."""
+    """The reverse of `linear_attention`."""
     return {k: t[:, :, None, None] if _is_attention(k) and t.ndim == 2 else t for k, t in state.items()}
 
 
 def split_attention(state: State) -> State:
-    """OpenCLIP's `attn.in_proj_weight` (3D, D) and `in_proj_bias` as q, k and v; the positional table as a module's."""
+    """Split OpenCLIP's `attn.in_proj_weight` (3D, D) and `in_proj_bias` into query, key and value."""
     split: State = {}
     for name, tensor in state.items():
         stem, _, end = name.rpartition(".in_proj_")
@@ -126,7 +127,7 @@ def split_attention(state: State) -> State:
 
 
 def join_attention(state: State) -> State:
-    """The reverse."""
+    """The reverse of `split_attention`."""
     joined = {}
     for name, tensor in state.items():
         stem, _, end = name.rpartition(".q_proj.")
@@ -138,7 +139,7 @@ def join_attention(state: State) -> State:
 
 
 def _encoder(config: Mapping) -> Names:
-    """What UNet and ControlNet share: time embedding, encoding blocks and middle block."""
+    """The names of the part that UNet and ControlNet share: embeddings, encoding blocks and middle block."""
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",

@@ -19,9 +19,9 @@ from controlnet.preprocessors.jsons import name_of, read_object
 from torch import Tensor
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "controlnet": "control_model."}
-"""Before the names of a part; the text encoder's differs from family to family."""
+"""The prefix of each part's names. The text encoders' prefixes are in their families."""
 NAMES = {"unet": names.unet, "vae": names.vae, "controlnet": names.controlnet}
-"""config -> table of names, for each part."""
+"""Part -> function from a config to a table of names."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class SingleFile:
 
     path: Path
     said: str | None = None
-    """What it predicts, as somebody said."""
+    """What the model predicts, if the caller said so."""
     _headers: dict[str, Header] = field(init=False, repr=False)
     _metadata: dict[str, str] = field(init=False, repr=False)
 
@@ -70,7 +70,7 @@ class SingleFile:
 
     @property
     def _net_prefix(self) -> str | None:
-        """Before the names of a ControlNet in the original layout; None for one in diffusers' names."""
+        """The prefix of a ControlNet's names in the original layout; None if it has diffusers' names."""
         for prefix in ("control_model.", ""):
             if f"{prefix}input_hint_block.0.weight" in self._headers:
                 return prefix
@@ -83,7 +83,8 @@ class SingleFile:
 
     @property
     def _written(self) -> dict[str, Any]:
-        """The configs, where `models convert` wrote the file. Raises ModelError where they are none."""
+        """The configs in the metadata, if `models convert` wrote the file. Raises ModelError if they are not
+        configs."""
         written = read_object(self._metadata.get(CONFIGS, "{}"), f"{self.path}: its metadata {CONFIGS}", ModelError)
         for part, config in written.items():
             if not isinstance(config, dict):
@@ -92,7 +93,7 @@ class SingleFile:
 
     @property
     def family(self) -> Family:
-        """Known by its headers. Raises ModelError for one that is not supported."""
+        """The family, recognised by the headers. Raises ModelError for one that is not supported."""
         own = tuple(self._prefix(part) for part in ("unet", "controlnet") if part in self.parts)
         inside = {name: header for name, header in self._headers.items() if name.startswith(own)}
         widths = [h.shape[1] for n, h in inside.items() if n.endswith("attn2.to_k.weight") and len(h.shape) == 2]
@@ -131,7 +132,7 @@ class SingleFile:
         return unet | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": self._hint_widths()}
 
     def _hint_widths(self) -> list[int]:
-        """Of the released encoder: its first convolution's outputs, then those of every second one but the last."""
+        """Widths of the released hint encoder: the outputs of every second convolution, without the last."""
         prefix = self._net_prefix
         hint = "controlnet_cond_embedding." if prefix is None else f"{prefix}input_hint_block."
         outputs: dict[int, int] = {}  # by the convolution's place
@@ -194,8 +195,8 @@ class SingleFile:
 
 
 def write_single(stored: Stored, out: Path) -> None:
-    """A model as one file, with the configs in its metadata. Raises ModelError for what the layout has no place for,
-    OutputError when it cannot be written; then nothing is left of it."""
+    """Write a model as one file, with the configs in its metadata. Raises ModelError for a model that the layout has no
+    place for, OutputError when it cannot be written; nothing of it is left then."""
     if out.suffix != ".safetensors":
         raise UsageError(f"{out}: the original layout is written as one .safetensors file", f"{out.stem}.safetensors")
     tensors: dict[str, Tensor] = {}
@@ -248,8 +249,9 @@ def _check_base(stored: Stored, configs: dict[str, Any]) -> None:
 
 
 def from_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """A text encoder with OpenCLIP's names, by diffusers'. What diffusers does not keep is left out: a last layer that
-    is not read, the projection of a model without one. Some files have the projection as a linear layer already."""
+    """A text encoder's state, from OpenCLIP's names to diffusers'. Left out is what diffusers does not have: a last
+    layer that the family never reads, and the projection if the config has none. The projection is a linear layer in
+    some files, the transposed matrix in others."""
     found = {"embeddings.position_embedding.weight": state.pop("positional_embedding")}
     if _projects(config):
         projection = state.get("text_projection.weight")
@@ -258,7 +260,7 @@ def from_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 
 
 def to_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """The reverse."""
+    """The reverse of `from_open_clip`."""
     found = {"positional_embedding": state["embeddings.position_embedding.weight"]}
     if _projects(config):
         found["text_projection"] = state["text_projection.weight"].T.contiguous()

@@ -1,4 +1,4 @@
-"""A model on disk, whatever its layout: answers in diffusers' words. Headers are read first, tensors when asked for."""
+"""A model on disk, in any layout, described in diffusers' words. Headers are read first, tensors only when needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ STEMS = {
     "controlnet": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
     "text_encoder": "model", "text_encoder_2": "model",
 }  # fmt: skip
-"""Parts, and the name of their weights in a folder."""
+"""Part -> file name of its weights in a folder, without ending."""
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The networks that a base may have."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONFIGS = "controlnet_toolkit.configs"
-"""The key of a single file's metadata where `models convert` writes the configs, which the layout does not have."""
+"""The key in a single file's metadata under which `models convert` writes the configs; the layout has no place for
+them."""
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-"""How files call what a base predicts, and what diffusers calls it."""
+"""What a base predicts: words found in files -> diffusers' words."""
 
 
 class Stored(Protocol):
@@ -32,41 +33,43 @@ class Stored(Protocol):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Which of controlnet, unet, vae, text_encoder, text_encoder_2 are there."""
+        """The parts it has: controlnet, unet, vae, text_encoder, text_encoder_2."""
 
     def config(self, part: str) -> dict[str, Any]:
-        """Raises ModelError where the part is not there, or of no known family."""
+        """The config of a part. Raises ModelError for a part that it does not have, and for an unknown family."""
 
     def headers(self, part: str) -> dict[str, Header]:
-        """By the names of the file."""
+        """The headers of a part's tensors, under the names in the file."""
 
     def state(self, part: str) -> dict[str, Tensor]:
-        """By diffusers' names, of the text encoder without the prefix `text_model.`"""
+        """The tensors of a part, under diffusers' names; a text encoder's without the prefix `text_model.`"""
 
     def prediction(self) -> str | None:
-        """epsilon or v_prediction, as far as the files say."""
+        """epsilon or v_prediction; None if the files do not say."""
 
     def scheduler(self) -> dict[str, Any]:
-        """The scheduler's config. Raises ModelError where nobody can know it."""
+        """The scheduler's config. Raises ModelError if the files do not say what the model predicts."""
 
     def predicting(self, prediction: str) -> Stored:
-        """The same model, which predicts what somebody says: epsilon or v_prediction."""
+        """The same model, said to predict epsilon or v_prediction."""
 
     def tokenizer(self, name: str, spare: Path) -> Path:
-        """The folder of a tokenizer (`tokenizer`, `tokenizer_2`): its own, or CLIP's, written into `spare`."""
+        """The folder of a tokenizer (`tokenizer`, `tokenizer_2`): the model's own, else CLIP's, written into
+        `spare`."""
 
     def index(self) -> dict[str, Any]:
-        """model_index.json, without the scheduler."""
+        """The content of model_index.json, without the scheduler."""
 
 
 def text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that transformers dropped in 5.6, and the ids 0..76, which are no weights."""
+    """A text encoder's tensors without the prefix that transformers dropped in 5.6, and without the position ids, which
+    are not weights."""
     bare = {k.removeprefix("text_model."): t for k, t in state.items()}
     return {k: t for k, t in bare.items() if not k.endswith("position_ids")}
 
 
 def public_text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse: with the prefix of the public files, which every version of transformers reads."""
+    """The reverse of `text_state`: with the prefix of the public files, which every version of transformers reads."""
     return {k if k.startswith("text_projection") else f"text_model.{k}": t for k, t in state.items()}
 
 

@@ -43,8 +43,8 @@ def read_json(path: Path, what: str) -> dict:
 
 
 def weights_among(names: Iterable[str], stem: str) -> str | None:
-    """Of the names in a folder the file that holds the weights `stem`, or the index of its shards: safetensors before
-    pickles, whole precision before the fp16 variant."""
+    """Of the file names in a folder, the one with the weights `stem`, or with the index of their shards. Safetensors
+    come before pickles, full precision before the fp16 variant. None if there is none."""
     pickled = "pytorch_model" if stem == "model" else stem
     order = (
         f"{stem}.safetensors.index.json",
@@ -60,7 +60,7 @@ def weights_among(names: Iterable[str], stem: str) -> str | None:
 
 
 def shards_of(names: Iterable[str], index: str) -> list[str]:
-    """The names in a folder that look like shards of an index file; none for a file that is no index."""
+    """The file names in a folder that look like shards of an index; empty if `index` is not an index file."""
     stem, ending, *rest = index.removesuffix(".json").split(".")
     shard = re.compile(rf"{re.escape(stem)}(\.fp16)?-\d+-of-\d+(\.fp16)?\.{ending}")
     found = {name: match for name in names if (match := shard.fullmatch(name))}
@@ -68,8 +68,8 @@ def shards_of(names: Iterable[str], index: str) -> list[str]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The files that hold the weights `stem` of a folder: one, or the shards of an index. Raises ModelError when there
-    are none."""
+    """The files in a folder that hold the weights `stem`: one file, or the shards of an index. Raises ModelError when
+    there are none."""
     first = weights_among((p.name for p in folder.glob("*")), stem)
     if first is None:
         raise ModelError(f"{folder}: no {stem}.safetensors", f"ls {folder}")
@@ -110,20 +110,20 @@ def read_tensors(path: Path, wanted: Iterable[str] | None = None) -> dict[str, T
 
 
 def is_float8(tensor: Tensor) -> bool:
-    """Whether a tensor is of one of the 8-bit types that files have and nothing is computed in."""
+    """Whether a tensor has one of the 8-bit types, which are for storage: nothing is computed in them."""
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
 def align(network: nn.Module) -> None:
-    """Copy the tensors of a network that do not begin at a multiple of ALIGNMENT. A tensor mapped from a file lies
-    where the header ends, and the numbers that come out of a network must depend on its tensors alone."""
+    """Copy the tensors of a network that do not begin at a multiple of ALIGNMENT. Where a tensor mapped from a file
+    begins depends on the length of the file's header, but a network's results must depend on its tensors alone."""
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, whole or not there. Raises OutputError."""
+    """Write a safetensors file, whole or not at all. Raises OutputError."""
     try:
         with beside(path) as temporary:
             temporary.touch()
@@ -137,7 +137,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 class _Inert:
-    """Stands for the one class that old .ckpt files of bases name; it is never made, and does nothing."""
+    """Stands for the one class that old .ckpt files of bases refer to. It is never instantiated and does nothing."""
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_refusal(path: Path, error: Exception) -> bool:
-    """Whether a pickle asks for something else than tensors. A file that is cut off, or no pickle, does not."""
+    """Whether a pickle holds more than tensors, as opposed to a file that is cut off or not a pickle."""
     if zipfile.is_zipfile(path):
         return "GLOBAL" in str(error) or "Unsupported operand" in str(error)
     try:

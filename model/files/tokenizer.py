@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, which comes with this package, for models in a single file; and a folder's own."""
+"""Tokenizers: a folder's own, and CLIP's, which ships with this package for models in a single file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MERGES = Path(__file__).parent / "shipped" / "clip" / "merges.txt"
 
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """Raises ModelError for one that cannot be loaded or knows no length."""
+    """Load a folder's tokenizer. Raises ModelError if it cannot be loaded or has no maximum length."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises a dozen types for a broken file
@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """CLIP's tokenizer as a folder, padded with `pad_token`, which differs from family to family."""
+    """Write CLIP's tokenizer as a folder. `pad_token` differs from family to family."""
     merges = MERGES.read_text()
     end = "<|endoftext|>"
     config = {
@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
 
 
 def clip_vocabulary(merges: str) -> dict[str, int]:
-    """Token -> id: 256 bytes, 256 that end a word, one a merge, two specials; 49,408, in CLIP's own order."""
+    """Token -> id, 49,408 tokens in CLIP's order: 256 bytes, 256 bytes that end a word, one per merge, two specials."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     pairs = [line.replace(" ", "") for line in merges.splitlines() if line and not line.startswith("#version")]

@@ -21,11 +21,11 @@ from torch import Tensor
 def to_canvas(
     condition: np.ndarray, kind: str, size: tuple[int, int], people: Sequence[np.ndarray] | None = None
 ) -> np.ndarray:
-    """A condition (H, W, 3) uint8 at another size (width, height), (H', W', 3) uint8.
+    """Bring a condition (H, W, 3) uint8 to a size (width, height).
 
     Line maps shrink by the maximum of each cell, so that no line is lost or turns grey, and grow by nearest neighbour.
     A pose whose `people` are known (preprocessors.skeleton) is drawn anew. Other maps shrink by area and grow linearly.
-    A different aspect ratio is stretched.
+    A map of another aspect is stretched.
     """
     if people is not None:
         return draw(people, size)

@@ -26,16 +26,16 @@ from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
 BATCH = 4
-"""Images sampled together; more would need more memory, and no image depends on it."""
+"""How many images are sampled together. It bounds the memory; no image depends on it."""
 
 
 Texts = tuple[str, str | None]
-"""What the first text encoder reads, and the second; None: the same."""
+"""The text of the first text encoder and of the second; None: the same text."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one image is made from."""
+    """All that is particular to one image."""
 
     prompt: str
     seed: int
@@ -43,7 +43,7 @@ class Request:
     """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
     negative: str = ""
     prompt2: str | None = None
-    """What a second text encoder reads; None: the same."""
+    """The prompt of a second text encoder; None: the same."""
     negative2: str | None = None
 
     @property
@@ -57,15 +57,16 @@ class Request:
 
 @dataclass
 class Encoded:
-    """Prompts and features of the last images: what the next ones share with them is not computed again."""
+    """Prompts and features of the last images, so that those that the next images share are not computed again."""
 
     prompts: dict[tuple[Texts, int], Prompt] = field(default_factory=dict)
-    """By the texts, and the layers that are skipped."""
+    """The key is the texts and the number of layers skipped."""
     features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
-    """(network, condition) by identity -> the condition, so that its identity stays its own, and its feature."""
+    """The key is the `id` of network and condition; the condition is kept with its feature, so that the `id` stays its
+    own."""
 
     def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int) -> None:
-        """Keep the prompts of these texts, and no others."""
+        """Encode the texts that are new, and forget the prompts of all others."""
         kept = {}
         for first, second in texts:
             key = (first, second), clip_skip
@@ -74,11 +75,11 @@ class Encoded:
         self.prompts = kept
 
     def prompt(self, texts: Sequence[Texts], clip_skip: int, ids: Tensor | None) -> Prompt:
-        """A row for each text, on a canvas with these ids (1, 6), where the family has them."""
+        """The prompt with one row per text; `ids` (1, 6) are the canvas's, None in families without them."""
         return Prompt.cat([self.prompts[text, clip_skip] for text in texts]).with_ids(ids)
 
     def prepare(self, base: Base, nets: Sequence[Net], requests: Sequence[Request]) -> None:
-        """Keep the features of these requests' conditions, and no others."""
+        """Compute the features of conditions that are new, and forget those of all others."""
         kept = {}
         for request in requests:
             for net, condition in zip(nets, request.conditions, strict=True):
@@ -88,7 +89,7 @@ class Encoded:
         self.features = kept
 
     def feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Tensor:
-        """(B, C, h, w), or (1, C, h, w) when all images share one condition."""
+        """The features (B, C, h, w) of B conditions, or (1, C, h, w) when all images share one."""
         features = [self.features[id(net), id(condition)][1] for condition in conditions]
         return features[0] if all(one is features[0] for one in features) else torch.cat(features)
 
@@ -109,10 +110,10 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
 
-    `size` is (width, height), default the base's native one; `guidance`, `scheduler` and the halves that control acts
-    on default to the base's own; `clip_skip` layers at the end of the text encoders are left out. on_step is told how
-    many images are made, parts of them included. Raises ModelError when the latents stop being finite.
-    """
+    `size` is (width, height) in pixels. `size`, `guidance`, `scheduler` and the halves of the guidance that control
+    acts on default to the base's own. `clip_skip` is the number of layers left out at the end of the text encoders.
+    `on_step` is called with the number of images made, fractions included. Raises ModelError when the latents are not
+    finite."""
     guidance = base.guidance if guidance is None else guidance
     width, height = size or (base.native_size, base.native_size)
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
@@ -172,20 +173,20 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 DETECTED = 512
-"""Pixels of a map's shorter side, as `detect` makes them."""
+"""Pixels of the shorter side of a map that is detected for a canvas."""
 
 
 def detection_size(canvas: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the map that is detected for a canvas: of its aspect, in multiples of 8."""
+    """Size (width, height) of the map to detect for a canvas: the same aspect, in multiples of 8."""
     ratio = DETECTED / min(canvas)
     width, height = (round(side * ratio / 8) * 8 for side in canvas)
     return width, height
 
 
 def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
-    """Raises UsageError for a canvas (width, height) that this machine's free memory is too small for. The estimate
-    counts the numbers that are alive at once: of the decoder 14 per channel and pixel (measured, benchmarks/LOG.md: 512
-    to 768 pixels), of the UNet 40 per channel and latent cell in each half of the guidance."""
+    """Raises UsageError for a canvas (width, height) that does not fit into the free memory. The estimate counts the
+    numbers alive at once: 14 per channel and pixel in the decoder (measured at 512 to 768 pixels, benchmarks/LOG.md),
+    and 40 per channel and latent cell in the UNet, for each half of the guidance."""
     width, height = size
     config = base.vae.config
     channels = (config.get("block_out_channels") or config.decoder_block_out_channels)[0]
@@ -202,15 +203,15 @@ def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had."""
+    """Bytes that can still be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:
-    """(width, height): of the sizes that the base was trained on the one that is nearest to the condition's aspect;
-    where it was trained on one size, the condition's aspect with the shorter side native, in multiples of 8."""
+    """The default canvas (width, height) for a condition: the one of the base's trained sizes with the nearest aspect.
+    If it was trained on one size: the condition's aspect, with the shorter side native, in multiples of 8."""
     native, step = base.native_size, base.factor
     if base.sizes:
         width, height = condition_size or base.sizes[0]

@@ -1,7 +1,7 @@
-"""Sampling: from a start to a latent under control, one loop for every scheduler of diffusers.
+"""Sampling: from a start to latents, under control. One loop for every scheduler of diffusers.
 
-Letters: B images, C channels of the latent, h w latent. The noise schedule and its update belong to the scheduler;
-guidance and control are here.
+The scheduler owns the noise schedule and the update; guidance and control are here. Letters: B images, C channels of
+the latent, h w latent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 @dataclass
 class ActiveNet:
-    """A network at work: its feature of the condition, (1, C, h, w) for all images or (B, C, h, w), and how it acts."""
+    """A ControlNet at work: the feature of its condition, (B, C, h, w) or (1, C, h, w) for all images, and its
+    strength."""
 
     net: Net
     feature: Tensor
@@ -31,7 +32,7 @@ class ActiveNet:
 
 
 def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
-    """How often the network is evaluated in so many steps: windows and schedules count these."""
+    """How often the UNet is evaluated in so many steps. Windows and schedules count evaluations."""
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
 
@@ -49,11 +50,10 @@ def sample(
     on_step: Callable[[int, int], None] = lambda done, of: None,
     halves_apart: bool = False,
 ) -> Tensor:
-    """Latents (B, C, h, w) of a start, in its type.
+    """Latents (B, C, h, w), in the type of the start.
 
-    The prompt has B rows, the negative one B or one. on_step is told the evaluations done and their number; the rest is
-    as `Evaluation` says.
-    """
+    `prompt` has B rows, `negative` B or one. `on_step` is called with the number of evaluations done and of all. For
+    the other arguments see `Evaluation`."""
     scheduler.set_timesteps(steps, device=unet.device)
     times = scheduler.timesteps
     options = {"generator": start.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -69,11 +69,11 @@ def sample(
 
 
 class Evaluation:
-    """What the base predicts of z_t in evaluation i, under guidance and control: all that is the same for every step
-    of a schedule is computed here once.
+    """The base's prediction for z_t in evaluation i, under guidance and control. What is the same for every step of a
+    schedule is computed once, when it is made.
 
     With guidance 1, or without a negative prompt, the unconditional half is not computed. `halves_apart` computes one
-    half after the other: less memory, and what they share twice.
+    half after the other: less memory, but what they share is computed twice.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Evaluation:
         return predict(self.unet, z, self.times[i : i + 1], prompt, self._control(z, i, prompt, controls))
 
     def _control(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[ActiveNet]) -> Control | None:
-        """The sum of the controls that act in evaluation i for the rows of a prompt; None when none does. A network
-        whose scale is 0 is not run. One that acts on the conditional half sees that half alone, and gives nothing to
-        the other."""
+        """The sum of the controls that act in evaluation i, for the rows of a prompt; None if none acts. A ControlNet
+        whose scale is 0 is not run. One that acts on the conditional half alone reads only that half, and its control
+        is zero in the other."""
         total: Control | None = None
         for one in controls:
             scale = one.strength.at(i, self.count)

@@ -47,7 +47,7 @@ class ConditionFlag:
 
 
 def parse_condition(text: str) -> ConditionFlag:
-    """Known keys are split off from the right, so commas and equal signs in paths survive.
+    """Read one --cond. Known keys are split off from the right, so a path may hold commas and equal signs.
 
     Raises UsageError for a key given twice, text where a number is due, an empty value or path, and what looks like a
     mistyped key after an existing file.
@@ -86,12 +86,12 @@ def parse_weighting(flag: str, value: str) -> str | tuple[float, ...]:
 
 
 def weighting_text(weighting: str | tuple[float, ...]) -> str:
-    """As `parse_weighting` reads it."""
+    """A weighting as text that `parse_weighting` reads."""
     return weighting if isinstance(weighting, str) else "/".join(f"{w:g}" for w in weighting)
 
 
 def scale_text(scale: float | tuple[tuple[float, float], ...]) -> str:
-    """As `scale=` is written."""
+    """A scale as text that `parse_scale` reads."""
     return "/".join(f"{v:g}@{a:g}" for v, a in scale) if isinstance(scale, tuple) else f"{scale:g}"
 
 
@@ -109,7 +109,7 @@ def parse_scale(flag: str, value: str) -> float | tuple[tuple[float, float], ...
 
 
 def check_window(flag: ConditionFlag, strength: Strength, evaluations: int) -> None:
-    """Raises UsageError when its window, or a schedule in it, leaves no evaluation to act in."""
+    """Raises UsageError when the window, or the schedule in it, holds none of the evaluations."""
     if strength.acts_in(evaluations):
         return
     raise UsageError(

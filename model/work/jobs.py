@@ -1,10 +1,9 @@
-"""What `generate` is asked for: a job, and how its fields are read. Loads no model.
+"""A job: what `generate` is asked for, and how its fields are read. Loads no model.
 
-A field of `Job` is a flag of the command and a key of a file of jobs; its docstring is the help. Unless it says
-otherwise it is also an entry of an image's record, which `replay` reads, and only jobs that agree in it are sampled
-together. Not recorded are what an image does not depend on (out, num) and what its conditions' entries say (cond, mode,
-weighting). To add one: a field here, and its use in `studio.py`, which hands it on to `sampling/generate.py`.
-"""
+Each field of `Job` is a flag of the command and a key in a file of jobs; its docstring is the flag's help. By default
+it is also an entry of an image's record, which `replay` reads, and only jobs with the same value are sampled together.
+Not recorded are fields that no image depends on (out, num) and those that the conditions' entries repeat (cond, mode,
+weighting). To add one: a field here, and its use in `studio.py`, which hands it on to `sampling/generate.py`."""
 
 from __future__ import annotations
 
@@ -35,18 +34,18 @@ Read = Callable[[str, Any], Any]
 
 @dataclass(frozen=True)
 class Option:
-    """How a field of `Job` is read, and what else it is good for."""
+    """How a field of `Job` is read, and where else it appears."""
 
     read: Read
     type: type = str
-    """Of its flag."""
+    """The type of its flag."""
     flags: tuple[str, ...] = ()
     """Other names of the flag, beside --NAME."""
     metavar: str | None = None
     flag_default: Any = ...
-    """Of the flag, where the command finds out the field's own default."""
+    """The flag's default, if the command determines the field's own."""
     recorded: bool = True
-    """Whether it stands in an image's record, settled (`Job.settled`), where `replay` reads it."""
+    """Whether its settled value (`Job.settled`) is in an image's record, where `replay` reads it."""
     shared: bool = True
     """Whether images that are sampled together must agree in it."""
 
@@ -185,7 +184,8 @@ class Job:
         return flag.weighting or self.weighting or MODES[self.mode or "balanced"].weighting
 
     def settled(self, base: Any, size: tuple[int, int]) -> Job:
-        """With what it leaves to the base and its conditions said: guidance, canvas, halves of the guidance."""
+        """The job with the defaults that depend on base and conditions filled in: guidance, canvas, halves of the
+        guidance."""
         return replace(
             self,
             size=size,
@@ -194,20 +194,21 @@ class Job:
         )
 
     def record(self) -> dict[str, Any]:
-        """What an image's record says of its job."""
+        """The job's entries in an image's record."""
         return {name: getattr(self, name) for name, option in OPTIONS.items() if option.recorded}
 
     def shared(self) -> str:
-        """What images that are sampled together agree in."""
+        """The values that images sampled together must share, as one text."""
         return json.dumps([getattr(self, name) for name, option in OPTIONS.items() if option.shared])
 
     def seeded(self) -> Job:
-        """With a random seed where it has none."""
+        """The job with a random seed if it has none."""
         return self if self.seed is not None else replace(self, seed=random.randrange(2**31))
 
     @property
     def stem(self) -> str:
-        """Of its images' names: the first condition's, without its kind, so that no image is taken for a map later."""
+        """The stem of its images' file names: the first condition's without its kind, so that no image is later taken
+        for a map."""
         return stem_of(self.cond[0].path) if self.cond else "image"
 
 
@@ -220,12 +221,12 @@ def stem_of(path: str) -> str:
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(Job)}
 KEYS = tuple(OPTIONS)
-"""What a job in a file may say: the flags of `generate`, with _ or - between words."""
+"""The keys of a job in a file: the flags of `generate`, with _ or - between words."""
 
 
 def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
-    """A job of what is given under the names of KEYS, as text or JSON values, on top of `defaults`. Raises UsageError
-    for unknown names, naming the nearest, and for values of the wrong type."""
+    """A job from values under the names of KEYS, as text or JSON values, on top of `defaults`. Raises UsageError for
+    unknown names, naming the nearest, and for values of the wrong type."""
     values = dict(defaults)
     folder = defaults.get("out")
     for name, value in given.items():
@@ -244,8 +245,8 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
 
 
 def check_names(job: Job) -> None:
-    """Raises UsageError or InputError for models, kinds, schedulers and files that cannot be: in a moment, before a
-    library is loaded that takes seconds."""
+    """Raises UsageError or InputError for models, kinds, schedulers and files that do not exist. Takes a moment,
+    because it loads no large library."""
     from controlnet.model.registry import BASES, check_base_name, check_net_name, net_for
     from controlnet.model.sampling.schedulers import check_scheduler_name
     from controlnet.preprocessors.detectors.registry import find_detector

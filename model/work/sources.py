@@ -1,4 +1,4 @@
-"""Where the models of a job come from: the tables, folders, files, hub ids; and what of them is not here."""
+"""Where the models of a job come from (tables, folders, files, hub ids), and which of them are missing here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from controlnet.preprocessors.files import exists
 
 
 class Sources:
-    """Answers once for equal questions."""
+    """Finds the models of jobs. Equal questions are answered once."""
 
     def __init__(self, offline: bool):
         self.offline = offline

@@ -105,9 +105,9 @@ def fail(name: str, error: ControlNetError) -> None:
 class Studio:
     """Loads every base and ControlNet once, reads conditions, and makes images.
 
-    device and dtype are names, or None for the best there is; `offline` never asks the network; `strict` makes an error
-    of a condition that looks wrong; `low_memory` has a network on the device only while it works. `say` is told what
-    happens, line by line.
+    `device` and `dtype` are names, or None for the best available. With `offline` the network is never used; with
+    `strict` a condition that looks wrong is an error; with `low_memory` each network is on the device only while it
+    works. `say` is called with each line of talk.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class Studio:
         failed: Callable[[str, ControlNetError], None] = fail,
         on_step: Callable[[float], None] = lambda images: None,
     ) -> Iterator[Image]:
-        """One image after another. What fails is reported and the rest goes on; on_step is told how many images are
-        made, parts of them included."""
+        """Yield one image after another. `failed` is called for each job that fails, and the rest goes on. `on_step` is
+        called with the number of images made, fractions included."""
         made = 0
         together = 1 if self.low_memory else BATCH
         for _, alike in groupby(self._prepare(wanted, failed), lambda one: one.shared):
@@ -155,7 +155,8 @@ class Studio:
                 made += len(group)
 
     def images(self, job: Job) -> Iterator[Image]:
-        """The images of one job, in the order of their seeds. Raises ControlNetError for what is wrong with it."""
+        """Yield the images of one job, in the order of their seeds. Raises ControlNetError for what is wrong with
+        it."""
         check_names(job)
         seeded = job.seeded()
         first = seeded.seed or 0
@@ -243,7 +244,8 @@ class Studio:
         return entry | {"detect": {key: condition.record[key] for key in MAKING}} | found
 
     def base_for(self, job: Job) -> tuple[Base, Encoded]:
-        """The base of a job, once it is known that all its models are here, or may be fetched, and fit together."""
+        """The base of a job. Checks first that all its models are here or may be fetched, and that they fit
+        together."""
         if self.offline:
             self.sources.check_here(job, self.kind)
         for flag in job.cond:
@@ -251,8 +253,7 @@ class Studio:
         return self.base(job.base)
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
-        """The canvas of a job (width, height), and its conditions as they were read, or detected at the canvas's
-        aspect."""
+        """The canvas of a job (width, height), and its conditions: as read, or detected at the canvas's aspect."""
         base, _ = self.base_for(job)
         size = job.size
         if size is None:
@@ -267,7 +268,7 @@ class Studio:
         return image, text, sha256(data)
 
     def _kind(self, flag: ConditionFlag) -> str:
-        """The kind of a condition: of one that is to be detected as the flag says, else as `_kind_of`."""
+        """The kind of a condition: what the flag says if it is to be detected, else as in `_kind_of`."""
         if flag.detect is not None:
             return flag.kind or flag.detect
         return _kind_of(flag, self.picture(flag.path)[1])
@@ -290,7 +291,7 @@ class Studio:
         return row.ready(row.load_options()(), offline=self.offline)
 
     def _condition(self, flag: ConditionFlag, canvas: tuple[int, int] | None = None) -> Condition:
-        """A condition as its file has it; stage one, for a canvas (width, height), where `detect` asks for it."""
+        """A condition from its file, or detected for a canvas (width, height) if the flag says `detect`."""
         image, text, digest = self.picture(flag.path)
         if flag.detect is None:
             return recorded(image, self.kind(flag), flag.path, load(text))
@@ -300,7 +301,7 @@ class Studio:
         return recorded(made.map, self.kind(flag), flag.path, made.record)
 
     def _placed(self, flag: ConditionFlag, condition: Condition, size: tuple[int, int]) -> np.ndarray:
-        """The condition's map on the canvas; what looks wrong with it is said, or an error when strict."""
+        """The condition's map on the canvas. What looks wrong with it is a warning, or an error when strict."""
         for doubt in doubts(condition.rgb, condition.kind, size):
             if self.strict:
                 raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
@@ -318,7 +319,7 @@ class Studio:
         return mask, {"region": path, "region_sha256": digest}
 
     def _say_canvas(self, one: Wanted, size: tuple[int, int]) -> None:
-        """Once for a job that stands alone, with its seeds; once for each size of many jobs."""
+        """Say the canvas: for a single job with its seeds, for many jobs once per size."""
         said = f"canvas {size[0]}x{size[1]}"
         if not one.name and one.job.seed is not None:
             last = one.job.seed + one.job.num - 1
@@ -342,7 +343,7 @@ class Studio:
 
 
 def _check_encoders(base: Base, job: Job) -> None:
-    """Raises UsageError for what the base's text encoders do not have."""
+    """Raises UsageError for options that the base's text encoders do not support."""
     for flag in ("prompt2", "negative2"):
         if getattr(job, flag) is not None and len(base.encoders) == 1:
             raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")
@@ -356,8 +357,8 @@ def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:
 
 
 def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
-    """As given, or told by the map's text or name; or by the training run that made its net. With another net of one's
-    own it may be any."""
+    """The kind of a map: given, or from its PNG text or name, or from the training run that made its ControlNet. With
+    any other ControlNet of the user's own it is "own"."""
     run = RunFolder(Path(flag.net)) if flag.net else None
     settings = object_or_empty(run.record.read_bytes()).get("settings") if run and run.holds_run else None
     trained = settings.get("kind") if isinstance(settings, dict) else None
@@ -370,7 +371,7 @@ def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
 
 
 def parameters(record: dict[str, Any]) -> str:
-    """The record in a line that other tools read."""
+    """The record as the `parameters` line that other tools read."""
     size = "x".join(map(str, record["size"]))
     lines = [record["prompt"], f"Negative prompt: {record['negative']}" if record["negative"] else ""]
     settings = f"Steps: {record['steps']}, Sampler: {record['scheduler']}, CFG scale: {record['guidance']:g}, "

@@ -1,6 +1,6 @@
-"""The families of bases, a file each, and how they are recognised: by headers or by a config, never by a name.
+"""The families of bases, one file each. They are recognised by headers or by a config, never by a name.
 
-To add one: a file here with a `Family`, and its place in FAMILIES.
+To add one: a file here with a `Family`, and its entry in FAMILIES.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ SUPPORTED = tuple(family for family in FAMILIES if family.supported)
 
 
 def family_of(width: Any, added: bool) -> Family | None:
-    """By the width of the text features, and whether there is an added embedding."""
+    """The family with text features of this width, with or without an added embedding; None if there is none."""
     return next((family for family in FAMILIES if (family.width, family.added) == (width, added)), None)
 
 
 def family_for(config: Mapping[str, Any]) -> Family:
-    """Of a UNet's config, supported or not; for one of no known family a family with one text encoder, as `tiny` is."""
+    """The family of a UNet's config, supported or not. An unknown one, such as `tiny`, gets a family with one text
+    encoder."""
     width = config.get("cross_attention_dim")
     return family_of(width, bool(config.get("addition_embed_type"))) or Family(family_name(config), 0)
 
 
 def family_name(config: Mapping[str, Any]) -> str:
-    """Of a UNet's or ControlNet's config: SD 1.x, SD 2.x, SDXL, or its width where it is another."""
+    """The name of the family of a UNet's or ControlNet's config: SD 1.x, SD 2.x, SDXL, or the width of another."""
     width = config.get("cross_attention_dim")
     family = family_of(width, bool(config.get("addition_embed_type")))
     return family.name if family else f"another family (text features of width {width})"

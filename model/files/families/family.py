@@ -1,4 +1,4 @@
-"""What is said of a family of bases, in diffusers' config words, and what all of them share.
+"""The description of a family of bases, in diffusers' config words, and what all families share.
 
 Figures from the configs of the bases' repositories and the papers' own (github.com/CompVis/stable-diffusion
 v1-inference.yaml, github.com/Stability-AI/stablediffusion v2-inference-v.yaml).
@@ -65,44 +65,44 @@ class Encoder:
     part: str = "text_encoder"
     """Its folder in diffusers' layout."""
     tokenizer: str = "tokenizer"
-    """Its tokenizer's."""
+    """The folder of its tokenizer."""
     config: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
-    """Before its names in a single file."""
+    """The prefix of its names in a single file."""
     open_clip: bool = False
-    """Whether it has OpenCLIP's names there."""
+    """Whether it has OpenCLIP's names in a single file."""
     pad_token: str = "<|endoftext|>"
     skipped: int = 0
-    """Layers at its end that the family does not read (text.TextEncoder)."""
+    """How many layers at its end the family leaves out (see text.TextEncoder)."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family, known by the width of its text features and by whether it has an added embedding."""
+    """A family, recognised by the width of its text features and by whether it has an added embedding."""
 
     name: str
     width: int
-    """Of the text features: cross_attention_dim."""
+    """Width of the text features: cross_attention_dim."""
     added: bool = False
     """Whether pooled text, size and crop are added to the time embedding."""
     supported: bool = True
     unet: Mapping[str, Any] = field(default_factory=dict)
     encoders: tuple[Encoder, ...] = (Encoder(),)
     predictions: tuple[str, ...] = ("epsilon",)
-    """What its bases predict; a single file must say which, where there are several."""
+    """What its bases may predict. If there are several, a single file must say which."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """Canvases (width, height) that its bases were trained on; none: any whose shorter side is the native size."""
+    """The canvases (width, height) its bases were trained on. Empty if they were trained on one size."""
     vae: Mapping[str, Any] = field(default_factory=lambda: VAE)
     scheduler: Callable[[str], dict[str, Any]] = scheduler_config
-    """What it predicts -> the config of its scheduler."""
+    """Function from what a base predicts to the config of its scheduler."""
     sample_sizes: Mapping[str, int] = field(default_factory=dict)
-    """What it predicts -> its native size in latent cells, where that is another than `unet` says."""
+    """What a base predicts -> its native size in latent cells, if it differs from `unet`'s."""
     pipeline: Mapping[str, Any] = field(default_factory=lambda: PIPELINE)
-    """What its model_index.json says beside its parts."""
+    """The entries of its model_index.json beside its parts."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The networks of a base, as diffusers' folders are called."""
+        """The networks of a base, under the names of diffusers' folders."""
         return ("unet", "vae", *(encoder.part for encoder in self.encoders))
 
     def encoder(self, part: str) -> Encoder:
@@ -110,7 +110,7 @@ class Family:
 
     @property
     def index(self) -> dict[str, Any]:
-        """model_index.json, without the scheduler."""
+        """The content of model_index.json, without the scheduler."""
         parts = {"vae": ("diffusers", "AutoencoderKL"), "unet": ("diffusers", "UNet2DConditionModel")}
         for encoder in self.encoders:
             parts[encoder.part] = ("transformers", encoder.config["architectures"][0])
