@@ -45,7 +45,7 @@ def check(
     if previews:
         try:
             write_file(sheet, png_bytes(contact_sheet(previews, 4, 256)))
-        except OutputError as error:  # data of someone else's: the words are what counts
+        except OutputError as error:  # the folder may be someone else's; the report is what counts
             if out is not None:
                 raise
             warn(f"no contact sheet: {error}; -o FILE names another place")

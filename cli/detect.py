@@ -61,7 +61,7 @@ Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folde
 
 
 FEW = 4
-"""Photos for which no bar is shown."""
+"""No bar is shown for fewer photos than this."""
 
 
 class KindGroup(TyperGroup):
@@ -133,7 +133,7 @@ app.command("all", help=ALL_HELP)(lambda: None)
 
 def _command(default: Detector):
     """The command of a kind: the common flags, then a flag for each field of its options."""
-    # The options of all its detectors; where two have one of a name, the default detector's.
+    # The options of all its detectors; if two have an option of the same name, the default detector's.
     all_options = {
         field.name: (field, row.load_options())
         for row in reversed(DETECTORS[default.kind].values())
@@ -199,12 +199,13 @@ COMMON = [
 
 
 def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, **given) -> None:
-    """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    from controlnet.model.work.maps import Detection, expand, is_points  # OpenCV, when it is used
+    """Make every chosen kind of map from every input. If one of several kinds fails, it is reported and the rest go
+    on."""
+    from controlnet.model.work.maps import Detection, expand, is_points  # here: it imports OpenCV
     from controlnet.preprocessors.geometry import RESIZES, parse_size
     from controlnet.preprocessors.images import read_bytes
 
-    flags = SimpleNamespace(**given)  # those of COMMON
+    flags = SimpleNamespace(**given)  # the flags in COMMON
     wanted = parse_size(flags.size)
     if flags.resize not in RESIZES:
         raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
@@ -221,7 +222,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
         return piped if source == "-" else read_bytes(source)
 
     if several and len(sources) == 1:
-        read(sources[0])  # not there: told once, not for every kind
+        read(sources[0])  # if it is missing: reported once, not for every kind
     failed, shown = 0, {}
     for detector, options in chosen:
         try:
@@ -250,7 +251,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
 
 
 def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) -> None:
-    """Raises UsageError where what goes to standard output cannot all go there, or several kinds to one file."""
+    """Raises UsageError if too much would go to standard output, or several kinds to one file."""
     to_stdout = out == "-" or (out is None and piped)
     if several and to_stdout:
         raise UsageError("several kinds of map do not go to standard output", "-o maps/")
@@ -261,8 +262,8 @@ def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) ->
 
 
 def _run(job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool, quiet: bool):
-    """Make a map of every source and tell of it; how many failed, and the first photos and their maps, small. One bad
-    photo of several is reported and the rest goes on; a single bad one raises."""
+    """Make a map of every source and report it; returns how many failed, and the first photos and their maps, small.
+    One bad photo of several is reported and the rest go on; a single bad one raises."""
     from controlnet.model.work.maps import points_of, run, targets_of
 
     targets = targets_of(sources, out, job.detector.kind)

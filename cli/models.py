@@ -1,4 +1,4 @@
-"""`controlnet models`: which models there are, fetched before they are needed, checked, and the default base."""
+"""`controlnet models`: list, fetch, check, show and convert models, and choose the default base."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def list_(as_json: Json = False) -> None:
 
 
 def rows() -> list[dict[str, Any]]:
-    """name, what, family, kind, source, licence and whether it is here, of all that the tables know."""
+    """A row for everything in the tables: name, what, family, kind, licence, source, and whether it is here."""
 
     # Weights -> the kinds that are detected with them.
     kinds: dict[str, list[str]] = {name: [] for name in WEIGHTS}
@@ -134,7 +134,7 @@ def _pulled(name: str, update: bool, quiet: bool) -> Path:
 
 
 def _model(name: str) -> str:
-    """The folder or hub id of a name of the tables, or a hub id as it is."""
+    """The folder or hub id for a name in the tables; a hub id is returned unchanged."""
     from controlnet.model.files import hub
 
     known = BASES.get(name) or NETS.get(name)
@@ -168,13 +168,14 @@ def verify(names: Names = None, as_json: Json = False) -> None:
 
 
 def _is_checked(name: str, locked: dict) -> bool:
-    """Not what another program has put into the hub's cache: nobody knows what it was."""
+    """Whether a model can be checked. What another program has put into the hub's cache cannot: its hashes are not
+    known."""
 
     return name in WEIGHTS or Path(_model(name)).is_dir() or _model(name) in locked
 
 
 def _verify_model(source: str) -> list[str]:
-    """Damaged files of a hub id; of a folder of this package, the parts that cannot be read."""
+    """The damaged files of a hub id; for a folder of this package, the errors of its damaged parts."""
     from controlnet.model.files import hub
     from controlnet.model.files.layouts import open_model
     from controlnet.model.files.tensors import check_finite

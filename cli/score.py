@@ -1,4 +1,4 @@
-"""`controlnet score IMAGE --cond MAP`: how well an image keeps to its condition, found on the image again."""
+"""`controlnet score IMAGE --cond MAP`: how well an image keeps to its condition, detected again on the image."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def score(
             raise UsageError("--overlay shows one image", "controlnet score IMAGE --overlay overlay.png")
         check_png("--overlay", overlay)
         keeps(overlay, overwrite, skip_existing=False)
-    from controlnet.model.work.score import Scorer  # torch and OpenCV
+    from controlnet.model.work.score import Scorer  # imports torch and OpenCV
 
     scorer = Scorer(offline)
     if jobs is not None:
@@ -72,10 +72,10 @@ def score(
 
 
 def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool) -> None:
-    """A line each, then the mean of every score with its 95 % bootstrap interval."""
+    """Score all lines of a file, then print the mean of every score with its 95 % bootstrap interval."""
     from controlnet.model.work.score import interval
 
-    # A bad line is told, and the rest goes on.
+    # A bad line is reported, and the rest go on.
     lines = read_jobs_file(path)
     values: dict[tuple[str, str], list[float]] = {}
     failed = 0

@@ -1,4 +1,4 @@
-"""The best of a job's images: those on which its conditions are found again best."""
+"""The best of a job's images: those that keep to its conditions best."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from controlnet.model.work.studio import Image, Studio
 from controlnet.preprocessors.errors import ControlNetError
 
 Failed = Callable[[str, ControlNetError], None]
-"""Told the name of a job and why it failed."""
+"""Called with the name of a job and why it failed."""
 
 
 def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wanted]:
-    """The wanted images whose conditions an image can be held against; the others' jobs fail before they are made."""
+    """The wanted images whose conditions can be scored; the jobs of the others fail before any image is made."""
     bad: set[int] = set()
     for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
         try:
@@ -31,8 +31,8 @@ def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wante
 def best(
     images: Iterator[Image], count: int, studio: Studio, offline: bool, failed: Failed, say: Callable[[str], None]
 ) -> Iterator[Image]:
-    """Of each job's images the `count` that keep best to their conditions, in the order of their seeds, with `score` in
-    their records: the mean over the conditions of the score that tells most of each."""
+    """The `count` images of each job that keep best to their conditions, in the order of their seeds. Their records get
+    a `score`: the mean of the conditions' main scores (`Scored.main`)."""
     scorer = Scorer(offline)
 
     def scored(image: Image) -> Image:

@@ -1,4 +1,4 @@
-"""Contact sheets to look at: what was detected, what was made of which conditions, and where control failed."""
+"""Contact sheets to look at: what was detected, what was made from which conditions, and where control failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Cell = tuple[np.ndarray, str]
 
 
 def write_maps(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
-    """Of what was detected, kind -> photo's name -> (photo, map): every photo, and its maps beside it."""
+    """A sheet of photos, each with its maps beside it. `shown` is kind -> photo's name -> (photo, map)."""
     cells: list[Cell] = []
     for source in dict.fromkeys(source for kind in shown.values() for source in kind):
         own = {kind: pictures[source] for kind, pictures in shown.items() if source in pictures}

@@ -36,7 +36,7 @@ class World:
     captions: list[str]
 
     def only(self, rows: np.ndarray) -> World:
-        """Some of its scenes."""
+        """The world with only the scenes `rows`."""
         arrays = (self.images[rows], self.depth[rows], self.parts[rows], self.joints[rows])
         return World(*arrays, [self.captions[row] for row in rows])
 
@@ -89,7 +89,7 @@ def _field(path: Path, key: str) -> np.ndarray:
 
 
 def _mapped(paths: list[Path], key: str, scenes: int) -> np.ndarray:
-    """A field of all shards as one array mapped from a file beside them, written first where it is not there: 30,000
+    """A field of all shards as one array mapped from a file beside them, written first if it is not there: 30,000
     scenes at 256 pixels are 12 GB, more than the memory of many machines."""
     joined = paths[0].with_suffix(f".{scenes}-{key}.npy")
     if not joined.exists():
@@ -104,7 +104,7 @@ def _mapped(paths: list[Path], key: str, scenes: int) -> np.ndarray:
 
 
 def world_photos(folder: Path, scenes: int, size: int, report=print) -> Path:
-    """The first `scenes` of the world as a folder of pictures with captions, `folder`, drawn where it is not there."""
+    """The first `scenes` of the world as a folder of pictures with captions, drawn if `folder` does not hold it."""
     folder = Path(folder)
     if (folder / "metadata.jsonl").is_file():
         return folder
