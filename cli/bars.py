@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def count_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Gives on_item(done)."""
+    """A bar over `total` items; yields on_item(done)."""
     if quiet or not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -23,7 +23,7 @@ def count_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
 
 @contextmanager
 def bytes_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Gives on_bytes(done, of); nothing shows before the first call."""
+    """A bar over bytes; yields on_bytes(done, of) and shows nothing before its first call."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, of: None
         return
@@ -44,7 +44,7 @@ def bytes_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def images_bar(total: int, quiet: bool) -> Iterator[Callable[[float], None]]:
-    """A bar over images with the time left; gives on_step(images), parts of them included."""
+    """A bar over images with the time left; yields on_step(images), where a fraction is part of an image."""
     if quiet or not sys.stderr.isatty():
         yield lambda images: None
         return

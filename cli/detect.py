@@ -61,7 +61,7 @@ Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folde
 
 
 FEW = 4
-"""Photos for which no bar is shown."""
+"""No bar is shown for fewer photos than this."""
 
 
 class KindGroup(TyperGroup):
@@ -133,7 +133,7 @@ app.command("all", help=ALL_HELP)(lambda: None)
 
 def _command(default: Detector):
     """The command of a kind: the common flags, then a flag for each field of its options."""
-    # The options of all its detectors; where two have one of a name, the default detector's.
+    # The options of all its detectors; if two have an option of the same name, the default detector's.
     all_options = {
         field.name: (field, row.load_options())
         for row in reversed(DETECTORS[default.kind].values())
@@ -220,7 +220,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
         return piped if source == "-" else images.read_bytes(source)
 
     if several and len(sources) == 1:
-        read(sources[0])  # not there: told once, not for every kind
+        read(sources[0])  # if it is missing: reported once, not for every kind
     failed, shown = 0, {}
     for detector, options in chosen:
         try:
@@ -249,7 +249,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
 
 
 def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) -> None:
-    """Raises UsageError where what goes to standard output cannot all go there, or several kinds to one file."""
+    """Raises UsageError if too much would go to standard output, or several kinds to one file."""
     to_stdout = out == "-" or (out is None and piped)
     if several and to_stdout:
         raise UsageError("several kinds of map do not go to standard output", "-o maps/")

@@ -1,4 +1,4 @@
-"""`controlnet models show|convert`: what a model file is; one layout made of the other."""
+"""`controlnet models show|convert`: describe model files; convert one layout to the other."""
 
 from __future__ import annotations
 

@@ -74,11 +74,11 @@ PARAMETERS = [
 
 
 LATER = {"--init": "a picture as a start", "--mask": "inpainting", "--lora": "LoRA", "--embedding": "textual inversion"}
-"""Flags that people try, of what is not supported yet."""
+"""Flags that people try, and what they are for; not supported yet."""
 
 
 class Command(TyperCommand):
-    """Says of a flag that is not there yet what it would be, instead of one that is spelt alike."""
+    """For a flag in LATER, says what is not supported yet, instead of suggesting a flag that is spelt alike."""
 
     def parse_args(self, ctx, args):
         for word in args:
@@ -88,7 +88,8 @@ class Command(TyperCommand):
 
 
 class _Failures:
-    """What failed, told as it fails; a job that stands alone, which has no name, ends the command instead."""
+    """Reports each job that fails, and remembers its name. A job that stands alone has no name; it ends the command
+    instead."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -102,7 +103,7 @@ class _Failures:
             say(f"hint: {error.hint}")
 
     def end(self, jobs: list) -> None:
-        """Exit as some of several jobs, or all, have failed."""
+        """Exit with code PARTIAL if any job has failed."""
         if not self.names:
             return
         count = len(self.names)
@@ -165,7 +166,7 @@ generate.command_class = Command  # type: ignore[attr-defined]
 
 
 def _from_file(flag: str, text: str) -> str:
-    """A prompt as given, or of the file that @FILE names."""
+    """A prompt as given, or the text of the file that @FILE names."""
     if not text.startswith("@"):
         return text
     if not is_file(text[1:]):
@@ -174,7 +175,7 @@ def _from_file(flag: str, text: str) -> str:
 
 
 def _row(image: Image, studio: Studio) -> list:
-    """A row of the preview: the conditions of an image, and the image, each with a word on it."""
+    """A row of the preview: the conditions of an image, then the image, each with a short text."""
     _, conditions = studio.conditions(image.wanted.job)
     told = f"seed {image.wanted.seed}: {image.wanted.job.prompt}"
     return [*((condition.rgb, condition.kind) for condition in conditions), (image.pixels, told)]
@@ -191,7 +192,8 @@ def _check_keep_best(count: int, jobs: list[Job], skip_existing: bool) -> None:
 
 
 def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures) -> list[tuple[str, Job]]:
-    """(name, Job) of all that is asked for; the name is empty for a job that stands alone, whose errors end it all."""
+    """(name, Job) for all jobs that are asked for; the name is empty for a job that stands alone, whose errors end the
+    command."""
     if path is None:
         job = make_job({}, defaults)
         check_names(job)

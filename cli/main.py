@@ -1,4 +1,4 @@
-"""The command `controlnet`: its commands, and the one place where user mistakes are caught."""
+"""The command `controlnet`: its subcommands, and the one place where user mistakes are caught."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ COMMANDS = {
     "dataset": ("dataset:app", "Check training data, or build it from photos."),
     "models": ("models:app", "List, fetch, check, show and convert models and detectors' weights."),
 }  # fmt: skip
-"""Name -> where it is, `module:attribute` of this package, and its help. A command's module is imported when it is
-called, and then no other."""
+"""Name -> (`module:attribute` in this package, help). Only the module of the command that is called is imported."""
 
 
 class Commands(TyperGroup):
@@ -83,12 +82,12 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; the exit codes are `controlnet.preprocessors.errors.Exit`."""
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)  # bytes of a file's name that are no text come out as they are
+            stream.reconfigure(errors=errors)  # bytes in a file's name that are not text come out unchanged
     try:
         try:
             app(args)
         finally:
-            sys.stdout.flush()  # here, where its errors can be told, not when the interpreter ends
+            sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends
     except SystemExit as stop:
         if stop.code == Exit.INTERRUPTED and args is None and threading.active_count() > 1:
             os._exit(
@@ -103,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         _leave(Exit.PIPE)
     except OSError as error:
-        # What the system refuses (a name too long, a folder that may not be read, a full disk) is no bug of ours.
+        # What the system refuses (a name too long, a folder that may not be read, a full disk) is not a bug of ours.
         if error.filename is None and error.errno not in _FULL:
             raise
         name = error.filename if isinstance(error.filename, str) else "standard output"
@@ -122,7 +121,7 @@ def _tell(text: str, hint: str) -> None:
 
 
 def _leave(code: Exit) -> None:
-    """Exit without another try to write what standard output refused."""
+    """Exit without trying again to write what standard output refused."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""`controlnet models`: which models there are, fetched before they are needed, checked, and the default base."""
+"""`controlnet models`: list, fetch, check, show and convert models, and choose the default base."""
 
 from __future__ import annotations
 

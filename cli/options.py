@@ -1,4 +1,4 @@
-"""The flags that several commands share; commands whose flags come from a dataclass; talk and data."""
+"""Flags that several commands share, commands whose flags come from a dataclass, and printing of talk and data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def field_docs(options: type) -> dict[str, str]:
 
 
 def flags_of_job(*names: str) -> list[inspect.Parameter]:
-    """A flag for each field of `Job`, or for those that are named."""
+    """A flag for each field of `Job`, or only for those in `names`."""
     return [
         _flag_of(field.name, field.default, field.metadata["option"])
         for field in fields(Job)
@@ -70,7 +70,7 @@ def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty
 
 
 def typed(function: Callable, parameters: list[inspect.Parameter]) -> Callable:
-    """The function with these parameters in place of its **keywords: what Typer makes a command of."""
+    """The function with these parameters in place of its **keywords, so that Typer can make a command of it."""
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function

@@ -1,4 +1,4 @@
-"""`controlnet replay IMAGE`: an image is made again from its PNG text; how far off that is, and what differs."""
+"""`controlnet replay IMAGE`: make an image again from its PNG text; say how far off it is, and what differs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def replay(
     before = read_recorded(image)
     job = job_of(before, cond)
 
-    # What is to be made: the recorded job, or a changed one, which needs a place and is compared with nothing.
+    # What is to be made: the recorded job, or a changed one, which needs -o and is not compared.
     given: dict[str, Any] = {"size": size, "seed": seed, "steps": steps}
     changed = {name: OPTIONS[name].read(name, value) for name, value in given.items() if value is not None}
     if changed and out is None:

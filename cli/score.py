@@ -1,4 +1,4 @@
-"""`controlnet score IMAGE --cond MAP`: how well an image keeps to its condition, found on the image again."""
+"""`controlnet score IMAGE --cond MAP`: how well an image keeps to its condition, detected again on the image."""
 
 from __future__ import annotations
 

@@ -124,8 +124,8 @@ def train(
 
 @contextmanager
 def _stoppable(folder: Path):
-    """SIGTERM before the first step ends the command as Ctrl-C does; from then on the loop saves first. So does the end
-    of the command that started this process."""
+    """Before the first step SIGTERM ends the command as Ctrl-C does; after it the loop saves first. The same happens
+    when the command that started this process is gone."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -175,7 +175,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
 
 
 def _warn_of(found: Any) -> None:
-    """What is odd about training data."""
+    """Warn of what is odd about training data."""
     kinds = (("missing", found.missing), ("without a partner", found.extra), ("skipped", found.skipped))
     for what, names in kinds:
         if names:
@@ -269,7 +269,7 @@ def status(
 
 @contextmanager
 def _warned(name: str):
-    """What cannot be drawn into a run of someone else's is a warning: the words are what counts."""
+    """A picture that cannot be drawn into someone else's run is only a warning: the report is what counts."""
     try:
         yield
     except OutputError as error:

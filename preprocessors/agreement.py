@@ -1,4 +1,4 @@
-"""How well what is found on an image agrees with the condition that it was made from: lines, depth, poses."""
+"""How well what is detected on an image agrees with the condition it was made from: lines, depth, poses."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ SIGMAS = {
     "nose": 0.026, "eye": 0.025, "ear": 0.035, "shoulder": 0.079, "elbow": 0.072, "wrist": 0.062, "hip": 0.107,
     "knee": 0.087, "ankle": 0.089, "neck": 0.079,
 }  # fmt: skip
-"""COCO's tolerance of each joint (cocoeval, github.com/cocodataset/cocoapi); the neck, which COCO has not, as a
-shoulder."""
+"""COCO's tolerance for each joint (cocoeval, github.com/cocodataset/cocoapi). COCO has no neck; it gets a
+shoulder's."""
 
 
 def edge_f1(found: np.ndarray, true: np.ndarray, tolerance: int = 0) -> float:
@@ -29,7 +29,7 @@ def edge_f1(found: np.ndarray, true: np.ndarray, tolerance: int = 0) -> float:
 
 
 def ssim(found: np.ndarray, true: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of two maps (H, W) uint8, as scikit-image has it."""
+    """Structural similarity (Wang et al. 2004) of two maps (H, W) uint8, as scikit-image computes it."""
     from skimage.metrics import structural_similarity
 
     side = min(7, *found.shape)
@@ -37,7 +37,7 @@ def ssim(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, of all pixels; 0 where one is flat."""
+    """Spearman's rank correlation over all pixels; 0 if either map is flat."""
     from scipy.stats import spearmanr
 
     if not np.ptp(a) or not np.ptp(b):
@@ -46,8 +46,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def aligned(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """scale * found + shift that is nearest to `true` in the least squares (Ranftl et al. 2020, arXiv 1907.01341): a
-    depth map fixes neither. A falling scale is not allowed: near is near."""
+    """scale * found + shift, fitted to `true` by least squares (Ranftl et al. 2020, arXiv 1907.01341), since a depth
+    map fixes neither number. The scale is never negative: near stays near."""
     x, y = found.astype(np.float64).ravel(), true.astype(np.float64).ravel()
     spread = ((x - x.mean()) ** 2).mean()
     scale = max(0.0, float(((x - x.mean()) * (y - y.mean())).mean() / spread)) if spread else 0.0
@@ -55,14 +55,14 @@ def aligned(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def depth_rmse(found: np.ndarray, true: np.ndarray) -> float:
-    """Root of the mean square between two depth maps (H, W) uint8 after alignment, in levels of 0 to 255."""
+    """Root mean square difference of two depth maps (H, W) uint8 after alignment, in levels of 0 to 255."""
     return float(np.sqrt(np.mean((aligned(found, true) - true) ** 2)))
 
 
 def pck(found: np.ndarray, true: np.ndarray, share: float = 0.1) -> float:
-    """The share of the visible joints of `true` (18, 3) that `found` (18, 2 or more), in the same unit, has within
-    `share` of the longer side of their bounding box (PCK, Yang and Ramanan 2013). A joint that `found` says it does not
-    know is not there."""
+    """The share of the visible joints of `true` (18, 3) that `found` places within `share` of the longer side of their
+    bounding box (PCK, Yang and Ramanan 2013). `found` is (18, 2 or more), in the same unit; a joint with confidence 0
+    in it counts as missed."""
     seen = true[:, 2] > 0
     longer = np.ptp(true[seen, :2], axis=0).max()
     near = np.linalg.norm(found[seen, :2] - true[seen, :2], axis=1) <= share * longer
@@ -70,8 +70,8 @@ def pck(found: np.ndarray, true: np.ndarray, share: float = 0.1) -> float:
 
 
 def oks(found: np.ndarray, true: np.ndarray, area: float | None = None) -> float:
-    """Object keypoint similarity (COCO) of two people (18, 3) in pixels, of the joints that `true` knows. `area` is the
-    person's in pixels; without it half of the joints' bounding box, about what a person covers of it."""
+    """Object keypoint similarity (COCO) of two people (18, 3) in pixels, over the joints known in `true`. `area` is the
+    person's in pixels; by default half of the joints' bounding box, about what a person covers of it."""
     seen = true[:, 2] > 0
     if area is None:
         area = float(np.prod(np.ptp(true[seen, :2], axis=0).clip(1))) / 2

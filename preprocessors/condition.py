@@ -1,4 +1,4 @@
-"""The condition: a map of some kind, and what is known of its making. A file holds one, `stage_one` makes one."""
+"""A condition: a map of some kind, and what is known of how it was made. A file holds one, `stage_one` makes one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Condition:
     """(H, W) or (H, W, 3), uint8; raw depth is uint16."""
     kind: str
     name: str = "condition"
-    """Of its file or photo, for messages."""
+    """The name of its file or photo, for messages."""
     record: dict[str, Any] = field(default_factory=dict)
     """What its PNG text says: how it was made (stage_one.MAKING), and what was found (`keypoints`)."""
     people: list[np.ndarray] | None = None
-    """Of a pose: (18, 3) for each person (preprocessors.skeleton); None where they are not known."""
+    """For a pose, (18, 3) per person (preprocessors.skeleton); None if they are not known."""
 
     @cached_property
     def rgb(self) -> np.ndarray:
@@ -55,9 +55,9 @@ def read_condition(
     size: tuple[int, int] | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Condition:
-    """The condition of a file: a map, of the kind that is given, or that its text or name tells; or, with a `size`
-    (width, height) to draw them at, OpenPose's key points as JSON. Raises InputError for a file that is neither,
-    UsageError where nobody knows the kind."""
+    """The condition in a file: a map, of the given kind or of the one in its text or name; or, if a `size` (width,
+    height) to draw at is given, OpenPose's key points as JSON. Raises InputError for a file that is neither, UsageError
+    if the kind is unknown."""
     if size is not None and is_keypoints(path):
         map_, record = draw_json(read_bytes(path), path, size, "stretch")
         return recorded(map_, "pose", path, record)
@@ -66,11 +66,11 @@ def read_condition(
 
 
 def recorded(map_: np.ndarray, kind: str, name: str, record: dict[str, Any]) -> Condition:
-    """The condition of a map whose PNG text says `record`. Raises InputError for key points that are damaged."""
+    """The condition of a map with the `record` from its PNG text. Raises InputError for key points that are damaged."""
     people = from_text(record, name) if kind_named(kind).form == PEOPLE else None
     return Condition(map_, kind, name, record, people)
 
 
 def is_keypoints(path: str) -> bool:
-    """Whether a file is key points to be drawn, by its name."""
+    """Whether a file holds key points to be drawn, judged by its name."""
     return path.lower().endswith(".json")

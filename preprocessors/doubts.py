@@ -1,7 +1,7 @@
 """Conditions that are probably wrong, noticed before a network wastes its time on them.
 
-Nothing here is certain: a doubt is a warning with its cure, and an error only where one asks for it (--strict). How
-often each one is right stands in benchmarks/LOG.md (`python benchmarks/doubts.py`).
+Nothing here is certain: a doubt is a warning with a cure, and an error only on request (--strict). How often each one
+is right is in benchmarks/LOG.md (`python benchmarks/doubts.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from controlnet.preprocessors.kinds import HARD_LINES, PEOPLE, kind_named
 from controlnet.preprocessors.skeleton import COLOURS, LIMBS
 
 FLAT = 8
-"""A map whose levels differ by less says nothing."""
+"""A map whose levels differ by less is empty."""
 STRETCH = 0.05
-"""Aspects may differ by so much (natural logarithm of their ratio)."""
+"""How much aspects may differ (natural logarithm of their ratio)."""
 GREY_SHARE = 0.35
 """Share of a line map's lit pixels that may be grey: resizing makes some."""
 FAR_FROM_CANVAS = (0.5, 16)
-"""A map's shorter side over the canvas's: below, lines become blocks; above, they run together."""
+"""The range allowed for a map's shorter side over the canvas's: below it lines become blocks, above it they run
+together."""
 
 
 _DETECT_POSE = "controlnet detect pose PHOTO"
@@ -27,7 +28,7 @@ _DETECT_POSE = "controlnet detect pose PHOTO"
 
 @dataclass(frozen=True)
 class Doubt:
-    """`what` names the fault (the same for every map), `text` says it, `cure` what to do."""
+    """`what` names the fault in the same words for every map, `text` describes it, `cure` says what to do."""
 
     what: str
     text: str
@@ -67,7 +68,7 @@ def doubts(condition: np.ndarray, kind: str, size: tuple[int, int] | None = None
             )
         )
 
-    # Its size beside the canvas's.
+    # Its size, compared with the canvas's.
     if size is not None and not FAR_FROM_CANVAS[0] <= min(width, height) / min(size) <= FAR_FROM_CANVAS[1]:
         found.append(
             Doubt(
@@ -110,7 +111,8 @@ def red_and_blue_exchanged(condition: np.ndarray) -> bool:
 
 
 def _off_joints(condition: np.ndarray) -> tuple[float, int]:
-    """How far limbs lie from the middle of their joints, on the mean in parts of the picture; and how many limbs."""
+    """The mean distance of limbs from the middle of their two joints, as a fraction of the picture; and how many
+    limbs."""
     joints = [_place_of(condition, colour) for colour in COLOURS]
     off = []
     for (a, b), colour in zip(LIMBS, COLOURS, strict=False):
@@ -121,6 +123,6 @@ def _off_joints(condition: np.ndarray) -> tuple[float, int]:
 
 
 def _place_of(condition: np.ndarray, colour: tuple[float, ...]) -> np.ndarray | None:
-    """Mean row and column of the pixels of a colour, as parts of the picture; None where there are none."""
+    """Mean row and column of the pixels of a colour, as fractions of the picture; None if there are none."""
     near = (np.abs(condition.astype(np.int16) - np.rint(colour).astype(np.int16)) <= 20).all(2)
     return np.argwhere(near).mean(0) / condition.shape[:2] if near.any() else None

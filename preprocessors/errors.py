@@ -1,7 +1,7 @@
-"""What a user did wrong, as one exception family, and the exit codes of the command line.
+"""User mistakes as one exception family, and the exit codes of the command line.
 
-An error says what, which value and what was expected; its hint says what to do next. Bugs are not of this family and
-keep their traceback.
+The message says what is wrong, which value, and what was expected; the hint says what to do next. Bugs are not in this
+family and keep their traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Exit(IntEnum):
 
     OK = 0
     BUG = 1
-    """An unexpected error of ours, with a traceback."""
+    """An unexpected error in this program, with a traceback."""
     USAGE = 2
     """Wrong flags or values."""
     INPUT = 3
@@ -28,16 +28,16 @@ class Exit(IntEnum):
     TRAINING = 7
     """Training stopped: the loss exploded, or memory ran out; the last checkpoint is kept."""
     NOTHING = 8
-    """Nobody and nothing of the kind was found in a photo; no map was made."""
+    """A detector found nothing in a photo, such as nobody for a pose; no map was made."""
     DIFFERENT = 9
-    """An image made again is not the one that it was made from."""
+    """An image made again differs from the original."""
     INTERRUPTED = 130
     PIPE = 141
-    """The program that read our standard output has ended; as the shell has it for one that a signal ended."""
+    """The program that reads our standard output has ended; the shell's exit code for SIGPIPE."""
 
 
 class ControlNetError(Exception):
-    """Base of the family: a message, a hint (a command where there is one) and an exit code."""
+    """Base of the family: a message, a hint (a command where possible) and an exit code."""
 
     code = Exit.USAGE
 

@@ -1,4 +1,4 @@
-"""Text files read, whatever wrote them; and files written whole or not at all: under a temporary name in the same
+"""Reads text files, whatever wrote them, and writes files whole or not at all: under a temporary name in the same
 folder, then renamed.
 
 A process that is killed leaves its temporary file behind. The next one that writes into that folder, on the same
@@ -31,14 +31,15 @@ _swept: set[Path] = set()
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or a folder. It becomes `path` when the block ends well, replacing
-    what is there, and is removed when it does not. The folder of `path` is made where it is missing. Raises OSError."""
+    what is there, and is removed otherwise. The folder of `path` is made if it is missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
     temporary = path.parent / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            # A folder cannot be renamed over another one. The old one is no temporary file until the new one is there.
+            # A folder cannot be renamed over another one: the old one moves aside first, to a name that `_sweep`
+            # ignores.
             old = temporary.with_suffix(".old")
             path.rename(old)
             temporary.rename(path)
@@ -66,8 +67,8 @@ def not_written(path: Path, error: OSError) -> OutputError:
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether a path is a file that this user may see. Path's own method raises where a name is longer than the system
-    allows, or a folder above may not be entered."""
+    """Whether a path is a file that this user may see. Path's own method raises if the name is too long for the system
+    or a folder above may not be entered."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -75,7 +76,7 @@ def is_file(path: Path | str) -> bool:
 
 
 def is_dir(path: Path | str) -> bool:
-    """The same of a folder."""
+    """The same for a folder."""
     try:
         return Path(path).is_dir()
     except OSError:
@@ -97,7 +98,7 @@ def read_text(path: Path) -> str:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """The text of a file in UTF-8. Raises InputError with the command that makes it UTF-8."""
+    """The text of a file in UTF-8. Raises InputError with the command that converts it to UTF-8."""
     marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
     coding = next((coding for mark, coding in marks.items() if data.startswith(mark)), "latin1")
     try:

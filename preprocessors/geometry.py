@@ -32,9 +32,9 @@ def parse_size(text: str) -> tuple[int, int]:
 def fit(image: np.ndarray, size: tuple[int, int], resize: str = "crop") -> np.ndarray:
     """Bring (H, W, 3) uint8 to `size` (width, height).
 
-    crop: fill the size and cut what hangs over, centred. pad: show all, black beside it. stretch: ignore the aspect.
-    keep: the photo's own size, centre-cropped to multiples of 8 (`size` does not count). Shrinks by area, grows by
-    Lanczos. Raises UsageError for another word, and for a photo under 8 pixels with keep.
+    crop: fill the size and cut off what hangs over, centred. pad: show all of it, with black bars. stretch: ignore the
+    aspect. keep: the photo's own size, centre-cropped to multiples of 8 (`size` is ignored). Shrinks by area averaging,
+    enlarges by Lanczos. Raises UsageError for any other `resize`.
     """
     height, width = image.shape[:2]
     if resize == "keep":
@@ -74,8 +74,8 @@ def _scale(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def window(photo: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[float, float, float, float, tuple]:
-    """What `fit` shows of a photo (width, height): left, top, width and height in fractions of the photo, which may lie
-    outside it, and the size (width, height) that comes out. Raises as `fit` does."""
+    """The part of a photo (width, height) that `fit` shows: left, top, width and height as fractions of the photo,
+    possibly reaching outside it; and the resulting size (width, height). Raises as `fit` does."""
     if resize == "keep":
         size = (photo[0] // STEP * STEP, photo[1] // STEP * STEP)
     elif resize not in RESIZES:

@@ -1,4 +1,4 @@
-"""Reading photos and writing pictures: inside, an image is (H, W, 3) uint8 RGB; outside, whatever people have.
+"""Reading photos and writing pictures: in memory an image is (H, W, 3) uint8 RGB, whatever the file was.
 
 EXIF orientation is applied; grey, palette, 16-bit and CMYK are converted, transparency is laid over white.
 """
@@ -19,10 +19,10 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 RUN_LENGTHS = 3
 """zlib's strategy Z_RLE."""
 MAX_PIXELS = 250_000_000
-"""Pictures beyond this are refused from their header."""
+"""Larger pictures are refused by their header, before they are decoded."""
 MIN_SIDE = 8
 _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
-"""Formats that Pillow knows by name and needs another program for, or that hold no picture."""
+"""Formats that Pillow lists but reads only with another program, or that hold no picture."""
 _OTHERS = (
     ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw", ".exr", ".svg",
     ".eps", ".pdf",
@@ -34,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is de
 
 @cache
 def suffixes() -> frozenset[str]:
-    """The endings of pictures that can be read here, in small letters; what a folder is searched for."""
+    """The file endings, in lower case, of pictures that can be read here; a folder is searched for these."""
     try:
         import pillow_heif
     except ImportError:
@@ -76,9 +76,10 @@ def read_bytes(source: str) -> bytes:
 
 
 def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarray, dict[str, str]]:
-    """Decode a picture to (H, W, 3) uint8 RGB, and give the text it carries (PNG text chunks).
+    """Decode a picture to (H, W, 3) uint8 RGB, and return the text it carries (PNG text chunks).
 
-    Raises InputError for what is no picture, is cut off, larger than MAX_PIXELS or smaller than MIN_SIDE.
+    Raises InputError for data that is not a picture or is cut off, and for a picture with more than MAX_PIXELS pixels
+    or a side under MIN_SIDE.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -94,7 +95,7 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
             warn(f"{name}: has {frames} frames, only the first is used")
         text = {k: v for k, v in getattr(image, "text", {}).items() if isinstance(v, str)}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # broken EXIF and palettes: the picture decides
+            warnings.simplefilter("ignore")  # on broken EXIF or palettes: only the pixels matter
             return _to_rgb(ImageOps.exif_transpose(image)), text
     except InputError:
         raise
@@ -127,8 +128,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray, text: dict[str, str] | None = None, two_levels: bool = False) -> bytes:
-    """A PNG of (H, W) or (H, W, 3) uint8 with text chunks. Runs of equal bytes are all that there is to compress in a
-    picture of `two_levels`: twice as quick, and smaller."""
+    """A PNG of (H, W) or (H, W, 3) uint8 with text chunks. With `two_levels`, for black and white pictures, only runs
+    of equal bytes are compressed: twice as fast, and smaller."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)

@@ -1,5 +1,5 @@
-"""JSON that others wrote: the one place where it is read. What is not JSON, nested without end, or of another shape
-than expected, is the user's error like any other."""
+"""The one place where JSON that others wrote is read. JSON that is invalid, nested too deeply or of an unexpected shape
+is a user error like any other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from controlnet.preprocessors.errors import ControlNetError, InputError, reason
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for what is none, not UTF-8, or nested too deeply to be read."""
+    """The value of a JSON text. Raises ValueError for text that is not JSON, not UTF-8, or nested too deeply to be
+    read."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -20,7 +21,7 @@ def parse(text: str | bytes) -> Any:
 def read_object(
     text: str | bytes, where: str, error: type[ControlNetError] = InputError, hint: str = ""
 ) -> dict[str, Any]:
-    """A JSON object. `where` names the file, and the line where there are several. Raises `error`."""
+    """A JSON object. `where` names the file, and the line if it has several. Raises `error` for anything else."""
     try:
         value = parse(text)
     except ValueError as broken:
@@ -40,7 +41,7 @@ def object_or_empty(text: str | bytes) -> dict[str, Any]:
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """JSON that can be written as UTF-8: with letters as they are, unless bytes that are no text are among them."""
+    """JSON that can be written as UTF-8: letters stay as they are, unless the strings hold bytes that are not text."""
     text = json.dumps(value, ensure_ascii=False, **options)
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Key points as OpenPose's JSON files have them: pixels, 18 joints a person."""
+"""Key points as in OpenPose's JSON files: in pixels, 18 joints per person."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from controlnet.preprocessors.images import MAX_PIXELS
 from controlnet.preprocessors.skeleton import cut_people, draw, from_text, to_text
 
 BODY_25 = [*range(8), *range(9, 19)]
-"""The 18 joints among OpenPose's 25: without the middle of the hips and the feet."""
+"""The 18 joints among OpenPose's 25: all but the middle of the hips and the feet."""
 
 
 def to_json(people: list, size: tuple[int, int]) -> bytes:
-    """A file for people in fractions (a map's `keypoints`) on a canvas of `size` (width, height)."""
+    """A file for people given as fractions (a map's `keypoints`) of a canvas of `size` (width, height)."""
     rows = [
         [round(v, 3) for x, y, c in person for v in (x * size[0] * (c > 0), y * size[1] * (c > 0), c)]
         for person in people
@@ -25,8 +25,8 @@ def to_json(people: list, size: tuple[int, int]) -> bytes:
 
 
 def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[list[np.ndarray], tuple[int, int]]:
-    """(people, their canvas' (width, height)); OpenPose's own files name no canvas, theirs is `size`. Raises InputError
-    for what is no such file, and for counts and numbers that are wrong."""
+    """(people, (width, height) of their canvas). OpenPose's own files name no canvas; theirs is `size`. Raises
+    InputError for any other file, and for wrong counts or numbers."""
     try:
         file = json.loads(data)
         width, height = int(file.get("canvas_width", size[0])), int(file.get("canvas_height", size[1]))
@@ -64,8 +64,8 @@ def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[l
 def draw_json(
     data: bytes, name: str, size: tuple[int, int], resize: str, allow_empty: bool = False
 ) -> tuple[np.ndarray, dict]:
-    """The pose map of such a file at another size, as `detect` would make it of the photo; and its key points. Raises
-    NothingFoundError where it has nobody, unless allow_empty."""
+    """The pose map of such a file at another size, as `detect` would make it from the photo, and its key points. Raises
+    NothingFoundError if nobody is in it, unless allow_empty."""
     people, canvas = from_json(data, name, size)
     people = [person for person in people if (person[:, 2] > 0).any()]
     if not people and not allow_empty:

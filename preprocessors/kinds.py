@@ -1,9 +1,9 @@
 """The kinds of condition: one row each.
 
-What a kind's maps look like decides how they are brought to a canvas, mirrored, doubted, written and scored. A kind
-that has no row is a picture of somebody's own.
+The look of a kind's maps decides how they are brought to a canvas, mirrored, checked, written and scored. A kind
+without a row is the user's own and is treated as a plain picture.
 
-To add one: a row below. A detector for it is a row in `detectors/registry.py`, a ControlNet one in `model/registry.py`.
+To add one: a row below. Its detectors are rows in `detectors/registry.py`, its ControlNets rows in `model/registry.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PICTURE, LINES, HARD_LINES, PEOPLE = "picture", "lines", "hard lines", "people"
-"""The forms of maps: any picture; white lines on black, grey ones among them; white lines alone; coloured skeletons."""
+"""The forms of maps: any picture; white and grey lines on black; only white lines on black; coloured skeletons."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Kind:
     name: str
     form: str = PICTURE
     score: str | None = None
-    """How an image is held against such a map: lines, depth or people (`model/work/score.py`)."""
+    """How an image is scored against such a map: lines, depth or people (`model/work/score.py`); None: not at all."""
     two_levels: bool = False
     """Its maps are black and white, and are compressed as such."""
     signed_x: bool = False
-    """Red says which way a surface faces along x, and changes its sign in a mirror."""
+    """Red is the signed x direction that a surface faces, so mirroring inverts it."""
 
     @property
     def is_lines(self) -> bool:
@@ -56,5 +56,5 @@ KINDS = _table(
 
 
 def kind_named(name: str) -> Kind:
-    """The row of a kind; for one of somebody's own a row of its own: a picture."""
+    """The row of a kind; for one that is not in the table a new row, as a picture."""
     return KINDS.get(name, Kind(name))

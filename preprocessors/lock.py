@@ -1,4 +1,4 @@
-"""One writer at a time for a folder: a lock of the operating system's, gone when its process is, however it ended."""
+"""One writer at a time per folder: an operating-system lock that goes away with its process, however that ended."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from controlnet.preprocessors.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, and no run is told to be running
+except ImportError:  # Windows: no lock, so no run is ever reported as running
     fcntl = None  # type: ignore[assignment]
 
 ORPHANED = getattr(signal, "SIGUSR1", signal.SIGTERM)
-"""Sent to a process that holds a folder for another one, when that one is gone: save, and let go."""
+"""The signal for a process whose parent command is gone: save, and release the folder."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the folder; gives the handle, -1 where there are no locks. Raises UsageError when another process holds
-    it."""
+    """Hold the folder; yields the lock's handle, -1 where there are no locks. Raises UsageError when another process
+    holds it."""
     handle = _take(folder)
     if handle is None:
         raise UsageError(f"{folder}: another command is at work in it", f"controlnet status {folder}")
@@ -42,7 +42,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _take(folder: Path) -> int | None:
-    """A handle that holds the lock until it is closed, -1 where there are no locks, None when another one holds it."""
+    """A handle that holds the lock until it is closed, -1 where there are no locks, None when it is held already."""
     if fcntl is None:
         return -1
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The text that our PNG files carry: what made a map, and all that makes an image again."""
+"""The text that our PNG files carry: how a map was made, and all that is needed to make an image again."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def dump(fields: dict) -> dict[str, str]:
 
 
 def load(text: dict[str, str]) -> dict:
-    """Our fields of a picture's text; empty where there are none or they are not ours."""
+    """Our fields in a picture's text; empty if it has none of ours."""
     return object_or_empty(text.get(KEY, "{}"))
 
 
 def text_of(path: Path) -> dict[str, str]:
-    """The text of a picture file, read from its header; none of a file that cannot be read."""
+    """The text of a picture file, read from its header; empty for a file that cannot be read."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             return {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
-    except Exception:  # Pillow raises a dozen types for broken data; whoever decodes it tells the error
+    except Exception:  # Pillow raises a dozen types for broken data; decoding it reports the error
         return {}
 
 

@@ -1,8 +1,8 @@
 """A pose as key points and as a picture: OpenPose's 18 joints and 17 limbs, in its order and colours.
 
-A person is an array (18, 3): x and y as fractions of the picture's width and height, and a confidence, 0 for a joint
-that is not known. Positions may lie outside the picture. Because a pose map carries its key points in its PNG text, it
-is drawn again for another size, cut or mirrored, never resized.
+A person is an array (18, 3): x and y as fractions of the picture's width and height, and a confidence, 0 for an unknown
+joint. Positions may lie outside the picture. A pose map carries its key points in its PNG text; to resize, cut or
+mirror it, it is drawn again.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ COLOURS = (
 MIRRORED = [JOINTS.index(j.replace("left", "R").replace("right", "left").replace("R", "right")) for j in JOINTS]
 """Joint i of a person is joint MIRRORED[i] of its mirror image."""
 FAR = 100
-"""Joints of someone outside the picture may lie so many pictures away."""
+"""The farthest that a joint may lie outside the picture, in picture sizes."""
 WIDTH, PER = 4, 512
-"""Half the width of a limb and the radius of a joint, in pixels for a shorter side of PER."""
+"""Half the width of a limb and the radius of a joint are WIDTH pixels if the picture's shorter side is PER."""
 
 
 def draw(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """The pose map (H, W, 3) uint8 of people (18, 3), `size` being (width, height).
 
     With a shorter side of 512 pixels it is what controlnet-aux's draw_bodypose draws. Lines grow with the picture;
-    below 512 it is drawn larger and brought down by area, as lines of one pixel would be lost.
+    below 512 it is drawn larger and shrunk by area averaging, since lines of one pixel would be lost.
     """
     width, height = size
     times = max(1, -(-PER // min(size)))
@@ -61,23 +61,22 @@ def draw(people: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 
 def mirror(people: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The people of the mirrored picture: a left hand is a right one there."""
+    """The people in the mirrored picture, where a left hand is a right one."""
     return [np.column_stack([1 - p[:, 0], p[:, 1:]])[MIRRORED] for p in people]
 
 
 def cut_people(people: Sequence[np.ndarray], left: float, top: float, width: float, height: float) -> list[np.ndarray]:
-    """The people in a part of the picture; all four are fractions of the whole."""
+    """The people in coordinates of a part of the picture; all four numbers are fractions of the whole."""
     return [np.column_stack([(p[:, 0] - left) / width, (p[:, 1] - top) / height, p[:, 2]]) for p in people]
 
 
 def to_text(people: Sequence[np.ndarray]) -> list[list[list[float]]]:
-    """For the `keypoints` field of a map's PNG text."""
+    """People as the `keypoints` field of a map's PNG text."""
     return [[[round(float(v), 5) for v in joint] for joint in person] for person in people]
 
 
 def from_text(fields: dict, name: str) -> list[np.ndarray] | None:
-    """The people of a map's PNG text, None where it holds none. Raises InputError for counts or numbers that are
-    wrong."""
+    """The people in a map's PNG text, None if it has no key points. Raises InputError for wrong counts or numbers."""
     if "keypoints" not in fields:
         return None
     try:

@@ -30,10 +30,11 @@ def stage_one(
 ) -> Condition:
     """The condition of a photo, (H, W, 3) uint8 RGB or a file's path.
 
-    The photo is brought to `size` (width, height) first, as `resize` says (geometry.fit), then looked at in that size.
-    `detector` is a kind, for its default detector and options, or what `Detector.ready` gives. `name` and `digest`, the
-    sha256 of the photo's file, go into the record; of a path they are known. Raises InputError for a photo that cannot
-    be read, NothingFoundError where a detector finds nothing, ModelError for weights that cannot be had.
+    The photo is brought to `size` (width, height) first, as `resize` says (geometry.fit), then detected at that size.
+    `detector` is a kind (for its default detector and options) or what `Detector.ready` returns. `name` and `digest`,
+    the sha256 of the photo's file, go into the record; for a path both are set from the file. Raises InputError for a
+    photo that cannot be read, NothingFoundError where a detector finds nothing, ModelError for weights that are not
+    available.
     """
     if isinstance(photo, (str, Path)):
         data = read_bytes(str(photo))
@@ -48,7 +49,7 @@ def stage_one(
 
 
 def record(row: Detector, options: Any, size: tuple[int, int], resize: str, name: str, digest: str) -> dict[str, Any]:
-    """What a condition's record says of its making; `digest` is the sha256 of the photo's file."""
+    """The part of a condition's record that says how it was made; `digest` is the sha256 of the photo's file."""
     return {
         "kind": row.kind,
         "detector": row.name,
@@ -63,7 +64,7 @@ def record(row: Detector, options: Any, size: tuple[int, int], resize: str, name
 
 @cache
 def version() -> str:
-    """Of this package; 'unknown' when it runs from a plain folder."""
+    """This package's version; 'unknown' when it runs from a plain folder."""
     try:
         return importlib.metadata.version("controlnet-toolkit")
     except importlib.metadata.PackageNotFoundError:

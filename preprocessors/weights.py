@@ -1,8 +1,8 @@
 """The weights of learned detectors: where each comes from, and the one folder where they are kept.
 
 They are fetched at first use, or beforehand by `controlnet models pull NAME`. A download is checked against its sha256
-before anything of it is kept, and a file is written beside its place and renamed: whole or not there. Where no public
-source gives a sha256, the one of the first download is kept in lock.json, and a later download must have the same.
+before any of it is kept, and files are written whole or not at all. Where no public source gives a sha256, lock.json
+keeps that of the first download, and later downloads must have the same.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from controlnet.preprocessors.jsons import name_of, read_object
 from controlnet.preprocessors.wheels import fetch_wheel
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""Weights that come with this package, a folder each."""
+"""Weights that come with this package, one folder each."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Files that ship with this package, lie in a wheel of the package index, or in a repository of the model hub.
+    """Files that ship with this package, or come from a wheel on the package index or a repository on the model hub.
 
     `size` and `sha256` are those of the wheel or of the shipped file; `sha256` is empty where no public source gives
     one. lock.json keeps the sha256 of every file from its first download on."""
@@ -39,14 +39,16 @@ class Weights:
     source: str
     """A package of the index, OWNER/NAME on the hub, or `shipped`."""
     file: str
-    """The wheel. It is not installed: only its `members` are read from it. Empty for the hub."""
+    """The wheel's file name. It is not installed: only its `members` are read. Empty for the hub and for shipped
+    files."""
     members: tuple[str, ...]
     size: int
     sha256: str = ""
     others: tuple[tuple[str, str], ...] = ()
-    """More wheels with the same members, tried in turn where `file` cannot be had: (file, sha256)."""
+    """More wheels with the same members, tried in turn if `file` cannot be fetched: (file, sha256)."""
     convert: str = ""
-    """`module:function`, members (name -> bytes) to the files that are kept; else they are kept as they are."""
+    """`module:function` that turns the members (name -> bytes) into the files to keep; if empty, they are kept
+    unchanged."""
     files: tuple[str, ...] = ()
     """Names of the converted files."""
 
@@ -98,12 +100,12 @@ def cache_folder() -> Path:
 
 
 def names_of(row: Weights) -> list[str]:
-    """The files as they are kept."""
+    """The names of the files that are kept."""
     return list(row.files) or [Path(member).name for member in row.members]
 
 
 def kept(name: str) -> Path | None:
-    """The folder of these weights, if they are there and what they were when they were fetched."""
+    """The folder of these weights, if they are all there and unchanged since they were fetched; else None."""
     folder = _folder(name)
     return folder if not verify(name) else None
 
@@ -113,7 +115,7 @@ def _folder(name: str) -> Path:
 
 
 def digests(name: str) -> dict[str, str]:
-    """File -> sha256: of what is downloaded, where a public source gives it, and of the files as they were kept."""
+    """File -> sha256: of the download, if a public source gives it, and of the files as they were first kept."""
     row = WEIGHTS[name]
     if row.source == "shipped":
         return {names_of(row)[0]: row.sha256}
@@ -121,12 +123,12 @@ def digests(name: str) -> dict[str, str]:
 
 
 def fetched(name: str) -> bool:
-    """Whether these weights were fetched once, whatever has become of them."""
+    """Whether these weights were ever fetched, even if they are gone or damaged now."""
     return name in _lock()
 
 
 def verify(name: str) -> list[str]:
-    """Files of these weights that are missing, or not what they were when they were fetched."""
+    """Files of these weights that are missing or have changed since they were fetched."""
     row, folder, told = WEIGHTS[name], _folder(name), digests(name)
     return [
         file
@@ -159,7 +161,7 @@ def find(name: str, given: Path | None = None, offline: bool = False, on_bytes=l
 
 def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None) -> Path:
     """Fetch, check and keep the weights `name`. Raises UsageError for a name that is not in the table, ModelError when
-    they cannot be had, OutputError when they cannot be kept."""
+    they cannot be fetched, OutputError when they cannot be written."""
     if name not in WEIGHTS:
         raise UsageError(f"no weights {name!r}: expected one of {', '.join(WEIGHTS)}", "controlnet detect --list")
     row = WEIGHTS[name]
@@ -179,7 +181,7 @@ def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """What a lock file says of each name; nothing where there is no file. Raises ModelError for one that is broken."""
+    """The entries of a lock file by name; empty if there is no file. Raises ModelError for a broken file."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -204,7 +206,7 @@ def _lock_file() -> Path:
 
 
 def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[str, bytes]:
-    """The members of the first wheel that can be had."""
+    """The members of the first wheel that can be fetched."""
     failed = []
     for file, digest in ((row.file, row.sha256), *row.others):
         try:
@@ -222,10 +224,10 @@ def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[st
 
 
 def _from_hub(row: Weights) -> dict[str, bytes]:
-    """Through the hub's own client and cache; checked against, or entered in, lock.json."""
+    """The files, fetched by the hub's own client and cache, and checked against lock.json if it has them."""
     from huggingface_hub import hf_hub_download, logging
 
-    logging.set_verbosity_error()  # it tells of every attempt
+    logging.set_verbosity_error()  # it reports every attempt
     try:
         files = {member: Path(hf_hub_download(row.source, member)).read_bytes() for member in row.members}
     except Exception as error:  # the client raises a dozen types for a network or a repository that is not there

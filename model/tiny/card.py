@@ -41,7 +41,7 @@ BATCH = 25
 
 
 class Colours:
-    """Tells a region's colour name from its mean RGB: the five nearest of reference scenes vote."""
+    """Names a region's colour from its mean RGB: the five nearest regions of reference scenes vote."""
 
     def __init__(self, data: World, seeds: range):
         scenes = [make_scene(seed) for seed in seeds]
@@ -64,10 +64,11 @@ class Colours:
     def accuracy(
         self, images: np.ndarray, held_out: World, rows: np.ndarray, parts: np.ndarray | None = None
     ) -> dict[str, list[float]]:
-        """The share of regions of images (N, H, W, 3) whose colour is the one of the held-out scenes `rows` (N,).
+        """The share of regions in images (N, H, W, 3) whose colour is that of the held-out scenes `rows` (N,), with
+        intervals.
 
-        A region is where `parts` (N, H, W) says, or where the scene has it. One that an image should have and that
-        `parts` does not show is wrong.
+        A region is where `parts` (N, H, W) says, by default where the scene has it. A region that an image should have
+        but `parts` does not show counts as wrong.
         """
         found = {}
         for region, part in REGIONS.items():
@@ -96,7 +97,7 @@ def region_mean(image: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
 def make_images(
     base: Base, net: ControlNet | None, captions: list[str], conditions: list[np.ndarray], seed: int = 0, **strength
 ) -> np.ndarray:
-    """One image a caption, (N, H, W, 3) uint8, at the base's native size and default guidance."""
+    """One image per caption, (N, H, W, 3) uint8, at the base's native size and default guidance."""
     nets = [] if net is None else [(net, Strength(**strength))]
     requests = [Request(caption, seed + i, (conditions[i],) if nets else ()) for i, caption in enumerate(captions)]
     return np.stack(list(generate(base, requests, nets, steps=STEPS, batch=BATCH)))
@@ -130,7 +131,7 @@ def trained(reader: R, base: Base, runs: Path, minutes: float) -> R:
     """The reader from its checkpoint in `runs`, or trained first."""
     data = world(runs / "world", 9000, base.native_size, 0, base.device.type)
     data = data.only(reader.scenes(data))
-    blurred = cache(lambda: reconstruct(base, data.images))  # minutes, needed if there is training to do
+    blurred = cache(lambda: reconstruct(base, data.images))  # takes minutes; only needed if there is training to do
     with attention_kernels(base.device):
         reader.train(data, blurred, runs / reader.name, minutes, base.device)
     return reader
@@ -194,7 +195,7 @@ def _row(name: str, value: list[float]) -> str:
 
 
 def _control_section(measure: Measure, found: dict) -> str:
-    """What the card says of one kind."""
+    """The card's section on one kind."""
     colours = [_row(k, values) + _row("", found["colours_both"][k])[4:] for k, values in found["colours"].items()]
     return f"""### {measure.kind}
 {measure.name}: {measure.told}.

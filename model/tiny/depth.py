@@ -31,7 +31,7 @@ _ROOMS_VERSION = 1
 
 
 def draw_shard(path: Path, first: int, size: int) -> Path:
-    """SHARD rooms from the seed `first` on into one compressed file, unless it is there."""
+    """Draw SHARD rooms, from the seed `first` on, into one compressed file, unless it is there."""
     if not path.exists():
         drawn = [draw_rooms(list(range(i, i + 25)), size) for i in range(first, first + SHARD, 25)]
         images, depth = (torch.cat(parts) for parts in zip(*drawn, strict=True))
@@ -41,7 +41,7 @@ def draw_shard(path: Path, first: int, size: int) -> Path:
 
 
 def rooms(folder: Path, count: int, size: int, first: int = 0, report=print) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (N, H, W, 3) uint8 and depth (N, H, W) float16 of `count` rooms, drawn where they are not there."""
+    """Pictures (N, H, W, 3) uint8 and depth (N, H, W) float16 of `count` rooms, drawn if they are not in `folder`."""
     folder = folder / f"v{_ROOMS_VERSION}-{size}"
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first, first + count, SHARD)
@@ -83,7 +83,7 @@ def vary(image: np.ndarray, depth: np.ndarray, rng: np.random.Generator) -> tupl
 
 
 def loss_of_batch(predicted: Tensor, depth: Tensor) -> Tensor:
-    """predicted (B, h, w): -log distance up to a constant; depth (B, h, w), metres."""
+    """The loss of a batch. predicted (B, h, w): -log distance up to a constant; depth (B, h, w), metres."""
     error = predicted + depth.clamp(0.05, 50).log()
     error = error - error.flatten(1).median(1).values[:, None, None]
     total = error.abs().mean()
@@ -103,7 +103,7 @@ def train(
     batch: int = 32,
     report=print,
 ) -> Progress:
-    """Leaves the averaged weights in `network`."""
+    """Train `network` in place; leaves the averaged weights in it."""
     torch.manual_seed(0)
     network.to(device).to(memory_format=torch.channels_last)
 

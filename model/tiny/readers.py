@@ -1,8 +1,9 @@
-"""How well an image keeps to its condition, on scenes whose truth is known; a row for each kind.
+"""How well an image keeps to its condition, on scenes whose truth is known; one row per kind.
 
-The condition is what a user would make of the scene's picture, at 512 pixels and brought to the model's size; the score
-compares what is found on an image again with it. For poses, BlazePose is no judge of 128-pixel figures of capsules
-whose limbs a VAE has blurred (it finds 0.28 of their joints): a network trained on the world reads the joints.
+The condition is what a user would make from the scene's picture: detected at 512 pixels, then brought to the model's
+size. The score compares it with what is detected on an image. BlazePose cannot judge poses of 128-pixel figures made of
+capsules, whose limbs a VAE has blurred (it finds 0.28 of their joints), so a network trained on the world reads the
+joints.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def pose_of(joints: np.ndarray, size: int) -> np.ndarray:
 
 
 class Reader:
-    """A network that reads pictures of the world, trained on it: what stands where in an image nobody drew."""
+    """A network, trained on the world, that reads what stands where in a picture of it, drawn or generated."""
 
     name: str
     channels: int
@@ -71,7 +72,8 @@ class Reader:
     def train(
         self, world: World, blurred: Callable[[], np.ndarray], folder: Path, minutes: float, device: torch.device
     ) -> None:
-        """More than half of the scenes are taken as the VAE gives them back: `blurred()`, (N, H, W, 3) uint8."""
+        """Train the network. 60 % of the pictures are the VAE's reconstructions of the scenes: `blurred()`, (N, H, W,
+        3) uint8."""
         torch.manual_seed(0)
         self.network.to(device).to(memory_format=torch.channels_last)
 
@@ -88,12 +90,12 @@ class Reader:
 
         state = Checkpoints(folder / "checkpoints").load()
         if state is None or state["progress"]["seconds"] < 60 * minutes:
-            blurred()  # before the clock of the training runs
+            blurred()  # before the clock of the training starts
         fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, print)
         self.network.eval()
 
     def batches(self, images: np.ndarray, batch: int) -> Iterator[Tensor]:
-        """What the network says of images (N, H, W, 3) uint8, `batch` at a time."""
+        """The network's output for images (N, H, W, 3) uint8, `batch` at a time."""
         device = next(self.network.parameters()).device
         for i in range(0, len(images), batch):
             x = torch.from_numpy(images[i : i + batch]).to(device).permute(0, 3, 1, 2).float() / 255
@@ -102,7 +104,7 @@ class Reader:
 
 
 class JointReader(Reader):
-    """Reads the 18 joints off a picture of one of the world's people: a heat map a joint."""
+    """Reads the 18 joints off a picture of one of the world's people: one heat map per joint."""
 
     name = "reader"
     channels = 18
@@ -119,7 +121,7 @@ class JointReader(Reader):
         return (losses * joints[..., 2].flatten()).sum() / joints[..., 2].sum()
 
     def read(self, images: np.ndarray, batch: int = 50) -> np.ndarray:
-        """(N, H, W, 3) uint8 -> joints (N, 18, 2), x and y in pixels: the middle of a heat map's mass near its peak."""
+        """(N, H, W, 3) uint8 -> joints (N, 18, 2), x and y in pixels: the centre of a heat map's mass near its peak."""
         found = []
         for heat in self.batches(images, batch):
             n, _, rows, columns = heat.shape
@@ -165,7 +167,7 @@ class Measure:
 
 
 def measures(reader: JointReader) -> list[Measure]:
-    """The rows; poses are judged by `reader`."""
+    """The measures, one per kind; poses are judged by `reader`."""
 
     def everything(world: World) -> np.ndarray:
         return np.arange(len(world.images))
@@ -183,7 +185,7 @@ def measures(reader: JointReader) -> list[Measure]:
     def depth_scores(images, world, rows, conditions):
         return [rank_correlation(user_depth(i)[..., 0], c[..., 0]) for i, c in zip(images, conditions, strict=True)]
 
-    # Who is judged, the condition of a scene, and its score on images.
+    # Which scenes are judged, the condition of a scene, and the scores of images.
     return [
         Measure(
             "canny",

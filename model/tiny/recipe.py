@@ -16,7 +16,8 @@ TOKENS = 40
 TEXT_WIDTH = 192
 VOCABULARY = 2000
 LATENT_CHANNELS = 8
-"""Four, as in Stable Diffusion, cost the rims of small things: 8 times 8 pixels of three colours are 192 numbers."""
+"""Four, as in Stable Diffusion, would lose the rims of small things: a latent place stands for 8 times 8 pixels of
+three colours, 192 numbers."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -66,9 +67,10 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
-    """The cosine schedule (Nichol and Dhariwal 2021) keeps nothing of the signal at its last step (Stable Diffusion's
-    scaled-linear one 7 %, which shifts flat colours) and spends half of its steps where there is more signal than noise
-    (linear betas a quarter). A stochastic solver: deterministic ones leave soft rims (benchmarks/LOG.md)."""
+    """The cosine schedule with a stochastic solver. The schedule (Nichol and Dhariwal 2021) keeps no signal at its last
+    step; Stable Diffusion's scaled-linear one keeps 7 %, which shifts flat colours. It spends half of its steps where
+    there is more signal than noise; linear betas spend a quarter. Deterministic solvers leave soft rims
+    (benchmarks/LOG.md)."""
     return DPMSolverMultistepScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",

@@ -51,7 +51,8 @@ def train_vae(
     vae: Any = None,
     report=print,
 ) -> tuple[nn.Module, Progress]:
-    """Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit statistics."""
+    """Train the VAE. Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit
+    statistics."""
     torch.manual_seed(0)
     vae = (vae or make_vae()).to(device, memory_format=torch.channels_last)
     images = world.images
@@ -74,7 +75,7 @@ def train_vae(
         unit = mean.square().mean() + (deviation.clamp(min=1e-3).log()).square().mean()
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * gradients + 0.01 * unit
 
-    # Muon is at a loss after 1,200 steps where AdamW is after 5,000 (benchmarks/LOG.md).
+    # Muon reaches in 1,200 steps the loss that AdamW reaches in 5,000 (benchmarks/LOG.md).
     config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3, weight_decay=0.0)
     progress = fit(vae, loss_of, config, folder, report)
     return vae.eval(), progress
@@ -121,8 +122,8 @@ def half_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device,
 def diffusion_batch(
     step: int, seed: int, latents: Tensor, batch: int, device: torch.device, among: np.ndarray | None = None
 ) -> tuple:
-    """Rows (of those in `among`, or of all), z_0, eps and t of a step, and the generator to draw the rest from: all
-    from (seed, step)."""
+    """(generator, rows, z_0, eps, t) of a step, all drawn from (seed, step). Rows are among those in `among`, by
+    default among all; the generator is for whatever else is random in the step."""
     rng = np.random.default_rng([seed, step])
     rows = rng.integers(len(latents if among is None else among), size=batch)
     rows = rows if among is None else among[rows]
@@ -140,12 +141,12 @@ def reworded(tokenizer, captions: list[str]) -> Tensor:
 
 
 SKETCH = 8
-"""Places on a side of the sketch that the text encoder learns to draw."""
+"""Places along a side of the sketch that the text encoder learns to draw."""
 
 
 class Sketch(nn.Module):
-    """Text features (B, TOKENS, TEXT_WIDTH) to the mean latent that they let expect, (B, C, 8, 8): a query for each
-    place attends to the words, as the UNet's will."""
+    """Text features (B, TOKENS, TEXT_WIDTH) -> the mean latent to expect from them, (B, C, 8, 8): a query for each
+    place attends to the words, as the UNet's queries will."""
 
     def __init__(self):
         super().__init__()
@@ -170,9 +171,10 @@ def train_text(
     batch: int = 64,
     report=print,
 ) -> tuple[nn.Module, Progress]:
-    """The text encoder alone, before the base, as Stable Diffusion's: it learns to tell what the picture looks like.
+    """Train the text encoder alone, before the base, as Stable Diffusion's: it learns to predict what the picture looks
+    like.
 
-    Taught by the denoising loss alone it had hardly begun after 190,000 samples (benchmarks/LOG.md).
+    With only the denoising loss it had hardly begun to learn after 190,000 samples (benchmarks/LOG.md).
     """
     torch.manual_seed(0)
     model = nn.ModuleDict({"text": text_encoder or make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
@@ -204,7 +206,7 @@ def train_base(
     batch: int = 64,
     report=print,
 ) -> tuple[nn.Module, nn.Module, Progress]:
-    """UNet and text encoder together, on cached latents; one prompt in ten empty, captions in varying words."""
+    """Train UNet and text encoder together, on cached latents; one prompt in ten is empty, captions vary in wording."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"unet": unet or make_unet(size), "text": text_encoder})
     model.to(device).to(memory_format=torch.channels_last)
@@ -244,7 +246,7 @@ def training_canny(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def training_pose(joints: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """A pose condition (size, size, 3) uint8 of joints (18, 3) in pixels and visibility: as a detector finds them, a
-    little off, and sometimes without some."""
+    little off, and sometimes with some missing."""
     person = joints.astype(np.float64)
     person[:, :2] = person[:, :2] / size + rng.normal(0, 0.004, (18, 2))
     if rng.random() < 0.4:
@@ -253,7 +255,7 @@ def training_pose(joints: np.ndarray, size: int, rng: np.random.Generator) -> np
 
 
 def training_depth(world: World, row: int, rng: np.random.Generator) -> np.ndarray:
-    """A depth condition (H, W, 3) uint8: of the scene's own depth, or as the embedded detector sees it."""
+    """A depth condition (H, W, 3) uint8: the scene's own depth, or what the embedded detector makes of its picture."""
     if rng.random() < 0.5:
         near = nearness(load(find("tiny-depth")), world.images[row])
     else:
@@ -284,7 +286,8 @@ def train_control(
     batch: int = 32,
     report=print,
 ) -> tuple[ControlNet, Progress]:
-    """A ControlNet on the locked base: prompts emptied half the time. Poses are learned from scenes with a person."""
+    """Train a ControlNet on the locked base, with half of the prompts empty. Poses are learned from scenes with a
+    person."""
     torch.manual_seed(0)
     controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)
     controlnet.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
@@ -294,7 +297,7 @@ def train_control(
     empty = encode_captions(tokenizer, [""])
     among = np.flatnonzero(world.joints[..., 2].any(1)) if kind == "pose" else None
 
-    # All randomness of a step comes from its number: a run that is resumed repeats it.
+    # All randomness of a step comes from its number, so a resumed run repeats it.
     def losses_of(batch: Batch) -> Tensor:
         with autocast(device):
             return control_losses(unet, controlnet, schedule, batch)

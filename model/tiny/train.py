@@ -62,7 +62,7 @@ def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
         module.save_pretrained(folder / name, max_shard_size=MAX_SHARD)
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     make_scheduler().save_pretrained(folder / "scheduler")
-    # AutoencoderTiny writes a key that it warns of when it reads it; -Infinity is no JSON; paths are this machine's.
+    # AutoencoderTiny writes a key that it warns about on reading; -Infinity is not JSON; paths are this machine's.
     unwanted = {"vae/config.json": "block_out_channels", "scheduler/scheduler_config.json": "lambda_min_clipped"}
     for file in ("vae/config.json", "unet/config.json", "scheduler/scheduler_config.json"):
         config = json.loads((folder / file).read_text())
@@ -102,7 +102,7 @@ class Training:
         self.nets: dict[str, ControlNet] = {}
 
     def _begin_with(self, start: Path):
-        """Take the networks of an earlier training that are to be kept; its tokenizer."""
+        """Take over those networks of an earlier training that are to be kept; returns its tokenizer."""
         base = load_base(str(start), self.device, torch.float32)
         found: dict[str, Any] = {"vae": base.vae, "text": base.text_encoder, "base": base.unet}
         for kind in CONDITIONS:
@@ -153,7 +153,8 @@ class Training:
             self.finish(kind, reached)
 
     def finish(self, name: str, reached: Progress) -> None:
-        """A stage that a signal has stopped ends the command: the next one would begin on half a network."""
+        """Record a stage. The command ends if a signal stopped the stage, as the next one would begin with a
+        half-trained network, and after the stage `--until`."""
         self.progress[name] = reached
         if json.loads((self.run / name / "log.jsonl").read_text().splitlines()[-1]).get("ended") == "stopped":
             print("stopped; the same command goes on")

@@ -1,7 +1,7 @@
-"""What need not be computed twice: latents, text embeddings and conditions on disk, keyed by what they are made of.
+"""Latents, text embeddings and conditions kept on disk, keyed by what they are made from, so each is computed once.
 
-A key holds the content's hash and every setting that matters, so an entry of another base, size or detector is never
-found. Entries are compressed numpy files, whole or not there; a damaged one is made again.
+A key holds the content's hash and every setting that matters, so an entry for another base, size or detector is never
+used. Entries are compressed numpy files, written whole or not at all; a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Cache:
             ) from error
 
     def file_hash(self, path: Path) -> str:
-        """sha256 of a file, remembered by its size and time of change."""
+        """sha256 of a file, remembered until its size or modification time changes."""
         stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns]
         known = self._known().get(str(path.absolute()))

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: one file a state, whole or not there; the last ones and the best one are kept."""
+"""The checkpoints of a run: one file per state, whole or not there; the last ones and the best one are kept."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from controlnet.preprocessors.files import beside
 
 
 def save_atomic(obj: object, path: Path) -> None:
-    """torch.save under a temporary name, then rename: the file is whole or not there, also on a full disk."""
+    """torch.save under a temporary name, then rename: the file is whole or not there, even on a full disk."""
     with beside(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(obj, file)
-        except RuntimeError as error:  # how torch's writer tells that the disk is full
+        except RuntimeError as error:  # how torch's writer reports a full disk
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {error}", str(path)) from error
         file.flush()
         os.fsync(file.fileno())
@@ -44,13 +44,13 @@ class Checkpoints:
                 self.path(old).unlink()
 
     def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The last state that is whole; None when there is none. A damaged file gets the ending `.damaged`. Raises
+        """The last undamaged state; None when there is none. A damaged file gets the ending `.damaged`. Raises
         ModelError where all are damaged."""
         damaged = False
         for step in reversed(self.steps()):
             try:
                 state = torch.load(self.path(step), weights_only=True)
-            except Exception:  # bytes that are not what they were fail in a dozen ways
+            except Exception:  # damaged bytes fail in a dozen ways
                 damaged = True
                 self.path(step).rename(self.path(step).with_suffix(".damaged"))
                 continue
@@ -63,7 +63,7 @@ class Checkpoints:
 
 
 def _to(state: Any, device: torch.device | str) -> Any:
-    """Its tensors on a device."""
+    """The state with its tensors on a device."""
     if isinstance(state, dict):
         return {key: _to(value, device) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

@@ -107,8 +107,8 @@ class TrainConfig(LoopConfig):
 
 
 def read_config(paths: list[Path], assignments: list[str], default_base: str = "", **given: Any) -> TrainConfig:
-    """The base's own defaults, then the TOML files, then `key=value` texts, then what flags gave (None is not given).
-    The base is `default_base` where none of them names one.
+    """The settings from the base's own defaults, the TOML files, the `key=value` texts and the flags (`given`; None
+    means not given); later ones win. The base is `default_base` if none of them names one.
 
     Raises UsageError for unknown names (with the nearest one), wrong types and values out of range.
     """

@@ -1,4 +1,4 @@
-"""What a run is trained on, looked at before it begins and again before it goes on."""
+"""The data of a run, checked before it begins and again before it is resumed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from controlnet.preprocessors.kinds import kind_named
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
 }  # fmt: skip
-"""Settings that a resumed run may change, since the optimisation does not depend on them. Where the learning rate
-decays, it depends on the length of the run too."""
+"""Settings that a resumed run may change, since the optimisation does not depend on them. If the learning rate decays,
+it also depends on the length of the run, which may then not change."""
 
 
 def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs): by the data's own split, and by chance from the seed where it holds out fewer
-    than the settings ask for: on three pairs, chance looks like control."""
+    """(training pairs, held-out pairs), by the data's own split. If it holds out fewer than the settings ask for, more
+    are drawn from the seed, because on three pairs chance looks like control."""
     if len(found.pairs) < LEAST_PAIRS:
         raise InputError(
             f"{found.folder}: {len(found.pairs)} of at least {LEAST_PAIRS} pairs; hundreds are better",
@@ -45,9 +45,9 @@ def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], check: str) -> dict[str, float]:
-    """What the first conditions are like: their mean brightness where they are line maps, and how much they differ.
-    What looks wrong is warned of. Raises InputError when all are of one flat colour, and for every doubt when strict.
-    `check` is the command that looks at the data.
+    """Facts about the first conditions: their mean brightness if they are line maps, and how much they differ. Warns of
+    what looks wrong. Raises InputError when all are one flat colour, and for any doubt when strict. `check` is the
+    command that checks the data.
     """
     maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
     lines = kind_named(sets[0].config.kind).is_lines
@@ -60,7 +60,7 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
             check,
         )
     found = [doubt for m in maps for doubt in doubts(m, sets[0].config.kind)]
-    if np.mean([m.mean() for m in maps]) <= 127:  # on a small canvas, some dense but right line maps are mostly white
+    if np.mean([m.mean() for m in maps]) <= 127:  # on a small canvas, some dense but correct line maps are mostly white
         found = [doubt for doubt in found if doubt.what != "inverted lines"]
     for what, number in Counter(doubt.what for doubt in found).items():
         doubt = next(d for d in found if d.what == what)
@@ -75,7 +75,7 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
 
 
 def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
-    """A sha256 for each thing that makes the data: names, captions, the held-out split, contents of the files."""
+    """A sha256 for each part of the data: file names, captions, the held-out split, contents of the files."""
     parts: dict[str, list] = {"file names": [], "captions": [], "held-out split": [], "contents": []}
     for pair in found.pairs:
         files = [p for p in (pair.image, pair.condition) if p]
@@ -88,9 +88,9 @@ def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
 
 
 def check_resumed(folder: Path, record: dict[str, Any], force: bool) -> None:
-    """Raises UsageError that says what differs from the run that is to go on."""
+    """Raises UsageError saying what differs from the run to be resumed, unless `force` is set."""
     before = read_run(folder).record
-    settings = asdict(TrainConfig()) | before["settings"]  # one that came later had its default
+    settings = asdict(TrainConfig()) | before["settings"]  # settings that are newer than the run had their defaults
     free = FREE_TO_CHANGE - ({"max_steps", "minutes"} if record["settings"]["decay_fraction"] else set())
     changes = [
         f"{name} was {settings[name]!r}, is {value!r}"

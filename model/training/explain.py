@@ -1,4 +1,4 @@
-"""What can go wrong in training, as errors that say what to do."""
+"""Turns what can go wrong in training into errors that say what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from controlnet.preprocessors.errors import OutputError, TrainingError
 
 @contextmanager
 def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
-    """What can go wrong on the way, as errors that say what to do."""
+    """Turn what goes wrong inside the block into errors that say what to do."""
     try:
         yield
     except ExplodedError as error:
@@ -27,7 +27,7 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         raise TrainingError(
             f"{error}{kept}", f"a lower rate from the start: --set learning_rate={lower:.1g}; {usual:g} is usual"
         ) from error
-    # Memory: what halves it and changes nothing comes first.
+    # Memory: the remedy that halves it and changes nothing comes first.
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -11,7 +11,7 @@ from controlnet.preprocessors.files import beside
 
 
 class Log:
-    """JSON lines, one object a line."""
+    """A file of JSON lines, one object per line."""
 
     def __init__(self, path: Path, write: bool = True):
         self.path, self.writes = path, write

@@ -1,9 +1,9 @@
-"""The training loop that every network of this project is trained with: accumulation, validation, checkpoints, exact
-resume, several processes.
+"""The training loop of every network in this project: accumulation, validation, checkpoints, exact resume, several
+processes.
 
-Knows neither what is trained nor on what data: it is given a module and a function from the number of a batch to a
-loss. That function draws all its randomness from the number, so a resumed run repeats an uninterrupted one, and there
-is no other random state to save.
+It does not know what is trained, or on what data: it is given a module and a function from the number of a batch to a
+loss. That function draws all its randomness from the number. So a resumed run repeats an uninterrupted one, and no
+random state has to be saved.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ large by chance, from its noise and timestep."""
 EXPLODED_AT_ONCE = 25.0
 """Noise alone never makes a single loss this many times the first one."""
 RECENT = 50
-"""The recent losses are those of so many steps; a fifth of them is enough to judge by."""
+"""How many steps count as recent; a fifth of them is enough to judge by."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LoopConfig:
 
 
 class ExplodedError(ArithmeticError):
-    """The loss is not finite, or far above where it began. Every checkpoint is of a step whose loss was still good."""
+    """The loss is not finite, or far above its first value. Every checkpoint is from before that."""
 
 
 def fit(
@@ -106,14 +106,15 @@ def fit(
     """Train `module` in place and leave its exponential moving average in it.
 
     loss_of(k) gives the scalar loss of batch k; one optimiser step takes `accumulation` of them. Goes on from the last
-    checkpoint in `folder/checkpoints`. `validate` looks at the averaged weights before the first step, every
-    `validate_every` steps and at the end, and returns fields for the log; the lowest `validation_loss` among them makes
-    the step the best one; `on_validated` follows when they are written. The log's last line says how the loop ended:
-    finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. With several processes (Accelerate's
-    environment), each computes its own part of batch k, gradients are averaged, and the first one writes.
+    checkpoint in `folder/checkpoints`. `validate` is called with the averaged weights in the module before the first
+    step, every `validate_every` steps and at the end. It returns fields for the log; the step with the lowest
+    `validation_loss` is the best one. `on_validated` is called when the fields are written. The log's last line says
+    how the loop ended: finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. With several processes
+    (Accelerate's environment variables), each computes its own part of batch k, gradients are averaged, and only the
+    first process writes.
 
-    Raises ExplodedError when the loss stops being finite or explodes, OSError when a checkpoint cannot be written; the
-    earlier ones stay in both cases.
+    Raises ExplodedError when the loss stops being finite or explodes, OSError when a checkpoint cannot be written;
+    earlier checkpoints stay in both cases.
     """
     return _Loop(module, loss_of, config, folder, report, validate, on_validated, on_step).run()
 
@@ -153,7 +154,7 @@ class _Loop:
         except ExplodedError:
             ended = "exploded"
             raise
-        except ControlNetError:  # a picture that cannot be read, met in the middle: what was trained is kept
+        except ControlNetError:  # such as a picture that cannot be read, halfway: what was trained is kept
             if self.progress.step and self.state.is_finite:
                 self.save()
             raise
@@ -166,7 +167,7 @@ class _Loop:
         return self.progress
 
     def train(self, stop: Stop) -> str:
-        """All steps; how they ended."""
+        """Run all steps; returns how they ended."""
         last_tick = time.perf_counter()
         while self.done() < 1 and not stop.asked(self.processes):
             rate = self.step()
@@ -187,7 +188,7 @@ class _Loop:
         return "stopped" if self.done() < 1 else "finished"
 
     def step(self) -> float:
-        """One optimiser step; its learning rate."""
+        """One optimiser step; returns its learning rate."""
         config, state, progress = self.config, self.state, self.progress
         rate = self.rate()
         # The mean loss of the step's batches, and its gradient over all processes.
@@ -196,10 +197,10 @@ class _Loop:
             part = self.loss_of(k) / config.accumulation
             state.backward(part)
             loss += part.detach()
-        average_gradients(state.parameters, self.processes)  # before infinities are looked for: all must see the same
+        average_gradients(state.parameters, self.processes)  # before the search for infinities: all must see the same
         norm = state.clip(config.clip_norm)
         value = float(reduce(loss, "mean")) if self.processes.num_processes > 1 else float(loss)
-        # Weights are kept when their loss has been seen to be good, not before.
+        # Weights are saved only once their loss is known to be good.
         if math.isnan(progress.first_loss):
             progress.first_loss = value
         _judge(progress, value)
@@ -221,12 +222,12 @@ class _Loop:
         return self.config.learning_rate * share
 
     def done(self) -> float:
-        """How much of the run is made; 1 is all of it."""
+        """The fraction of the run that is done; 1 is all of it."""
         spent = self.progress.seconds / 60 / self.config.minutes if self.config.minutes else 1.0
         return max(self.progress.step / self.config.max_steps, spent)
 
     def look(self) -> bool:
-        """Validate the averaged weights; whether they are the best so far."""
+        """Validate the averaged weights; returns whether they are the best so far."""
         if self.validate is None or not self.writes:
             return False
         progress = self.progress
@@ -258,7 +259,7 @@ class _Loop:
 
 
 def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
-    """Raises ExplodedError when a loss, or the mean of the recent ones, cannot be one of a network that learns."""
+    """Raises ExplodedError when a loss, or the mean of the recent ones, is too high for a network that learns."""
     if loss is None:
         return
     recent = sum(progress.recent) / len(progress.recent) if len(progress.recent) >= RECENT // 5 else 0.0
@@ -268,7 +269,7 @@ def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
 
 
 def average_gradients(parameters: list[nn.Parameter], processes: PartialState) -> None:
-    """Mean over the processes, in one message."""
+    """Average the gradients over the processes, in one message."""
     if processes.num_processes == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]

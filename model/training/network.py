@@ -1,4 +1,4 @@
-"""The network that a run trains: a fresh ControlNet of the form that the settings name, or one to go on from."""
+"""The ControlNet that a run trains: a fresh one of the form that the settings name, or an existing one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from controlnet.preprocessors.errors import ModelError, UsageError
 
 
 def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
-    """A fresh network of the form that the settings name, or the one to go on from; and the settings, with that one's
-    form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained on."""
+    """A fresh ControlNet of the form that the settings name, or the one in `start_from`; and the settings, changed to
+    that one's form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained
+    on."""
     if config.start_from != "base":
         net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name).to(base.device)
         form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}

@@ -57,7 +57,7 @@ class NoiseSchedule:
 
 @dataclass
 class Batch:
-    """What a step sees: z_0 and eps (B, 4, h, w), t (B,), the prompt of B rows, condition (B, 3, H, W) in [0, 1]."""
+    """What a step sees: z_0 and eps (B, C, h, w), t (B,), a prompt of B rows, condition (B, 3, H, W) in [0, 1]."""
 
     z0: Tensor
     eps: Tensor
@@ -78,7 +78,7 @@ def control_losses(
     batch: Batch,
     min_snr: float | None = None,
 ) -> Tensor:
-    """Eq. 5, one loss per sample, (B,): the locked base under a network's control."""
+    """Eq. 5 for the locked base under a ControlNet's control: one loss per sample, (B,)."""
     z = schedule.add_noise(batch.z0, batch.eps, batch.t).contiguous(memory_format=torch.channels_last)
     control = net.control(z, net.begin(batch.t, z.dtype), batch.prompt, net.prepare(batch.condition))
     prediction = denoise(unet, z, batch.t, batch.prompt, control)
@@ -89,13 +89,13 @@ def control_losses(
 def control_gap(
     losses_of: Callable[[Batch], Tensor], batches: Iterable[tuple[Batch, Tensor]], looks: int = 1
 ) -> dict[str, float]:
-    """How much worse the network does with another pair's condition than with the true one.
+    """How much higher the loss is with another pair's condition than with the true one.
 
-    losses_of gives one loss per sample. Each batch, fixed noise and timesteps included, comes with conditions of other
-    pairs (B, 3, H, W). The samples are all pairs at a first timestep, then all at a second, `looks` times. A fresh
-    ControlNet has a gap of exactly 0. `band` is the half-width of the 95 % confidence interval of the gap's mean over
-    the pairs (Student's t), as a pair's gaps at several timesteps are not independent; `validation_loss` is the loss
-    with the true conditions.
+    losses_of gives one loss per sample. Each batch has fixed noise and timesteps, and comes with the conditions of
+    other pairs (B, 3, H, W). The samples are all pairs at a first timestep, then all at a second, and so on, `looks`
+    times. A fresh ControlNet has a gap of exactly 0. `band` is the half-width of the gap's 95 % confidence interval
+    (Student's t); each pair counts once, with the mean of its gaps, because its gaps at several timesteps are not
+    independent. `validation_loss` is the loss with the true conditions.
     """
     true, other = [], []
     for batch, others in batches:

@@ -1,5 +1,6 @@
-"""The optimisers of training: AdamW, and Muon, which learns faster a step (Jordan et al. 2024, kellerjordan.github.io/
-posts/muon; learning rates as AdamW's by the rule of Liu et al. 2025, arXiv 2502.16982, 2.2)."""
+"""The optimisers of training: AdamW, and Muon, which learns faster per step (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon). Muon takes AdamW's learning rates by the rule of Liu et al. 2025 (arXiv 2502.16982,
+2.2)."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ OPTIMIZERS = ("adamw", "muon")
 BETAS = (0.9, 0.99)
 MOMENTUM = 0.95
 SMALLEST = 16
-"""A matrix with fewer rows or columns (the first and last convolutions, say) is AdamW's."""
+"""Matrices with fewer rows or columns (the first and last convolutions, say) are left to AdamW."""
 
 
 def make_optimizer(module: nn.Module, name: str, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """An optimiser of OPTIMIZERS for what of a module requires gradients."""
+    """The optimiser with this name (OPTIMIZERS), for a module's parameters that require gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     options: dict[str, Any] = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
     if name == "adamw":
@@ -27,8 +28,8 @@ def make_optimizer(module: nn.Module, name: str, learning_rate: float, weight_de
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but `matrices` among the parameters, (M, N) or convolutions (M, N, h, w), move by their momentum with all
-    singular values made about equal. One learning rate serves both: updates have the size that AdamW's have."""
+    """AdamW, but the parameters in `matrices`, (M, N) or convolutions (M, N, h, w), move by their momentum with all
+    singular values made about equal. One learning rate serves both, since updates have the size of AdamW's."""
 
     def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], **options: Any):
         super().__init__(parameters, **options)
@@ -46,7 +47,7 @@ class Muon(torch.optim.AdamW):
             momentum = self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
             update = _matrix(p.grad.lerp(momentum, MOMENTUM))
             alike[update.shape].append((p, update))
-            p.grad = None  # not for AdamW
+            p.grad = None  # so that AdamW skips it
         for shape, pairs in alike.items():
             updates = orthogonal(torch.stack([update for _, update in pairs]))
             for (p, _), update in zip(pairs, updates, strict=True):
@@ -61,7 +62,7 @@ def _matrix(p: Tensor) -> Tensor:
 
 
 def _shaped(matrix: Tensor, like: Tensor) -> Tensor:
-    """The way back from `_matrix`."""
+    """The inverse of `_matrix`."""
     if like.ndim == 2:
         return matrix
     _, columns, height, width = like.shape

@@ -1,4 +1,4 @@
-"""What a network makes of held-out conditions while it is trained, to look at."""
+"""Pictures to look at: what a ControlNet makes of held-out conditions while it is trained."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ STEPS = 20
 
 @torch.no_grad()
 def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precision: str) -> np.ndarray:
-    """Images under the conditions of the first held-out pairs, (side, n x side, 3) uint8: side by side. The base's VAE
-    is loaded where it was forgotten."""
+    """Images from the conditions of the first held-out pairs, side by side: (side, n x side, 3) uint8. The base's VAE
+    is loaded again if it was unloaded."""
     count, side = min(SHOWN, len(held_out.pairs)), held_out.size
     maps = [condition_tensor(held_out.condition(i, 0, False)) for i in range(count)]
     conditions = torch.stack(maps).to(device)  # (n, 3, side, side)
@@ -47,8 +47,8 @@ def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precisio
 
 
 def draw_strip(run: RunFolder, rows: list[dict[str, Any]], held_out: Samples, kind: str) -> None:
-    """samples.png: a row for each of these held-out pairs, with its picture, its condition, and what was made of it at
-    each of the log's `rows` that has pictures."""
+    """samples.png: a row for each of the first held-out pairs, with its picture, its condition, and what was made of it
+    at each of the log's `rows` that has pictures."""
     shots: dict[int, np.ndarray] = {}
     for row in rows:
         path = run.path / row.get("pictures", "")

@@ -19,9 +19,9 @@ def autocast(device: torch.device, precision: str = "bfloat16") -> torch.autocas
 
 @contextmanager
 def attention_kernels(device: torch.device, precision: str = "bfloat16", small: bool = True) -> Iterator[None]:
-    """The kernels of attention, around forward and backward: gradient checkpointing computes the forward in the
-    backward again. On a CPU, and for `small` pictures (256 pixels and less), bfloat16 is done as plain matrix products:
-    the fused kernel's backward is ten times slower there (benchmarks/LOG.md)."""
+    """Choose the kernels of attention. Wrap both forward and backward, since gradient checkpointing computes the
+    forward again in the backward. On a CPU, bfloat16 with `small` pictures (256 pixels and less) uses plain matrix
+    products: the fused kernel's backward is ten times slower there (benchmarks/LOG.md)."""
     plain = device.type == "cpu" and small and PRECISIONS[precision] is torch.bfloat16
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(backends[-1:] if plain else backends):

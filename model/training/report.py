@@ -18,8 +18,8 @@ from controlnet.preprocessors.lock import is_locked
 
 @dataclass(frozen=True)
 class RunState:
-    """What the files of a run tell. `steps` are the log's training lines, `validations` the looks at held-out pairs.
-    `state` is preparing, running, finished, exploded or stopped; a stopped one may be gone on with."""
+    """What is in the files of a run. `steps` are the log's training lines, `validations` its lines on held-out pairs.
+    `state` is preparing, running, finished, exploded or stopped; a stopped run can be resumed."""
 
     folder: Path
     record: dict[str, Any]
@@ -31,7 +31,7 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace of the last ten log lines."""
+        """Estimated from the pace of the last ten log lines; None if there are too few."""
         recent = self.steps[-10:]
         if len(recent) < 2 or recent[-1]["step"] == recent[0]["step"]:
             return None
@@ -40,8 +40,8 @@ class RunState:
 
 
 def read_run(folder: Path, at_work: bool | None = None) -> RunState:
-    """Raises InputError for a folder that is no run. `at_work` says whether a process trains in it; else its lock
-    does."""
+    """The state of the run in a folder. `at_work` says whether a process is training in it; by default the folder's
+    lock shows that. Raises InputError for a folder that is not a run."""
     run = RunFolder(Path(folder))
     if not run.holds_run:
         raise InputError(f"{folder}: is not a training run (no run.json)", "controlnet status runs/DATA-1")
@@ -75,8 +75,8 @@ def duration(seconds: float) -> str:
 
 
 def describe(run: RunState) -> list[str]:
-    """A line each: the verdict; the step and the time left, or how it ended; gap and loss; causes that are worth a
-    look."""
+    """The run in a few lines: the verdict; the step and the time left, or how it ended; gap and loss; possible
+    causes."""
     settings = run.record["settings"]
     if run.state == "preparing":
         return [f"preparing: latents, texts and conditions of {run.record['data']['pairs']:,} pairs, once for all runs"]

@@ -58,11 +58,11 @@ def train(
     watcher: Watcher | None = None,
     strict: bool = False,
 ) -> Progress:
-    """Train a ControlNet on pairs; `config.kind` is set. Everything that can be wrong is looked at before step 1.
+    """Train a ControlNet on pairs; `config.kind` must be set. Everything that can be checked is checked before step 1.
 
     Raises InputError for data that cannot be trained on, UsageError for settings or a resume that do not fit,
-    ModelError for a base or network, OutputError when the disk is full, TrainingError for exploded losses and spent
-    memory.
+    ModelError for a base or ControlNet that cannot be used, OutputError when the disk is full, TrainingError when the
+    loss explodes or memory runs out.
     """
     watcher = watcher or Watcher()
     processes = PartialState(cpu=device.type == "cpu")
@@ -74,7 +74,7 @@ def train(
         net, config = make_controlnet(base, config)
         base_hash = model_hash(base.path)
 
-        # The data, looked at before anything is computed from it.
+        # The data, checked before anything is computed from it.
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
         samples = Samples(training, config, base, base_hash, store)
@@ -92,7 +92,7 @@ def train(
         with run.forgotten(new):
             prepare(samples, validation, processes, watcher)
 
-        # The network, on what is left of the base.
+        # The network, with only those parts of the base that it still needs.
         if config.cache:
             base.unload()
             gc.collect()
@@ -181,7 +181,7 @@ class _Training:
         self.board = _tensorboard()(str(run.tensorboard)) if writes else None
 
     def _batch(self, k: int) -> Batch:
-        """Batch k; the next one is read while it is computed."""
+        """Batch k; the next one is prepared in the background."""
         part = self.processes.process_index, self.processes.num_processes
         future = self.next[1] if self.next[0] == k else self.pool.submit(self.samples.batch, k, *part)
         batch = future.result()
@@ -198,7 +198,7 @@ class _Training:
         return self.losses_of(self._batch(k)).mean()
 
     def validate(self, progress: Progress) -> dict[str, Any]:
-        """The control gap; pictures at the chosen steps."""
+        """Fields for the log: the control gap, and pictures at the chosen steps."""
         self.held_out = self.held_out or self.validation.validation()
         fields: dict[str, Any] = control_gap(self.losses_of, self.held_out, VALIDATION_TIMES)
         every = (
@@ -229,7 +229,7 @@ class _Training:
 
 
 def _tensorboard() -> type:
-    """Its writer. Raises UsageError where the package is not installed."""
+    """TensorBoard's writer class. Raises UsageError if the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""The folder of a training run: what lies where in it, which is the next one, and who may write.
+"""The folder of a training run: what lies where in it, which name is next, and who may write.
 
 RUN/config.json, diffusion_pytorch_model.safetensors   the best network so far, in diffusers' layout
 RUN/run.json, config.toml, log.jsonl                   what is trained and how it goes
@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The settings as TOML, to be given again."""
+        """The settings as TOML, which `--config` reads again."""
         return self.path / "config.toml"
 
     @property
@@ -80,7 +80,8 @@ class RunFolder:
 
     @contextmanager
     def forgotten(self, new: bool) -> Iterator[None]:
-        """A `new` run that fails inside leaves no trace: the same command may be given again."""
+        """If a `new` run fails inside, its record and settings are removed, so that the same command can be given
+        again."""
         try:
             yield
         except BaseException:
@@ -102,9 +103,10 @@ def next_run(data: Path, resume: bool) -> Path:
 
 @contextmanager
 def claimed(folder: Path, numbered: bool) -> Iterator[tuple[Path, int]]:
-    """The folder of a run, and the handle of its lock: for this command alone while it lasts; a new one that stays
-    empty goes away again. When another command was quicker to take a `numbered` one, the next number."""
-    if "RANK" in os.environ:  # one of several processes of a command that holds it
+    """The folder of a run, and the handle of its lock: while inside, it belongs to this command alone. A new folder
+    that stays empty is removed again. If another command was quicker to take a `numbered` folder, the next number is
+    taken."""
+    if "RANK" in os.environ:  # one of several processes whose command holds the folder
         yield folder, -1
         return
     folder, new = _made(folder, numbered)
@@ -119,7 +121,7 @@ def claimed(folder: Path, numbered: bool) -> Iterator[tuple[Path, int]]:
 
 
 def _made(folder: Path, numbered: bool) -> tuple[Path, bool]:
-    """The folder, made where it was not there, and whether it was made here."""
+    """The folder, made if it was not there, and whether it was made here."""
     if not numbered:
         new = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)

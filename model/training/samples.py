@@ -1,6 +1,6 @@
-"""From pairs to batches. Everything random about a sample comes from a generator seeded by (seed, epoch, index): its
-crop, flip, prompt dropout, timestep and noise; so a batch is the same with and without cache, in one process or
-several, interrupted or not.
+"""From pairs to batches. All that is random in a sample (crop, flip, prompt dropout, timestep, noise) comes from a
+generator seeded by (seed, epoch, index). So a batch is the same with and without cache, in one process or several,
+interrupted or not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from controlnet.preprocessors.stage_one import stage_one
 from torch import Tensor
 
 VALIDATION_TIMES = 4
-"""Timesteps at which each held-out pair is looked at."""
+"""The number of timesteps at which each held-out pair is evaluated."""
 ZOOM = 1.25
 """How much closer a random crop may be than the centre one."""
 
@@ -39,8 +39,8 @@ ZOOM = 1.25
 class Samples:
     """The training data of a run, as the network sees it.
 
-    `base` gives latents and texts while they are not in the cache. Arrays: latent moments (8 or 4, h, w) float16, text
-    (T, D) float16, condition (H, W, 3) uint8.
+    `base` computes latents and texts that are not in the cache. Arrays: latent moments (2C, h, w), or (C, h, w) without
+    variance, float16, text (T, D) float16, condition (H, W, 3) uint8.
     """
 
     def __init__(self, pairs: list[Pair], config: TrainConfig, base: Base, base_hash: str, cache: Cache):
@@ -54,8 +54,8 @@ class Samples:
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
-        """Put everything that the pairs in `rows` can ask for into the cache. Raises InputError that says how many
-        pairs cannot be used, and why the first one cannot."""
+        """Put everything that the pairs in `rows` need into the cache. Raises InputError saying how many pairs cannot
+        be used, and why the first one cannot."""
         failed: list[InputError] = []
         for done, index in enumerate(rows, 1):
             try:
@@ -85,14 +85,14 @@ class Samples:
         return self.cache.array("text", key, lambda: _array(self._encode_text(caption).c_t))
 
     def pooled(self, caption: str) -> np.ndarray | None:
-        """Its pooled text (P,), where the base has an added embedding."""
+        """The pooled text of a caption, (P,); None if the base has no added embedding."""
         if self.ids is None:
             return None
         key = key_of(self.base_hash, caption)
         return self.cache.array("pooled", key, lambda: _array(self._encode_text(caption).pooled))
 
     def prompt(self, captions: list[str]) -> Prompt:
-        """A row for each caption, on the CPU, float32."""
+        """A prompt with a row for each caption, on the CPU, float32."""
         c_t = torch.from_numpy(np.stack([self.text(caption) for caption in captions])).float()
         if self.ids is None:
             return Prompt(c_t)
@@ -101,7 +101,7 @@ class Samples:
         return Prompt(c_t, pooled).with_ids(self.ids)
 
     def moments(self, index: int, crop: int, flip: bool) -> np.ndarray:
-        """Mean and log variance of the latent, or the latent itself of a VAE without variance."""
+        """Mean and log variance of the latent, or the latent itself if the VAE has no variance."""
         path = self.pairs[index].image
         key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and crop_seed(self.pairs[index]), flip)
         return self.cache.array("latents", key, lambda: self._encode_image(self.picture(index, crop, flip)))
@@ -110,12 +110,12 @@ class Samples:
         pair = self.pairs[index]
         path = pair.condition or pair.image
         options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
-        files = sorted({self._hash(path), self._hash(pair.image)})  # both: they must be of one aspect
+        files = sorted({self._hash(path), self._hash(pair.image)})  # both, since their aspects must agree
         key = key_of(files, self.config.kind, options, self.size, crop, crop and crop_seed(pair), flip)
         return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
 
     def picture(self, index: int, crop: int, flip: bool = False) -> np.ndarray:
-        """The crop of a picture, (size, size, 3) uint8."""
+        """A crop of a pair's picture, (size, size, 3) uint8."""
         pair = self.pairs[index]
         image = cut(pair.picture(), crop, crop_seed(pair))
         image = fit(image, (self.size, self.size), "stretch")
@@ -127,7 +127,8 @@ class Samples:
         return (flip_condition(placed) if flip else placed).rgb
 
     def _detected(self, pair: Pair, crop: int) -> Condition:
-        """The condition of a photo's crop: detected as `detect` does it, at 512 pixels."""
+        """The condition of a photo's crop: detected at 512 pixels, as `detect` does it, or at the training size if it
+        is larger."""
         if self.detector is None:
             raise InputError(
                 f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
@@ -159,7 +160,7 @@ class Samples:
 
     @torch.no_grad()
     def _encode_image(self, image: np.ndarray) -> np.ndarray:
-        if self.base.vae is None:  # a damaged entry of the cache, met while training
+        if self.base.vae is None:  # it was unloaded, but a cache entry proved damaged while training
             reload(self.base, "vae")
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(self.base.device, self.base.vae.dtype) / 127.5 - 1
         return self.base.encode_image(x)[0].half().cpu().numpy()
@@ -168,7 +169,7 @@ class Samples:
     def _encode_text(self, caption: str) -> Prompt:
         if self.base.text_encoder is None:
             reload(self.base, "text_encoder")
-        if self.encoded[0] != caption:  # its features and its pooled text are asked for one after the other
+        if self.encoded[0] != caption:  # features and pooled text are asked for one after the other
             self.encoded = caption, self.base.encode_text([caption])
         return self.encoded[1]
 
@@ -229,7 +230,7 @@ class Samples:
                 rng = np.random.default_rng([self.config.seed, 2**31, place, index])
                 t = int((place + rng.random()) / VALIDATION_TIMES * count)
                 samples.append(self._draw(index, 0, False, "", t, rng))
-        # A pair's neighbour in the list is another pair, also from one timestep to the next.
+        # A sample's neighbour in the list is of another pair, also where the next timestep begins.
         others = [s["condition"] for s in samples[1:] + samples[:1]]
         batches = []
         for i in range(0, len(samples), self.config.batch_size):
@@ -239,24 +240,25 @@ class Samples:
 
 
 def _array(row: Tensor | None) -> np.ndarray:
-    """(1, ...) as the cache keeps it, (...) float16."""
+    """A row (1, ...) in the form that the cache keeps: (...) float16."""
     assert row is not None
     return row[0].half().cpu().numpy()
 
 
 def check_command(folder: Path, kind: str) -> str:
-    """The command that looks at training data."""
+    """The command that checks training data."""
     return f"controlnet dataset check {quote(str(folder))}" + (f" --kind {quote(kind)}" if kind else "")
 
 
 def crop_seed(pair: Pair) -> int:
-    """The number that the random crops of a pair are drawn from: its name's, whatever else is in the data."""
+    """The seed of a pair's random crops: from its name only, so other data does not change them."""
     return zlib.crc32(pair.name.encode())
 
 
 def cut(image: np.ndarray, crop: int, place: int) -> np.ndarray:
     """The square crop number `crop` of a picture (H, W, 3): 0 is the centre one, the others are fixed by (crop, place).
-    In parts of the picture, so that picture and condition of different sizes are cut alike."""
+    A crop is computed in fractions of the picture, so that a picture and a condition of different sizes are cut
+    alike."""
     height, width = image.shape[:2]
     x, y, part, _ = _window(image, crop, place)
     left, top, side = round(x * width), round(y * height), round(part * width)

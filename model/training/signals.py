@@ -1,4 +1,4 @@
-"""A run asked to stop: by SIGTERM or SIGINT, or by the end of the command that started it."""
+"""How a run is asked to stop: by SIGTERM or SIGINT, or by the end of the command that started it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from controlnet.preprocessors.lock import ORPHANED
 
 
 class Stop:
-    """Whether a signal has asked to end; the processes of a run agree on it. A second SIGTERM or SIGINT does not wait
-    for the checkpoint; ORPHANED always does, since it reaches the processes up to a second apart."""
+    """Whether a signal has asked the run to stop; all its processes get the same answer. A second SIGTERM or SIGINT
+    does not wait for the checkpoint; ORPHANED always does, since it reaches the processes up to a second apart."""
 
     signal: int | None = None
-    """The one that this process was sent."""
+    """The signal that this process was sent."""
     agreed: bool = False
-    """Some process of the run was sent one."""
+    """Whether some process of the run was sent one."""
 
     def __enter__(self) -> Stop:
         self.old = {}
@@ -31,7 +31,7 @@ class Stop:
             signal.signal(number, signal.SIG_IGN if self.agreed and number == ORPHANED else handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if self.signal is not None and number != ORPHANED:  # asked twice: at once
+        if self.signal is not None and number != ORPHANED:  # asked twice: stop at once
             raise KeyboardInterrupt
         self.signal = self.signal or number
 

@@ -1,4 +1,4 @@
-"""The state of a training run: everything that it goes on from."""
+"""The state of a training run: everything that it needs to go on."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Progress:
     loss: float = math.nan
     """Mean over the steps of the last log line."""
     first_loss: float = math.nan
-    """Of the validation before step 1, else of step 1; an explosion is measured by it."""
+    """The validation loss before step 1, else the loss of step 1; an explosion is measured by it."""
     best_loss: float = math.inf
-    """Of the validations; the network of `best_step` had it."""
+    """The lowest validation loss, reached at `best_step`."""
     best_step: int | None = None
     window: list[float] = field(default_factory=list)
     """Losses since the last log line."""
@@ -45,7 +45,7 @@ class State:
         self.progress = Progress()
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take what `saved` gave. The moments of another optimiser are of no use and are left."""
+        """Restore what `saved` returned. The moments of another optimiser are of no use and are not restored."""
         torch._foreach_copy_([p.data for p in self.parameters], saved["parameters"])
         torch._foreach_copy_(self.ema, saved["ema"])
         if saved.get("optimizer_is", "adamw") == self.optimizer_is:
@@ -69,12 +69,12 @@ class State:
         self.scaler.scale(loss).backward()
 
     def clip(self, norm: float) -> float:
-        """The norm of the whole gradient, which is then at most `norm`."""
+        """Clip the whole gradient to `norm`; returns the norm that it had."""
         self.scaler.unscale_(self.optimizer)
         return float(nn.utils.clip_grad_norm_(self.parameters, norm))
 
     def update(self, rate: float, ema_decay: float) -> None:
-        """One optimiser step at a learning rate; the average follows."""
+        """One optimiser step at a learning rate, and an update of the average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)

@@ -1,8 +1,8 @@
 """Does it work yet? A verdict on the control-gap curve of a run. Needs no torch.
 
-Training a ControlNet is sudden: for hundreds or thousands of steps the images ignore the condition, then they follow it
-(paper section 3.3, Fig. 4). The loss hardly shows it. The control gap does, long before the eye: the loss with another
-pair's condition minus the loss with the true one, on fixed held-out pairs, noise and timesteps.
+Control comes suddenly in training: for hundreds or thousands of steps the images ignore the condition, then they follow
+it (paper section 3.3, Fig. 4). The loss hardly shows this. The control gap shows it long before the images do: it is
+the loss with another pair's condition minus the loss with the true one, on fixed held-out pairs, noise and timesteps.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 EXPECTED_STEPS = 10_000
-"""By then the paper's networks had converged (section 3.3)."""
+"""By this step the paper's networks had converged (section 3.3)."""
 IN_A_ROW = 3
-"""So many validations in a row above the noise band mean convergence; as many below it mean that it is lost."""
+"""This many validations in a row above the noise band mean convergence; as many below it mean that control is lost."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is waiting, begun, converged or overdue; `step` is where control began. `lost` is where an earlier control
-    was gone again."""
+    """`word` is waiting, begun, converged or overdue; `step` is where control began. `lost` is where control that had
+    converged was gone again."""
 
     word: str
     text: str
@@ -28,13 +28,14 @@ class Verdict:
 
 
 def verdict(rows: list[dict], settings: dict, facts: dict, finished: bool = False) -> Verdict:
-    """rows: the log's validations (`step`, `control_gap`, `band`). settings: the run's, of TrainConfig. facts: what is
-    known of the data (`line_map_brightness`, `condition_spread`). finished: no step will follow."""
-    same: list[int] = []  # the last validations that say the same, above the band or not
+    """The verdict on a run. rows: the log's validations (`step`, `control_gap`, `band`, `validation_loss`). settings:
+    the run's TrainConfig, as a dict. facts: what is known about the data (`line_map_brightness`, `condition_spread`).
+    finished: no step will follow."""
+    same: list[int] = []  # steps of the latest validations that agree: all above the band, or none
     was_clear = False
     converged, lost = None, None
     for row in rows:
-        # The band alone is no threshold at the start, where gap and band are both next to nothing.
+        # At the start, where gap and band are both almost 0, the band alone is not a threshold.
         clear = row["control_gap"] > max(row["band"], 1e-3 * row["validation_loss"])
         same = [*same, row["step"]] if clear == was_clear else [row["step"]]
         was_clear = clear

@@ -1,4 +1,4 @@
-"""Many jobs: read from a file, spread over folders of conditions, and the images that they make. Loads no model."""
+"""Many jobs: read from a file, spread over folders of conditions, and the images that they ask for. Loads no model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
 
 
 def read_jobs_file(path: Path) -> list[tuple[str, dict[str, Any] | UsageError]]:
-    """`read_jobs` of a file."""
+    """`read_jobs` for a file on disk."""
     from controlnet.preprocessors.images import read_bytes
 
     empty = is_file(path) and path.stat().st_size == 0
@@ -28,14 +28,14 @@ def read_jobs_file(path: Path) -> list[tuple[str, dict[str, Any] | UsageError]]:
 
 
 def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | UsageError]]:
-    """(where, what is given) for every job of a file: JSON Lines, or CSV with the keys in its first line, several
-    conditions of a job between |. A line that is no job gives its error. Raises InputError for a file without jobs."""
+    """(where, what is given) for every job in a file: JSON Lines, or CSV with the keys in its first line and a job's
+    conditions separated by |. A line that is not a job yields its error. Raises InputError for a file without jobs."""
     data = data.removeprefix(codecs.BOM_UTF8)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         decoded(data, path)  # raises: every line of it is unreadable
     if not data.strip():
         raise InputError(f"{path}: no jobs in it", f"{EXAMPLE}   (one per line)")
-    # Bytes that are not UTF-8 spoil their own line alone.
+    # Bytes that are not UTF-8 spoil only their own line.
     text = data.decode("utf-8", errors="surrogateescape")
     if path.lower().endswith(".csv"):
         rows = csv.DictReader(io.StringIO(text, newline=""), restkey="")
@@ -69,7 +69,7 @@ def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | Us
 
 
 def _check_text(line: str) -> None:
-    """Raises UsageError for a line of a file with bytes that are no text."""
+    """Raises UsageError for a line with bytes that are not text."""
     if "\0" in line:
         raise UsageError("holds a NUL byte, expected text")
     try:
@@ -79,8 +79,9 @@ def _check_text(line: str) -> None:
 
 
 def spread(job: Job) -> list[Job]:
-    """A folder as a condition stands for all pictures in it: a job each. Several folders are paired by name, without
-    the kind. Raises InputError for a folder without pictures or one without the partner of another's."""
+    """A job for each picture, if a condition is a folder of them. The pictures of several folders are paired by name,
+    without the kind. Raises InputError for a folder without pictures, and for a picture without its partner in another
+    folder."""
     from controlnet.preprocessors.images import suffixes
 
     folders = [(k, flag) for k, flag in enumerate(job.cond) if flag.path != "-" and is_dir(flag.path)]
@@ -117,7 +118,7 @@ def spread(job: Job) -> list[Job]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An image to be made: where it goes (None: standard output), and what of."""
+    """An image to be made: its job and seed, and where it goes (None: standard output)."""
 
     name: str
     job: Job
@@ -133,9 +134,8 @@ def targets(
     keep_best: int | None = None,
     on_kept: Callable[[Path, int], None] = lambda path, seed: None,
 ) -> list[Wanted]:
-    """The images to be made. An output that is in the way fails its job; `on_kept` is told the path and seed of one
-    that is there and stays. Of a job's images `keep_best` are written, all by default; a single one may have a name of
-    its own."""
+    """The images to be made. A job fails if its output path is taken; `on_kept` gets the path and seed of a file that
+    stays. `keep_best` of a job's images are written, by default all; a single one may have a file name of its own."""
     wanted: list[Wanted] = []
     taken: dict[Path | None, str] = {}
     several = sum(keep_best or job.num for _, job in jobs) > 1

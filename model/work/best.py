@@ -1,4 +1,4 @@
-"""The best of a job's images: those on which its conditions are found again best."""
+"""The best of a job's images: those that keep to its conditions best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from controlnet.model.work.studio import Image, Studio
 from controlnet.preprocessors.errors import ControlNetError
 
 Failed = Callable[[str, ControlNetError], None]
-"""Told the name of a job and why it failed."""
+"""Called with the name of a job and why it failed."""
 
 
 def make_best(
@@ -32,7 +32,7 @@ def make_best(
 
 
 def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wanted]:
-    """The wanted images whose conditions an image can be held against; the others' jobs fail before they are made."""
+    """The wanted images whose conditions can be scored; the jobs of the others fail before any image is made."""
     bad: set[int] = set()
     for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
         try:

@@ -1,4 +1,4 @@
-"""What work runs on: device, number type, and how much the libraries say. Imports torch when called."""
+"""What the work runs on: device, number type, and how much the libraries print. Imports torch only when called."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from controlnet.preprocessors.errors import UsageError
 
 
 def silence_libraries(bars: bool = False) -> None:
-    """The libraries talk on loading; what matters to a user is said here. Bars of downloads only when wanted, and when
-    someone is watching."""
+    """Keep the libraries quiet: they talk while loading, and what matters to a user is said by this toolkit. Download
+    bars are shown only if wanted and someone is watching."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not (bars and sys.stderr.isatty()):

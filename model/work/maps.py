@@ -28,7 +28,7 @@ from controlnet.preprocessors.stage_one import record, stage_one
 from PIL import Image
 
 AHEAD = 4
-"""Photos in work at once, times the threads: memory does not grow with their number."""
+"""Photos in work at once, per thread, so that memory does not grow with the number of photos."""
 SHOWN = 24
 """Photos on a preview."""
 
@@ -51,7 +51,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a photo: fields to tell, the map as PNG when it goes to standard output, a preview, or an
+    """What became of a photo: fields to report, the map as PNG if it goes to standard output, a preview, or an
     error."""
 
     fields: dict
@@ -61,7 +61,7 @@ class Made:
 
 
 def is_points(kind: str, source: str) -> bool:
-    """Whether a source is key points to be drawn instead of a photo."""
+    """Whether a source holds key points to be drawn, instead of being a photo."""
     return kind == "pose" and source.lower().endswith(".json")
 
 
@@ -100,8 +100,8 @@ def run(
     previews: bool,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[str, Made]]:
-    """(source, what became of it) for every source, in order; with `previews` also the first photos and their maps,
-    small. A photo that fails is reported in its turn. `say` is told what is odd about a picture."""
+    """(source, what became of it) for every source, in order; with `previews`, the first ones come with a small photo
+    and map. A photo that fails is reported in its turn. `say` gets warnings about pictures."""
     lock = Lock()
 
     def work(source: str, wanted: bool) -> Made:
@@ -114,13 +114,13 @@ def run(
 
 
 def _in_order(work, sources: list[str], previews: bool) -> Iterator[tuple[str, Made]]:
-    """(source, work(source, whether a preview is wanted)) of every source, in order; a few are in work at once. When
-    the command is interrupted, those that are ready come still."""
+    """(source, work(source, whether a preview is wanted)) for every source, in order; several are in work at once. If
+    the command is interrupted, those that are finished are still yielded."""
     if len(sources) == 1:
         yield sources[0], work(sources[0], previews)
         return
     threads = os.cpu_count() or 1
-    cv2.setNumThreads(1)  # the photos share the cores, not the pixels of one
+    cv2.setNumThreads(1)  # each core takes a photo of its own, not a part of one
     waiting: dict[str, Future] = {}
     pool = ThreadPoolExecutor(threads)
     try:
@@ -166,7 +166,7 @@ def _one(
         if before is None or (same and (keypoints is None or keypoints.exists())):
             return Made({"output": str(target), "source": source, "kind": job.detector.kind, "skipped": True})
     elif target is not None:
-        # With --skip-existing another process may have made it since: the same map is written once more.
+        # With --skip-existing another process may have made the map meanwhile: it is written once more.
         keeps(target, job.overwrite or job.skip_existing, skip_existing=False)
     image = None
     if is_points(job.detector.kind, source):
@@ -182,7 +182,7 @@ def _one(
             except NothingFoundError as error:
                 raise NothingFoundError(f"{source}: {error}", error.hint) from error
     if keypoints is not None:
-        # With --skip-existing, a map that is made again makes its key points again.
+        # With --skip-existing, key points are written again whenever their map is.
         keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)
         write_file(keypoints, to_json(condition.record["keypoints"], condition.size))
     both = _small(image, condition, job.resize) if preview else None
@@ -193,7 +193,7 @@ def _one(
 
 
 def _small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple[np.ndarray, np.ndarray]:
-    """A photo, or its key points' map, and its map, with 256 pixels on the longer side."""
+    """A photo (for key points the pose map instead) and its map, with 256 pixels on the longer side."""
     width, height = condition.size
     ratio = 256 / max(width, height)
     small = max(1, round(width * ratio)), max(1, round(height * ratio))
@@ -203,7 +203,7 @@ def _small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple
 
 
 def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
-    """What an existing map's PNG text says of its making, and its size; None for a file that is not ours."""
+    """The record in an existing map's PNG text, and the map's size; None for a file that is not ours."""
     try:
         with Image.open(target) as picture:
             return load(getattr(picture, "text", {})) or None, picture.size
@@ -213,7 +213,7 @@ def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
 
 def expand(inputs: list[str], recursive: bool, say: Callable[[str], None] = lambda text: None) -> list[str]:
     """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
-    without pictures. `say` is told of pictures that are skipped."""
+    without pictures. `say` gets a warning if pictures are skipped."""
     maps = tuple(f".{kind}.png" for kind in KINDS)
     sources: list[str] = []
     for name in inputs:

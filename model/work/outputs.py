@@ -10,7 +10,8 @@ from controlnet.preprocessors.files import exists, is_dir
 
 
 def output_path(out: str | None, default: Path, several: bool) -> Path | None:
-    """The path of a result; None for standard output. `default` is its folder and name when -o says nothing."""
+    """The path of a result; None for standard output. `default` is taken if -o is not given, and its file name if -o is
+    a folder."""
     if out is None:
         return default
     if is_folder(out):
@@ -22,7 +23,7 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
 
 
 def is_folder(out: str) -> bool:
-    """Whether -o names a folder: all but `-` and `NAME.png`. Raises UsageError for another type of picture."""
+    """Whether -o names a folder: anything but `-` and `NAME.png`. Raises UsageError for another type of picture."""
     path = Path(out)
     if out.endswith("/") or is_dir(path):
         return True
@@ -31,8 +32,8 @@ def is_folder(out: str) -> bool:
 
 
 def check_png(flag: str, path: Path) -> None:
-    """Raises UsageError for a file that a PNG would be written to under the name of another type of picture."""
-    from controlnet.preprocessors.images import suffixes  # here: it imports the libraries of pictures
+    """Raises UsageError for a path with the ending of another picture type: only PNG files are written."""
+    from controlnet.preprocessors.images import suffixes  # here: it imports the picture libraries
 
     if path.suffix.lower() in suffixes() - {".png", ".apng"}:
         raise UsageError(f"{flag} {path}: pictures are written as PNG files", f"{flag} {path.with_suffix('.png')}")
@@ -40,7 +41,7 @@ def check_png(flag: str, path: Path) -> None:
 
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
-    cannot be written: before the work, not after it."""
+    cannot be written, so that this is known before the work."""
     there = next(p for p in path.absolute().parents if exists(p))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise OutputError(

@@ -1,6 +1,6 @@
 """One command in several processes that share their work, as `--processes N` asks for.
 
-Not torch's own launcher: a signal must reach every process once and let it save, an error of the user's must be told
+torch's own launcher would not do: a signal must reach every process once and let it save, a user error must be reported
 once, and the exit code must be the command's own.
 """
 
@@ -20,7 +20,7 @@ from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.lock import ORPHANED
 
 PARENT = "CONTROLNET_PARENT"
-"""The environment variable that holds the process that started this one."""
+"""The environment variable with the id of the process that started this one."""
 PATIENCE = 30.0
 """Seconds that processes get to end after a signal, or after another one of them has failed."""
 GRACE = 5.0
@@ -28,12 +28,12 @@ GRACE = 5.0
 
 
 def launch(processes: int, args: list[str], lock: int = -1) -> int:
-    """Run `controlnet ARGS` in `processes` processes, which find each other through Accelerate's environment; the exit
-    code of the first one, or of the one that failed.
+    """Run `controlnet ARGS` in `processes` processes, which find each other through Accelerate's environment variables;
+    returns the exit code of the first one, or of the one that failed.
 
-    The first process prints; what another one says on standard error is shown when it alone has failed. SIGTERM and
-    SIGINT are handed on; a second one kills. `lock` is a handle that they hold too, so that what it locks stays locked
-    as long as one of them lives; they stop by themselves when we are gone.
+    Only the first process prints; the standard error of another one is shown if it failed and the first did not.
+    SIGTERM and SIGINT are handed on; a second one kills. `lock` is a handle that the processes hold too, so that what
+    it locks stays locked as long as one of them lives. They stop by themselves when this process is gone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -48,7 +48,7 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
                 stdin=subprocess.DEVNULL,
                 stdout=error and subprocess.DEVNULL,
                 stderr=error,
-                start_new_session=True,  # Ctrl-C in a terminal reaches us, and them through us alone
+                start_new_session=True,  # Ctrl-C in a terminal reaches only us, and we hand it on
                 env={
                     **os.environ,
                     **shared,
@@ -109,7 +109,8 @@ def _hand_on_signals(children: list[subprocess.Popen]) -> None:
 
 
 def _wait(children: list[subprocess.Popen]) -> int:
-    """Wait for all; the index of the process to speak for them: the first, unless another one failed without it."""
+    """Wait for all; returns the index of the process whose exit code counts: the first, unless another one failed and
+    the first did not."""
     well = (None, Exit.OK, Exit.INTERRUPTED)  # still at work, done, or stopped as asked
     while (failed := next((i for i, c in enumerate(children) if c.poll() not in well), None)) is None:
         if all(child.poll() is not None for child in children):

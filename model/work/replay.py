@@ -1,4 +1,4 @@
-"""An image made again from its own record; how far off that is, and what differs."""
+"""Makes an image again from its own record; measures how far off the result is, and lists what differs."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Difference:
     largest: int
     mean: float
     changed: float
-    """Part of the pixels that differ at all."""
+    """The share of pixels that differ at all."""
 
 
 def read_recorded(path: Path) -> Recorded:
-    """Raises InputError for an image without a record."""
+    """An image file with its record. Raises InputError if it has none."""
     pixels, text = read_image(read_bytes(str(path)), str(path))
     record = load(text)
     if "prompt" not in record or "seed" not in record:
@@ -58,8 +58,8 @@ def remake(
     offline: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Image:
-    """`job` is `job_of(image)`, or changed from it; made on the recorded device where it is here, in the recorded
-    type. Raises as `Studio.make` does."""
+    """Make an image again. `job` is `job_of(image)`, or a changed copy of it. The image is made on `device`, by default
+    the recorded one, if this machine has it, and in the recorded number type. Raises as `Studio.make` does."""
     record = image.record
     studio = Studio(
         _available(device or record.get("device")),
@@ -69,15 +69,16 @@ def remake(
         low_memory=bool(record.get("low_memory")),
         say=say,
     )
-    # An image away from the base's native size depends, by rounding, on how many are sampled together and on its place
-    # among them: as many are sampled again.
+    # Away from the base's native size, rounding makes an image depend on how many are sampled together and on its place
+    # among them; so the same number is sampled again.
     together, place = _batch(record) if job == job_of(image, [flag.path for flag in job.cond]) else (1, 0)
     copies = [Wanted("", job, job.seed or 0, None)] * together
     return list(studio.make(copies))[place]
 
 
 def replay(path: str | Path, device: str | None = None) -> tuple[Image, Difference, list[str]]:
-    """An image file made again from its record: the image, how far off it is, and what differs, a line each."""
+    """Make an image file again from its record; returns the image, how far off it is, and what differs, one line
+    each."""
     before = read_recorded(Path(path))
     after = remake(before, job_of(before), device)
     return after, compare(before.pixels, after.pixels), changes(before.record, after.record)
@@ -90,7 +91,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What two records say differently about models, conditions and machine: a line each."""
+    """How two records differ in models, conditions and machine, one line each."""
     found = []
     for name in ("base_sha256", "device", "dtype", "threads", "low_memory", "batch"):
         if (before.get(name) or None) != (after[name] or None):
@@ -106,8 +107,8 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
-    """The job of an image's record; `moved` are the conditions' paths today, in the recorded order. Raises InputError
-    for a record that `generate` cannot have written, UsageError for another number of paths."""
+    """The job in an image's record; `moved` are the conditions' present paths, in the recorded order. Raises InputError
+    for a record that `generate` cannot have written, UsageError for a wrong number of paths."""
     record = image.record
     _check(record, _RECORD, image.path)
     conditions = record.get("conditions") or []
@@ -117,7 +118,7 @@ def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
         raise UsageError(f"--cond is given {len(moved)} times, the image has {len(conditions)} conditions")
     try:
         values = {name: record[name] for name, option in OPTIONS.items() if option.recorded and name in record}
-        if record["scheduler"] not in SCHEDULERS:  # the class of the base's own
+        if record["scheduler"] not in SCHEDULERS:  # the class name of the base's own scheduler
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
@@ -134,7 +135,7 @@ _CONDITION: dict[str, tuple[type, ...]] = {
     "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),
     "end": (int, float), "weighting": (str, type(None)), "region": (str, type(None)), "detect": (dict, type(None)),
 }  # fmt: skip
-"""What a record holds, and of which types; what may be None may be missing."""
+"""The fields of a record and their types; a field that may be None may also be missing."""
 
 
 def _check(fields: Any, types: dict[str, tuple[type, ...]], image: Path) -> None:

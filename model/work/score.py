@@ -1,4 +1,4 @@
-"""How well an image keeps to its conditions: each is found on the image again, by its own detector, and compared."""
+"""How well an image keeps to its conditions: each is detected again on the image, by its own detector, and compared."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from controlnet.preprocessors.skeleton import draw
 from controlnet.preprocessors.stage_one import stage_one
 
 ASPECT = 0.05
-"""Aspects of image and map may differ by so much (of 1)."""
+"""How far the ratio of the image's aspect to the map's may be from 1."""
 RESAMPLES = 2000
 SCORED = tuple(name for name, kind in KINDS.items() if kind.score)
 
@@ -57,15 +57,15 @@ class Scored:
 
 
 class Scorer:
-    """Finds conditions on images again; each detector is loaded once."""
+    """Detects conditions again on images; each detector is loaded once."""
 
     def __init__(self, offline: bool = False):
         self.offline = offline
         self.ready = cache(self._ready)
 
     def of_file(self, path: str, conditions: Sequence[str] = ()) -> list[tuple[str, Scored]]:
-        """(condition, its scores) of an image file, for conditions PATH[,kind=KIND], or for those of its own record.
-        Raises InputError for conditions that do not fit the image."""
+        """(condition, its scores) of an image file, for conditions PATH[,kind=KIND], by default those in its own
+        record. Raises InputError for conditions that do not fit the image."""
         image, text = read_image(read_bytes(path), path)
         if conditions:
             return [(cond, self.of(image, path, cond)) for cond in conditions]
@@ -79,7 +79,7 @@ class Scorer:
         return [self.of_record(image, path, entry) for entry in entries]
 
     def of_record(self, image: np.ndarray, name: str, entry: dict) -> tuple[str, Scored]:
-        """The scores for a condition of the image's own record; where it was made of a photo, it is made again."""
+        """The scores for a condition in the image's own record. If it was made from a photo, it is made again."""
         path = _recorded_path(entry, name)
         made = entry.get("detect")
         if made is None:
@@ -95,11 +95,11 @@ class Scorer:
         return self.compare(image, read_condition(flag.path, flag.kind, (image.shape[1], image.shape[0])), name)
 
     def compare(self, image: np.ndarray, condition: Condition, name: str) -> Scored:
-        """The scores of an image (H, W, 3) uint8 for a condition. Raises as `check` does, and InputError for another
-        aspect."""
+        """The scores of an image (H, W, 3) uint8 for a condition. Raises as `check` does, and InputError if their
+        aspects differ."""
         self.check(condition)
         if condition.record.get("resize") in ("crop", "pad") and not _same_aspect(image, condition.map):
-            # The photo itself, brought to the map's size as the map's record says.
+            # The image may be the photo itself: it is brought to the map's size as the map's record says.
             image = fit(image, condition.size, condition.record["resize"])
         if not _same_aspect(image, condition.map):
             raise InputError(
@@ -111,7 +111,7 @@ class Scorer:
 
     @staticmethod
     def check(condition: Condition) -> None:
-        """Raises UsageError or InputError for a condition that no image can be held against."""
+        """Raises UsageError or InputError for a condition that no image can be scored against."""
         path, kind = condition.name, kind_named(condition.kind)
         if kind.score is None:
             raise UsageError(
@@ -128,8 +128,8 @@ class Scorer:
     def found(
         self, image: np.ndarray, size: tuple[int, int], condition: Condition, default: bool = False
     ) -> tuple[np.ndarray, dict]:
-        """What the condition's own detector and options, or the `default` options, find on the image, looked at in
-        `size` (width, height)."""
+        """What the condition's own detector finds on the image at `size` (width, height), with the condition's own
+        options, or with the `default` ones."""
         record = condition.record if condition.record.get("kind") == condition.kind else {}
         own = record.get("detector")
         ready = self.ready(
@@ -162,7 +162,7 @@ def _same_aspect(image: np.ndarray, map_: np.ndarray) -> bool:
 
 
 def _lines(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
-    """F1 of the lines, exact and within a pixel for every 256 of the image; structural similarity."""
+    """F1 of the lines, exact and within one pixel per 256 of the image's shorter side; structural similarity."""
     again, _ = scorer.found(image, condition.size, condition)
     size = (image.shape[1], image.shape[0])
     true, found = (to_canvas(m, condition.kind, size).max(2) for m in (condition.rgb, rgb(again)))
@@ -184,7 +184,7 @@ def _depth(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
 
 
 def _people(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
-    """Object keypoint similarity and the share of joints that are near, over the people of the condition."""
+    """Object keypoint similarity and the share of joints that are near, averaged over the people of the condition."""
     size = (image.shape[1], image.shape[0])
     asked = condition.people or []
     people = [p * (*size, 1) for p in asked if (p[:, 2] > 0).sum() >= 3]
@@ -210,8 +210,8 @@ def _people(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
 
 @dataclass(frozen=True)
 class Measure:
-    """A way to hold an image against a condition: the function, its most telling score, and what the
-    colours of its picture mean."""
+    """A way to score an image against a condition: the function, its most telling score, and what the colours of its
+    picture mean."""
 
     function: Callable[[Scorer, np.ndarray, Condition], Scored]
     main: str
@@ -227,7 +227,7 @@ MEASURES = {
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval of it (percentile; Efron 1979), the same for the same values."""
+    """The mean and its 95 % bootstrap interval (percentile; Efron 1979); equal values always give the same interval."""
     sample = np.asarray(values)
     rng = np.random.default_rng(0)
     means = sample[rng.integers(0, len(sample), (RESAMPLES, len(sample)))].mean(1)
@@ -236,7 +236,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def _recorded_path(entry: dict[str, Any], image: str) -> str:
-    """Where a condition of an image's record is now."""
+    """The path where a condition in an image's record is now."""
     path = Path(entry["path"])
     if entry["path"] == "-":
         raise InputError(f"{image}: its condition came from standard input", f"controlnet score {image} --cond MAP")

@@ -2,7 +2,7 @@
 
     DATA/images/NAME.png  DATA/conditions/NAME.png  DATA/metadata.jsonl  DATA/manifest.json
 
-metadata.jsonl follows datasets' imagefolder convention, so that other trainers read the folder too.
+metadata.jsonl follows the imagefolder convention of the `datasets` library, so that other trainers can read the folder.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def build(
     jobs: int | None = None,
     on_pair: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict, list[str]]:
-    """Make the data set of photos in `out`, in parallel; pairs that are there already, made of the same photo with the
-    same options, are left. Returns the manifest and what failed. Raises InputError when nothing could be used,
-    OutputError when nothing could be written, UsageError when `out` holds another data set."""
+    """Make a data set from photos in `out`, in parallel; pairs already made there from the same photo with the same
+    options are kept. Returns the manifest and the errors. Raises InputError when no photo could be used, OutputError
+    when nothing could be written, UsageError when `out` holds another data set."""
     names = _names(found)
     _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
 
-    # In parallel, and kept in the order in which they are ready; the order of the rows is made below.
+    # In parallel, collected as they finish; the rows are sorted below.
     rows: dict[str, dict] = {}
     failed: list[ControlNetError] = []
     work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
@@ -85,7 +85,7 @@ def build(
 
 
 def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:
-    """Raises UsageError when the manifest in `out` is of another kind or size, or of other photos only."""
+    """Raises UsageError when the data set in `out` has another kind or size, or none of these photos."""
     try:
         before = object_or_empty((out / "manifest.json").read_bytes())
         rows = [object_or_empty(line) for line in (out / "metadata.jsonl").read_bytes().splitlines()]
@@ -101,11 +101,11 @@ def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) ->
 
 
 def _names(found: Pairs) -> list[str]:
-    """A name for each photo: its own, with folders; where two would share one, with eight digits of a hash of its
-    path. It does not depend on the order of the photos."""
+    """A name for each photo: its own, with its folders; if two would be the same, eight digits of a hash of the path
+    are added. It does not depend on the order of the photos."""
     paths = [p.image.relative_to(found.folder).as_posix() for p in found.pairs]
     stems = [str(Path(path).with_suffix("")).replace(os.sep, "-") for path in paths]
-    count = Counter(stem.lower() for stem in stems)  # some file systems know no case
+    count = Counter(stem.lower() for stem in stems)  # some file systems ignore case
     return [
         stem if count[stem.lower()] == 1 else f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
         for stem, path in zip(stems, paths, strict=True)
@@ -144,8 +144,8 @@ def _record_of(path: Path) -> dict:
 
 
 def _split(rows: dict[str, dict], told: dict[str, bool]) -> None:
-    """As the photos' own folders have `told`. Where they say nothing, a twentieth is held out, at least two of eight;
-    chosen by the photos' hashes, which names do not change."""
+    """Set each row's split: as the photos' own folders have `told`, if they name any. Otherwise a twentieth is held
+    out, from 2 to 64 photos (none of fewer than 8), chosen by the photos' hashes, so that renaming changes nothing."""
     if told:
         for name, row in rows.items():
             row["split"] = "held_out" if told.get(name) else "train"

@@ -1,4 +1,4 @@
-"""What is wrong with training data, before a day is spent on it: opens every picture once."""
+"""Finds what is wrong with training data before a day is spent on it; opens every picture once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASPECT_TOLERANCE = 0.02
 
 
 LEAST_PAIRS = 4
-"""Fewer cannot be trained on: some are held out."""
+"""Training needs at least this many, since some are held out."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Problem:
 
 
 def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether two (width, height) show the same cut."""
+    """Whether two sizes (width, height) have the same aspect."""
     return abs(a[0] / a[1] / (b[0] / b[1]) - 1) <= ASPECT_TOLERANCE
 
 
@@ -62,7 +62,8 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
 
 
 def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, where: str) -> Iterator[Problem]:
-    """Emptiness, polarity and geometry of a condition (H, W, 3) uint8 for a picture of `size` (width, height)."""
+    """Problems with emptiness, polarity and geometry of a condition (H, W, 3) uint8 for a picture of `size` (width,
+    height)."""
     height, width = condition.shape[:2]
     for doubt in doubts(condition, kind):
         yield Problem("warning" if doubt.what == "grey lines" else "error", doubt.what, f"{where}: {doubt.text}")
@@ -77,7 +78,7 @@ def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dic
     problems += [Problem("warning", "extra file", name) for name in found.extra]
     problems += [Problem("warning", "skipped", text) for text in found.skipped]
 
-    # Each pair for itself, and beside those before it.
+    # Each pair by itself, and compared with those before it.
     sizes: dict[tuple[int, int], int] = {}
     seen: dict[str, str] = {}
     good: list[Cell] = []

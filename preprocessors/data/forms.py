@@ -1,6 +1,6 @@
-"""The forms of training data in a folder, a class each: whether a folder has it, and the pairs in it.
+"""The forms of training data in a folder, one class each: whether a folder has this form, and its pairs.
 
-To add one: a class here, and its place in FORMS; the first that a folder has is taken.
+To add one: a class here, and its place in FORMS. A folder is read in the first form that it has.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Form(Protocol):
         """Whether a folder has files of this form, by their names."""
 
     def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs | None:
-        """The pairs; None where a look inside shows that it is another form. `leave` are folders below that hold data
-        of their own. Raises InputError for data that contradicts itself."""
+        """The pairs; None if the files' content shows another form. `leave` are folders below to skip, since they hold
+        data of their own. Raises InputError for data that contradicts itself."""
 
 
 class PromptJson:
@@ -49,7 +49,7 @@ class PromptJson:
 
 
 class ImageFolder:
-    """Metadata with a `conditioning_image` column, as datasets' imagefolder has it."""
+    """Metadata with a `conditioning_image` column, as in the imagefolder of the `datasets` library."""
 
     name = "imagefolder"
 
@@ -172,7 +172,8 @@ def _manifest(folder: Path) -> dict:
 
 
 def _split_of(path: Path) -> bool | None:
-    """Whether a picture's path, relative to the data, begins with the name of a split that is held out."""
+    """Whether a picture's path, relative to the data, begins with a held-out split's name; None if it begins with no
+    split's."""
     first = path.parts[0].lower()
     if len(path.parts) > 1 and first in HELD_OUT + TRAINING:
         return first in HELD_OUT

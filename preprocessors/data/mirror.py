@@ -20,15 +20,16 @@ def flip_words(caption: str) -> str:
 
 
 def cut_condition(condition: Condition, part: np.ndarray, window: tuple[float, float, float, float]) -> Condition:
-    """The `part` of a condition's map that a window shows: left, top, width and height as fractions of the whole."""
+    """The condition cut to a window (left, top, width and height as fractions of the whole); `part` is its map
+    there."""
     people = condition.people
     return replace(condition, map=part, people=people and cut_people(people, *window))
 
 
 def flip_condition(condition: Condition) -> Condition:
-    """The condition of the mirrored picture. A pose is drawn anew: its left and right limbs have colours of their own.
-    In a normal map the x direction, red, changes its sign too; a kind of one's own is mirrored as a picture. Raises
-    UsageError for a pose without key points."""
+    """The condition of the mirrored picture. A pose is drawn anew, since its left and right limbs have different
+    colours. In a normal map the x direction, red, also changes its sign; a user's own kind is mirrored as a picture.
+    Raises UsageError for a pose without key points."""
     row = kind_named(condition.kind)
     people = condition.people
     if people is not None:

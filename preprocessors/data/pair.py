@@ -20,20 +20,20 @@ class Pair:
     condition: Path | None
     caption: str
     held_out: bool | None = None
-    """Whether the data's own split keeps it from training; None where there is no split."""
+    """Whether the data's own split holds it out from training; None if there is no split."""
 
     @property
     def name(self) -> str:
-        """Of the picture, without folders."""
+        """The picture's file name, without folders."""
         return self.image.name
 
     def picture(self) -> np.ndarray:
-        """(H, W, 3) uint8 RGB. Raises InputError for a file that cannot be read."""
+        """The picture, (H, W, 3) uint8 RGB. Raises InputError for a file that cannot be read."""
         return read_image(read_bytes(str(self.image)), str(self.image))[0]
 
     def read_condition(self, kind: str) -> Condition | None:
-        """The condition as a kind's; None where it is to be made from the picture. Raises InputError for a file that
-        cannot be read."""
+        """The condition, as one of this kind; None if it is to be made from the picture. Raises InputError for a file
+        that cannot be read."""
         return None if self.condition is None else read_condition(str(self.condition), kind)
 
 
@@ -45,7 +45,7 @@ class Source(Protocol):
 
     @property
     def form(self) -> str:
-        """In a word, for the record."""
+        """Its form in one word, for the record."""
 
     @property
     def pairs(self) -> Sequence[Pair]: ...
@@ -53,8 +53,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Pairs:
-    """What was found in a folder. `missing` names what is announced and not there, `extra` what has no partner,
-    `skipped` what looks like data and is not used, each with the reason."""
+    """What was found in a folder. `missing` names files that are listed but not there, `extra` files without a partner,
+    `skipped` files that look like data but are not used, each with the reason."""
 
     folder: Path
     form: str

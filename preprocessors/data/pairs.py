@@ -1,4 +1,4 @@
-"""Training data as people have it: folders of photos or of pairs, recognised by looking.
+"""Training data as people have it: folders of photos or of pairs, recognised by their files.
 
     photos          pictures; captions in .txt or .caption files beside them, or in metadata.jsonl / .csv / .parquet
     imagefolder     metadata with a `conditioning_image` column (datasets' imagefolder)
@@ -8,8 +8,8 @@
 Folders named for a split (`train/`, `validation/`, `test/`, ...) hold one of these forms each; all but the training
 folders are held out. Any other folder with pairs in it is named in an error, never taken for photos.
 
-Looks at names and metadata only; the only pictures opened here are the first conditions, whose text may say their
-kind. What this toolkit writes itself is no photo: folders of runs and of built data sets, maps beside their photos
+Reads names and metadata only; the only pictures opened here are the first conditions, whose text may name their kind.
+Files that this toolkit wrote do not count as photos: folders of runs and of built data sets, maps beside their photos
 (`photo.canny.png`), sheets of `dataset check`.
 """
 
@@ -31,7 +31,7 @@ __all__ = ["SHEET_SUFFIX", "Pair", "Pairs", "find_pairs", "kind_of_pairs"]
 
 def find_pairs(folder: Path) -> Pairs:
     """Recognise the data in a folder. Raises InputError for a folder that is missing, empty or of no known form, for
-    one that holds its data in a folder below, and for captions that are not UTF-8."""
+    one whose data lies in a folder below, and for captions that are not UTF-8."""
     folder = Path(folder)
     if not is_dir(folder):
         raise InputError(f"{folder}: no such folder", f"ls {quote(str(folder.absolute().parent))}")
@@ -52,7 +52,7 @@ def find_pairs(folder: Path) -> Pairs:
 
 
 def _part(folder: Path, held_out: bool) -> Pairs:
-    """The data of a folder for a split."""
+    """The data in a split's folder, with every pair marked as held out or not."""
     found = read_form(folder, ())
     pairs = tuple(replace(pair, held_out=held_out) for pair in found.pairs)
     return replace(found, pairs=pairs)
@@ -75,7 +75,7 @@ def _joined(folder: Path, parts: list[Pairs]) -> Pairs:
 
 
 def kind_of_pairs(found: Pairs, given: str = "") -> tuple[str, str]:
-    """(kind, how it is known). Photos get canny. Raises UsageError when the conditions do not tell, or tell two."""
+    """(kind, how it is known). Photos get canny. Raises UsageError when the conditions name no kind, or several."""
     if given:
         return given, "as given"
     if found.pairs[0].condition is None:

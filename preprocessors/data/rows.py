@@ -15,12 +15,12 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """Its file of metadata."""
+    """The metadata file of a folder, if it has one."""
     return next((folder / name for name in METADATA if is_file(folder / name)), None)
 
 
 def json_lines(path: Path) -> list[dict]:
-    """Raises InputError for a line that is no JSON object."""
+    """The objects in a file of JSON lines. Raises InputError for a line that is not a JSON object."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would cut at U+2028 inside a caption
         if line.strip():
@@ -29,7 +29,8 @@ def json_lines(path: Path) -> list[dict]:
 
 
 def rows_of(path: Path) -> list[dict]:
-    """Of a file of metadata. Raises InputError for one that cannot be read, and for a row without a file_name."""
+    """The rows of a metadata file. Raises InputError for a file that cannot be read, and for a row without a
+    file_name."""
     if path.suffix == ".jsonl":
         rows = json_lines(path)
     elif path.suffix == ".parquet":
@@ -58,7 +59,7 @@ def _parquet_rows(path: Path) -> list[dict]:
 
 
 def caption_of(row: dict, where: str) -> str:
-    """Raises InputError for one with half a character in it."""
+    """The caption of a row. Raises InputError for one with half a character (a lone surrogate) in it."""
     caption = next((str(row[c]) for c in CAPTION_COLUMNS if row.get(c)), "")
     try:
         caption.encode()

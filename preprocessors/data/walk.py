@@ -19,7 +19,7 @@ SHEET_SUFFIX = "-check.png"
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Their names, sorted. Raises InputError for a folder that cannot be read."""
+    """The names of the folders in a folder, sorted. Raises InputError for a folder that cannot be read."""
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError as error:
@@ -38,7 +38,7 @@ class Below:
 
 def look(folder: Path, is_data: Callable[[Path], bool], leave: tuple[Path, ...] = ()) -> Below:
     """All pictures below a folder, without those that this toolkit wrote, and without the folders to `leave`. `is_data`
-    says of a folder below whether it holds data in a form of its own."""
+    says whether a folder below holds data in a form of its own."""
     seen = Below()
     for place, names in _walk(folder, leave):
         if place != folder and is_data(place):
@@ -55,7 +55,7 @@ def look(folder: Path, is_data: Callable[[Path], bool], leave: tuple[Path, ...] 
 
 
 def _walk(folder: Path, leave: tuple[Path, ...]) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, its files) of a folder and all below it, each once also where links go round in circles."""
+    """(folder, its files) for a folder and all below it, each once even if links form a loop."""
     visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         try:

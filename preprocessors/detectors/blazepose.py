@@ -1,8 +1,9 @@
 """Poses by BlazePose (Bazarevsky et al. 2020, arXiv 2006.10204): two small networks, run by LiteRT.
 
-The detector, at 224 pixels, finds a person's hip centre, size and turn; the landmark network looks at that part of the
-photo, turned upright, at 256 pixels and gives 33 points; OpenPose's 18 joints follow from them. The detector is made
-for one person that fills the picture, so it is also shown squares of the photo: smaller and several people are found.
+The detector, at 224 pixels, finds a person's hip centre, size and rotation. The landmark network sees that part of the
+photo, turned upright, at 256 pixels and gives 33 points, from which OpenPose's 18 joints follow. The detector is made
+for one person who fills the picture; so that smaller and several people are found too, it is also shown squares of the
+photo.
 """
 
 from __future__ import annotations
@@ -27,29 +28,30 @@ SHAPES = {
     DETECTION: [(1, 224, 224, 3), (1, 2254, 12), (1, 2254, 1)],
     LANDMARKS: [(1, 256, 256, 3), (1, 195), (1, 1)],
 }
-"""Of each network's input and its first two outputs."""
+"""The shapes of each network's input and of its first two outputs."""
 _ONE_AT_A_TIME = Lock()
 """LiteRT's interpreter belongs to one thread at a time."""
 _PULL = "controlnet models pull blazepose, or --weights DIR"
 ANCHORS = ((8, 2), (16, 2), (32, 6))
-"""(stride, anchors a cell) of the detector's outputs."""
+"""(stride, anchors per cell) of the detector's outputs."""
 REGION = 1.25
-"""The part that the landmark network sees, over the circle that the detector draws around a person."""
+"""The side of the square that the landmark network sees, over the diameter of the detector's circle around a person."""
 PASSES = 2
-"""Looks of the landmark network; each takes its part of the photo from the points of the one before."""
+"""Runs of the landmark network; each after the first takes its part of the photo from the points of the one before."""
 OVERLAP = 0.3
-"""Intersection over union from which two detections are one."""
+"""Two detections whose intersection over union is above this count as one."""
 LANDMARK = {
     "nose": 0, "left eye": 2, "right eye": 5, "left ear": 7, "right ear": 8, "left shoulder": 11, "right shoulder": 12,
     "left elbow": 13, "right elbow": 14, "left wrist": 15, "right wrist": 16, "left hip": 23, "right hip": 24,
     "left knee": 25, "right knee": 26, "left ankle": 27, "right ankle": 28,
 }  # fmt: skip
-"""BlazePose's number of each joint; the neck is the middle of the shoulders."""
+"""BlazePose's number for each joint; the neck is the middle of the shoulders."""
 MIRRORED = [0, 4, 5, 6, 1, 2, 3, *(i + 1 if i % 2 else i - 1 for i in range(7, 33)), *range(33, 39)]
 """Landmark i of a person is landmark MIRRORED[i] of its mirror image."""
 DISAGREEMENT = 0.1
-"""Where nobody is, the network sees somebody else in the mirrored picture: its joints there may lie so far off on the
-mean, in parts of their extent. Of photos without people (89 of Flickr8k) 20 % pass for one then, 56 % without this."""
+"""The largest mean distance allowed between the joints found in a picture and in its mirror image, as a fraction of
+their extent: where nobody is, the network sees someone else in the mirror image. With this limit 20 % of photos without
+people (89 of Flickr8k) pass as showing someone, without it 56 %."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class BlazePoseOptions:
 
 
 def find_people(image: np.ndarray, options: BlazePoseOptions, weights: Path) -> list[np.ndarray]:
-    """The people (18, 3) of a photo (H, W, 3) uint8 RGB, as preprocessors.skeleton has them; the surest first."""
+    """The people (18, 3) of a photo (H, W, 3) uint8 RGB, as in preprocessors.skeleton; the surest first."""
     detect, landmarks = (_network(weights / name) for name in (DETECTION, LANDMARKS))
     found: list[np.ndarray] = []
     for circle in _circles(image, detect, options.confidence):
@@ -93,7 +95,8 @@ def find_people(image: np.ndarray, options: BlazePoseOptions, weights: Path) -> 
 
 
 def _joints(points: np.ndarray, size: tuple[int, int], visibility: float) -> np.ndarray:
-    """(18, 3) fractions of the picture and confidences, of landmarks (39, 4): x, y in pixels, visibility, presence."""
+    """A person (18, 3), fractions of the picture and confidences, from landmarks (39, 4): x, y in pixels, visibility,
+    presence."""
     person = np.zeros((len(JOINTS), 3))
     for name, number in LANDMARK.items():
         x, y, visible, present = points[number]
@@ -106,7 +109,7 @@ def _joints(points: np.ndarray, size: tuple[int, int], visibility: float) -> np.
 
 
 def _same(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether two are one person: their joints lie within a tenth of its size of each other."""
+    """Whether two are the same person: the median distance between their joints is under a tenth of their size."""
     both = (a[:, 2] > 0) & (b[:, 2] > 0)
     if both.sum() < 3:
         return False
@@ -116,7 +119,7 @@ def _same(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def _circles(image: np.ndarray, network, confidence: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(hip centre, point above the head's top) in pixels, of everyone that the detector finds in the photo and in
+    """(hip centre, point above the head's top) in pixels, for everyone that the detector finds in the photo and in
     squares of it."""
     boxes, points, scores = [], [], []
     for left, top, side in _squares(image.shape[1], image.shape[0]):
@@ -136,8 +139,8 @@ def _circles(image: np.ndarray, network, confidence: float) -> list[tuple[np.nda
 
 
 def _squares(width: int, height: int) -> list[tuple[float, float, float]]:
-    """Left, top and side of the whole photo's square and of overlapping ones that go to it: first as large as the
-    shorter side, then of six tenths of that."""
+    """(left, top, side) of squares to search: one around the whole photo, then overlapping ones that cover it, first as
+    large as the shorter side, then six tenths of that."""
     longer, shorter = max(width, height), min(width, height)
     squares = [((width - longer) / 2, (height - longer) / 2, float(longer))]
     for side in (float(shorter), 0.6 * shorter):
@@ -149,7 +152,7 @@ def _squares(width: int, height: int) -> list[tuple[float, float, float]]:
 
 
 def _cut(image: np.ndarray, left: float, top: float, side: float, size: int) -> np.ndarray:
-    """That square at `size` pixels, black beyond the photo, (size, size, 3) float32 in 0 to 255."""
+    """A square of the photo at `size` pixels, black beyond the photo: (size, size, 3) float32 in 0 to 255."""
     scale = size / side
     matrix = np.array([[scale, 0, -left * scale], [0, scale, -top * scale]])
     return _warp(image, matrix, size, scale)
@@ -167,8 +170,8 @@ def _warp(image: np.ndarray, matrix: np.ndarray, size: int, scale: float) -> np.
 def _landmarks(
     image: np.ndarray, network, circle: tuple[np.ndarray, np.ndarray], twice: bool = False
 ) -> tuple[np.ndarray, float]:
-    """((39, 4) x, y in pixels, visibility, presence; how sure it is of a person). With `twice`, the mean with what it
-    finds in the mirrored picture; it is not sure at all where the two disagree."""
+    """((39, 4) x, y in pixels, visibility, presence; the confidence that it is a person). With `twice`, the points are
+    averaged with those from the mirrored picture, and the confidence is the lower one, or 0 if the two disagree."""
     centre, above = circle
     up = above - centre
     side = max(2.0, 2 * float(np.hypot(*up)) * REGION)
@@ -188,7 +191,7 @@ def _landmarks(
 
 
 def _look(network, pixels: np.ndarray) -> tuple[np.ndarray, float]:
-    """((39, 4) x, y in these pixels, visibility, presence; how sure it is of a person)."""
+    """((39, 4) x, y in these pixels, visibility, presence; the confidence that it is a person)."""
     out, sure = _run(network, pixels)
     points = out.reshape(39, 5).astype(np.float64)
     seen = 1 / (1 + np.exp(-np.clip(points[:, 3:5], -80, 80)))
@@ -196,7 +199,7 @@ def _look(network, pixels: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _disagreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean distance of the joints of two looks, the visible ones counting most, in parts of their extent."""
+    """Mean distance between the joints of two results, weighted by visibility, as a fraction of their extent."""
     joints = list(LANDMARK.values())
     a, b = a[joints], b[joints]
     visible = a[:, 2:].min(1)
@@ -214,7 +217,7 @@ def _network(path: Path):
             network.allocate_tensors()
         shapes = [tuple(network.get_input_details()[0]["shape"])]
         shapes += [tuple(o["shape"]) for o in network.get_output_details()[:2]]
-    except Exception as error:  # LiteRT's own, for a file of something else
+    except Exception as error:  # LiteRT's own errors, for a file of something else
         raise ModelError(f"{path}: is not BlazePose's network ({reason(error)})", _PULL) from error
     if shapes != SHAPES[path.name]:
         raise ModelError(f"{path}: a network of other shapes, {shapes}", _PULL)
@@ -223,7 +226,7 @@ def _network(path: Path):
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing on standard error: LiteRT, in C++, greets there."""
+    """Silence standard error, where LiteRT's C++ code prints a greeting."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -236,7 +239,7 @@ def _silence() -> Iterator[None]:
 
 
 def _run(network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two outputs, without the batch."""
+    """The first two outputs, without the batch dimension."""
     with _ONE_AT_A_TIME:
         network.set_tensor(network.get_input_details()[0]["index"], pixels[None].astype(np.float32))
         network.invoke()

@@ -1,4 +1,4 @@
-"""Detectors that controlnet-aux has, behind the rows of the registry: its networks, its weights, its results.
+"""Detectors from controlnet-aux, for rows of the registry: its networks, its weights, its results.
 
 Imported only when one of them is asked for: controlnet-aux takes seconds to import.
 """
@@ -17,7 +17,7 @@ from controlnet.preprocessors.errors import InputError, ModelError, NothingFound
 from controlnet.preprocessors.skeleton import JOINTS, draw, to_text
 
 MOST = 12_000_000
-"""Pixels of a picture for networks that look at it as a whole."""
+"""The most pixels of a picture for networks that process it as a whole."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.nd
     made = load_detector("PidiNetDetector", weights)(
         image, detect_resolution=side, image_resolution=side, output_type="np", safe=options.safe
     )
-    # It works at multiples of 64 pixels.
+    # PiDiNet works at multiples of 64 pixels.
     return cv2.resize(np.ascontiguousarray(made[..., 0]), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 @cache
 def load_detector(name: str, weights: Path):
     """A detector of controlnet-aux, by the name of its class. Raises ModelError for weights that it cannot read."""
-    with warnings.catch_warnings():  # of the libraries that it imports, about each other
+    with warnings.catch_warnings():  # from the libraries that it imports, about each other
         warnings.simplefilter("ignore")
         import controlnet_aux
     try:
         return getattr(controlnet_aux, name).from_pretrained(str(weights))
-    except Exception as error:  # whatever torch and the networks raise for another file
+    except Exception as error:  # whatever torch and the networks raise for a wrong file
         raise ModelError(
             f"{weights}: are not the weights of {name} ({reason(error)[:200]})", "--weights DIR"
         ) from error

@@ -1,7 +1,7 @@
-"""Depth maps, near is white and far is black, and normal maps made of them.
+"""Depth maps (near is white, far is black), and normal maps made from them.
 
-A network gives numbers that grow towards the viewer: the inverse of the distance, up to a factor (and for most, a
-constant) that a picture cannot tell. `depth_and_normal` makes both detectors of it.
+A network gives numbers that grow towards the viewer: the inverse of the distance, up to a factor (and for most networks
+a constant) that cannot be known from a picture. `depth_and_normal` makes both detectors from a network.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class NormalOptions:
 
 
 def to_map(nearness: np.ndarray, options: DepthOptions) -> tuple[np.ndarray, dict]:
-    """(H, W) numbers that grow towards the viewer -> the map (H, W), uint8 or uint16, from its least to its greatest
-    number; and these two, for the PNG text. One flat distance is black."""
+    """(H, W) numbers that grow towards the viewer -> the map (H, W), uint8 or uint16, with the least number black and
+    the greatest white; and these two, for the PNG text. If all numbers are equal, the map is black."""
     check_finite(nearness)
     low, high = float(nearness.min()), float(nearness.max())
     top = 65535 if options.raw else 255
@@ -53,13 +53,13 @@ def to_normals(nearness: np.ndarray, options: NormalOptions) -> np.ndarray:
     """(H, W) numbers that grow towards the viewer -> normals (H, W, 3) uint8, (n + 1) / 2 as RGB: red faces left, green
     up, blue the viewer, as in ScanNet's normal maps and ControlNet 1.1's normalbae.
 
-    The picture is taken for a relief: its height goes from 0 to 1, its shorter side is 1 long. Slopes are therefore
-    relative, and a step between near and far shows as a steep rim.
+    The numbers are taken as a relief whose height goes from 0 to 1 and whose shorter side is 1 long. Slopes are
+    therefore relative, and a step between near and far shows as a steep rim.
     """
     check_finite(nearness)
     span = np.ptp(nearness) or 1.0
     relief = (nearness.astype(np.float32) - nearness.min()) / span * (options.strength * min(nearness.shape))
-    padded = np.pad(relief, 1, mode="edge")  # ends are halved below: outside, the relief is flat
+    padded = np.pad(relief, 1, mode="edge")  # flat outside, so slopes at the border are halved
     right, down = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2, (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
     normals = np.stack([right, down, np.ones_like(right)], 2)
     normals /= np.linalg.norm(normals, axis=2, keepdims=True)
@@ -67,14 +67,15 @@ def to_normals(nearness: np.ndarray, options: NormalOptions) -> np.ndarray:
 
 
 def check_finite(nearness: np.ndarray) -> None:
-    """Raises ModelError for what only damaged weights give."""
+    """Raises ModelError for NaN and infinity, which only damaged weights give."""
     if not np.isfinite(nearness).all():
         raise ModelError("the depth network gives NaN or infinite numbers: its weights are damaged", "--weights DIR")
 
 
 def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callable, Callable]:
-    """The depth detector and the normal detector of a network. A coarse one gives `numbers` a shorter side: their
-    grain, which depth hides and slopes show, is smoothed away for the normals."""
+    """The depth detector and the normal detector of a network. `numbers` is how many numbers a coarse network gives
+    along the shorter side: the normals are smoothed at that scale, because slopes show the coarse grid, while depth
+    does not."""
 
     def depth(image: np.ndarray, options: DepthOptions, weights: Path) -> tuple[np.ndarray, dict]:
         return to_map(near(image, weights), options)
@@ -91,15 +92,15 @@ def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callab
 
 
 def _tiny(image: np.ndarray, weights: Path) -> np.ndarray:
-    from controlnet.preprocessors.detectors import tiny_depth  # torch, when it is used
+    from controlnet.preprocessors.detectors import tiny_depth  # here: it imports torch
 
     return tiny_depth.nearness(tiny_depth.load(weights), image)
 
 
 def _transformer(image: np.ndarray, weights: Path) -> np.ndarray:
-    """By a network of transformers' depth-estimation classes: those that predict inverse distance (Depth Anything V2,
-    Yang et al. 2024, arXiv 2406.09414) as they are, ZoeDepth (Bhat et al. 2023, arXiv 2302.12288), which predicts
-    metres, inverted."""
+    """Nearness by one of transformers' depth-estimation networks. Those that predict inverse distance (Depth Anything
+    V2, Yang et al. 2024, arXiv 2406.09414) are used as they are; ZoeDepth (Bhat et al. 2023, arXiv 2302.12288) predicts
+    metres, which are inverted."""
     import torch
 
     processor, network = _load_transformer(weights)
@@ -124,8 +125,9 @@ def _load_transformer(weights: Path):
 
 
 def _midas(image: np.ndarray, weights: Path) -> np.ndarray:
-    """MiDaS 3.0, DPT-Hybrid (Ranftl et al. 2021, arXiv 2103.13413), which ControlNet's depth networks were trained
-    on, by controlnet-aux: a shorter side of 384 pixels, both multiples of 32, colours from -1 to 1."""
+    """Nearness by MiDaS 3.0, DPT-Hybrid (Ranftl et al. 2021, arXiv 2103.13413), whose maps ControlNet's depth networks
+    were trained on. controlnet-aux runs it; its input has a shorter side of 384 pixels, sides that are multiples of 32,
+    and colours from -1 to 1."""
     import torch
     from controlnet.preprocessors.detectors.controlnet_aux import load_detector
 

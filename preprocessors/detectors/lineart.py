@@ -26,8 +26,8 @@ class LineArtOptions:
 
 
 def lineart(image: np.ndarray, options: LineArtOptions = LineArtOptions()) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (H, W) uint8, as controlnet-aux's LineartStandardDetector: a line of the usual strength is
-    127."""
+    """(H, W, 3) uint8 RGB -> (H, W) uint8, as in controlnet-aux's LineartStandardDetector: a line of the usual strength
+    becomes 127."""
     pixels = image.astype(np.float32)
     darker = (cv2.GaussianBlur(pixels, (0, 0), options.sigma) - pixels).min(axis=2).clip(0, 255)
     lines = darker[darker > options.threshold]

@@ -1,4 +1,4 @@
-"""Pose maps of photos: people found, and drawn as OpenPose draws them."""
+"""Pose maps of photos: people are found, and drawn as OpenPose draws them."""
 
 from __future__ import annotations
 

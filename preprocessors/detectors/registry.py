@@ -1,9 +1,9 @@
 """The detectors: one row each. Nothing is imported until a detector is used.
 
-To add one: a file here with a frozen options dataclass and a function `(image (H, W, 3) uint8 RGB, options) -> map`
-of the same height and width, (H, W) or (H, W, 3) uint8; then a row below. Its flags and help follow from the dataclass.
-A learned one has a row in weights.py too, and its function gets their folder as a third argument. A function that knows
-more than the map returns (map, fields for its PNG text).
+To add one: a file here with a frozen options dataclass and a function `(image (H, W, 3) uint8 RGB, options) -> map` of
+the same height and width, (H, W) or (H, W, 3) uint8; then a row below. Its flags and help follow from the dataclass. A
+learned detector also has a row in weights.py, and its function gets the folder of these weights as a third argument. A
+function that finds more than the map returns (map, fields for its PNG text).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Detector:
         self, options: Any, weights: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None
     ) -> Ready:
         """This detector with these options. Weights come from the folder `weights`, else from the cache, else they are
-        fetched. Raises ModelError when they cannot be had."""
-        from controlnet.preprocessors.weights import find  # here: it imports what reaches the network
+        fetched. Raises ModelError when they are not available."""
+        from controlnet.preprocessors.weights import find  # here: it imports code that uses the network
 
         more = (find(self.weights, weights, offline, on_bytes),) if self.weights else ()
         return Ready(self, options, _resolve(self.function), more)
@@ -124,7 +124,8 @@ DETECTORS = _table(_ROWS)
 
 
 def find_detector(kind: str, name: str | None = None) -> Detector:
-    """Raises UsageError for a kind or name that is not in the table."""
+    """The detector of a kind with this name, by default the kind's first. Raises UsageError for a kind or name that is
+    not in the table."""
     if kind not in DETECTORS:
         near = difflib.get_close_matches(kind, DETECTORS, 1) or list(DETECTORS)
         raise UsageError(

@@ -17,7 +17,7 @@ WIDTHS = (16, 32, 64, 128, 192)
 """Channels at 1/2, 1/4, ... 1/32 of the picture's side."""
 STRIDE = 2 ** len(WIDTHS)
 SIDE = 160
-"""The shorter side, in pixels, at which photos are looked at; training was at 128."""
+"""The shorter side, in pixels, that photos are brought to; in training it was 128."""
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -62,7 +62,7 @@ class Dense(nn.Module):
         self.out = nn.Conv2d(WIDTHS[0], channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Where a pixel is says much about its distance; two channels tell it.
+        # A pixel's position says much about its distance, so it is added as two channels.
         rows, columns = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[2:])
         place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
         x = torch.cat([2 * x - 1, place.expand(len(x), -1, -1, -1)], 1)
@@ -79,7 +79,7 @@ class Dense(nn.Module):
 
 @torch.inference_mode()
 def nearness(network: Dense, image: np.ndarray) -> np.ndarray:
-    """(H, W) float: the inverse distance up to a factor, of a picture (H, W, 3) uint8. The network gives its
+    """The inverse distance up to a factor, (H, W) float, in a picture (H, W, 3) uint8. The network gives its
     logarithm."""
     height, width = image.shape[:2]
     times = SIDE / min(height, width)

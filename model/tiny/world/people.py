@@ -1,7 +1,7 @@
 """People of the procedural world: named poses on OpenPose's 18 joints, and the capsules of a body.
 
 A person stands in a frame of their own: x to the person's **left**, y up, z forward (where the face looks); metres.
-Knows nothing of cameras, colours or pictures.
+Independent of cameras, colours and pictures.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ JOINTS = (
 FLIPPED = tuple(JOINTS.index({"r": "l", "l": "r"}[n[0]] + n[1:] if n[1] == "_" else n) for n in JOINTS)
 """Index of each joint's mirror image: `joints[FLIPPED]` after a horizontal flip."""
 
-# A limb is two angles (degrees) for its upper and its lower part: `out` from straight down, sideways away from the
-# body, and `fwd` the swing to the front. Order: right arm, left arm, right leg, left leg.
+# A limb is two angles (degrees) for each of its upper and lower part: `out`, from straight down sideways away from the
+# body, and `fwd`, the swing to the front. Order: right arm, left arm, right leg, left leg.
 _DOWN, _LEG = ((10, 0), (6, 8)), ((4, 0), (3, -2))
 POSES: dict[str, tuple] = {
     "standing": (_DOWN, _DOWN, _LEG, _LEG),
@@ -48,7 +48,8 @@ def _direction(angles: np.ndarray, side: float) -> np.ndarray:
 
 
 def pose_joints(pose: str, acting_left: bool, rng: np.random.Generator) -> np.ndarray:
-    """3-D joints `(18, 3)` of a named pose with random variation; the lower ankle is at y = 0.09 (0.2 for a jump).
+    """3-D joints `(18, 3)` of a named pose with random variation; the lowest knee or ankle is at y = 0.09 (0.22 for a
+    jump).
 
     `acting_left` mirrors the limbs, so that the left arm waves or points and the left leg leads.
     """

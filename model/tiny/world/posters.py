@@ -1,6 +1,6 @@
 """Posters of the procedural world: regions bounded by curves, circles, polygons and cells, painted in order.
 
-Coordinates are in [-1, 1], x to the right, y down. Knows nothing of cameras.
+Coordinates are in [-1, 1], x to the right, y down. Independent of any camera.
 """
 
 from __future__ import annotations

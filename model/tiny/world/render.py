@@ -19,7 +19,7 @@ FLOOR, WALL, MAIN, OTHER, POSTER = 0, 1, 2, 3, 4
 """Values of `Rendering.parts`."""
 
 _FAR = 1e6
-_SAMPLES = 2  # samples a pixel and axis, averaged
+_SAMPLES = 2  # samples per pixel and axis, averaged
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Rendering:
 
 @torch.no_grad()
 def render(scenes: list[Scene], size: int, device: str | torch.device = "cpu") -> Rendering:
-    """Draw scenes at `size` x `size` pixels, 2 x 2 samples a pixel."""
+    """Draw scenes at `size` x `size` pixels, 2 x 2 samples per pixel."""
     n = size * _SAMPLES
     rgb = torch.zeros(len(scenes), n, n, 3, device=device)
     depth = torch.full((len(scenes), n, n), _FAR, device=device)
@@ -80,7 +80,7 @@ def project_joints(scene: Scene, size: int) -> np.ndarray:
 
 
 class _Bodies:
-    """The primitives of B scenes as tables: one row a (scene, primitive)."""
+    """The primitives of B scenes as tables: one row per (scene, primitive)."""
 
     def __init__(self, scenes: list[Scene], device):
         rows = [(i, body) for i, scene in enumerate(scenes) for body in scene.bodies]
@@ -116,7 +116,7 @@ def _bounding_sphere(body: Body) -> tuple[tuple[float, float, float], float]:
 
 @dataclass
 class Hits:
-    """What each of K rays a scene meets first. Letters as above; lengths in metres.
+    """What each of the K rays of a scene meets first. Letters as above; lengths in metres.
 
     points, normals: (B, K, 3). distance: (B, K) along the ray. depth: (B, K) along the view axis. row: (B, K) the
     primitive's row in `bodies`, ON_FLOOR or ON_WALL. light: (B, K) in [0, 1], Lambert's cosine, 0 in a shadow.
@@ -291,7 +291,8 @@ _INTERSECT = {"sphere": _hit_sphere, "cube": _hit_cube, "cylinder": _hit_cylinde
 
 
 def _normals(s: _Bodies, row: Tensor, p: Tensor) -> Tensor:
-    """Outward unit normals (K, 3) at points on the primitives `row`, all formulas at once, then the right one."""
+    """Outward unit normals (K, 3) at points on the primitives `row`, computed by all formulas at once, then
+    selected."""
     a, b = s.a[row], s.b[row]
     v = p - a
     flat = v * torch.tensor([1.0, 0.0, 1.0], device=p.device)

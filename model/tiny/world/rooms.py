@@ -1,7 +1,7 @@
 """Textured rooms to learn depth from: the world's bodies, with more walls, furniture and clutter, any camera and light.
 
-The figures of `scenes.py` are easy to tell from their floors; a photo's are not. Here every surface may carry a
-photograph's or a pattern's texture, at any scale, so that colour says nothing and shape must.
+The figures of `scenes.py` are easy to tell from their floors; those in a photo are not. Here every surface may carry a
+texture from a photograph or a pattern, at any scale, so that depth shows only in shape, not in colour.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Room:
             self.add("cube", (0, high + 0.1, deep / 2 - 2), (self.wide + 3, 0.1, deep / 2 + 4))
 
     def table(self) -> tuple[float, float, float]:
-        """A top on four legs, or a block, with things on it; the middle of its top."""
+        """A top on four legs, or a block, with things on it; returns the middle of its top."""
         rng = self.rng
         x, y, z = rng.uniform(-0.6, 0.6), rng.uniform(0.35, 0.95), rng.uniform(-0.4, min(1.5, self.deep - 0.8))
         half, yaw = np.array([rng.uniform(0.4, 1.2), 0.03, rng.uniform(0.25, 0.7)]), rng.normal(0, 0.5)
@@ -120,7 +120,7 @@ class _Room:
 
 
 def make_room(seed: int) -> Scene:
-    """The room of a seed. Its surfaces have no looks yet: `draw_rooms` gives them."""
+    """The room of a seed. Its surfaces have no colours yet; `draw_rooms` gives them theirs."""
     room = _Room(seed)
     rng = room.rng
     room.walls()
@@ -146,7 +146,7 @@ def make_room(seed: int) -> Scene:
 
 
 def _holds(body: Body, eye: np.ndarray, gap: float = 0.25) -> bool:
-    """Is the camera in the body, or closer to it than `gap`?"""
+    """Whether the camera is in the body, or closer to it than `gap`."""
     a, b = np.array(body.a), np.array(body.b)
     if body.shape == "cube":
         c, s = np.cos(body.yaw), np.sin(body.yaw)
@@ -206,8 +206,8 @@ def draw_rooms(seeds: list[int], size: int) -> tuple[Tensor, Tensor]:
 
 
 def _paint(hits: Hits, scene: int, surface: Tensor, surfaces: int, seed: int, size: int) -> Tensor:
-    """Colours (K, 3) of one scene: each surface plain or under a texture, which is laid on along the axis that its
-    normal is nearest to."""
+    """Colours (K, 3) of one scene: each surface is plain or textured; a texture is laid on along the axis nearest to
+    the surface's normal."""
     rng = np.random.default_rng([8, seed])
     pyramid = _textures()
 

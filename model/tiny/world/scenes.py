@@ -1,7 +1,8 @@
-"""What a scene of the procedural world holds: drawn from a seed, told in a caption, hashed by its description.
+"""What a scene of the procedural world holds: drawn from a seed, described in a caption, hashed by its full
+description.
 
 Three sorts: objects on a floor before a wall, people, and posters. Units are metres and radians; x right, y up, z away
-from the camera, the floor at y = 0. Knows nothing of pixels (`render.py` draws a scene).
+from the camera, the floor at y = 0. Independent of pixels (`render.py` draws a scene).
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def _person(rng: np.random.Generator) -> Scene:
     joints = pose_joints(pose, acting_left, rng)
     yaw = float(np.clip(rng.normal(0, 0.45), -1.2, 1.2))
     # The person's frame (x left, z forward) is right-handed, the world (x right, z away) left-handed: this turn, its
-    # own inverse, has the face look at the camera and the person's left on the picture's right.
+    # own inverse, makes the face look at the camera and puts the person's left on the picture's right.
     c, s = np.cos(yaw), np.sin(yaw)
     turn = np.array([[c, 0, s], [0, 1, 0], [s, 0, -c]])
     stand = np.array([rng.uniform(-0.35, 0.35), 0, rng.uniform(-0.2, 0.2)])

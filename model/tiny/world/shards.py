@@ -37,7 +37,7 @@ class World:
     captions: list[str]
 
     def only(self, rows: np.ndarray) -> World:
-        """Some of its scenes."""
+        """The world with only the scenes `rows`."""
         arrays = (self.images[rows], self.depth[rows], self.parts[rows], self.joints[rows])
         return World(*arrays, [self.captions[row] for row in rows])
 
@@ -90,7 +90,7 @@ def _field(path: Path, key: str) -> np.ndarray:
 
 
 def _mapped(paths: list[Path], key: str, scenes: int) -> np.ndarray:
-    """A field of all shards as one array mapped from a file beside them, written first where it is not there: 30,000
+    """A field of all shards as one array mapped from a file beside them, written first if it is not there: 30,000
     scenes at 256 pixels are 12 GB, more than the memory of many machines."""
     joined = paths[0].with_suffix(f".{scenes}-{key}.npy")
     if not joined.exists():
