@@ -20,10 +20,10 @@ app = typer.Typer(no_args_is_help=True, help="Check training data, or build it f
 SHOWN = 3
 
 
-@app.command("check", help="Look at every pair; a contact sheet; exit code 3 when training would suffer.")
+@app.command("check", help="Check every pair and make a contact sheet; exit code 3 when training would suffer.")
 def check(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that `controlnet train` takes.")],
-    kind: Annotated[str | None, typer.Option(help="The kind of condition. (default: told by the data)")] = None,
+    kind: Annotated[str | None, typer.Option(help="The kind of condition. (default: taken from the data)")] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Contact sheet. (default: DATA-check.png beside DATA)")
     ] = None,
@@ -70,7 +70,7 @@ def build(
     ] = None,
     size: Annotated[str, typer.Option(help="Size of pictures and maps: WIDTHxHEIGHT, or one number.")] = "512",
     resize: Annotated[str, typer.Option(help="crop, pad or stretch.")] = "crop",
-    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Processes. (default: one a core)")] = None,
+    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Processes. (default: one per core)")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -44,8 +44,8 @@ LowMemory = Annotated[
     bool,
     typer.Option(
         "--low-memory",
-        help="Each network on the device only while it works, one image and one half of the guidance at a time, "
-        "decoding in tiles. Slower.",
+        help="Keep each network on the device only while it works, sample one image and one half of the guidance at a "
+        "time, decode in tiles. Slower.",
     ),
 ]
 KeepBest = Annotated[
@@ -60,7 +60,9 @@ Preview = Annotated[
 Jobs = Annotated[
     Path | None,
     typer.Option(
-        "--jobs", metavar="FILE", help="JSON Lines or CSV, a job each; keys are flags. Other flags are defaults."
+        "--jobs",
+        metavar="FILE",
+        help="JSON Lines or CSV, one job per line; keys are names of flags. Other flags are defaults.",
     ),
 ]
 PARAMETERS = [

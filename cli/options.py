@@ -84,7 +84,7 @@ def command_named(function: Callable, name: str, help_: str, parameters: list[in
 
 
 Out = Annotated[str | None, typer.Option("-o", "--out", help=field_docs(Job)["out"])]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a result instead of its path.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result instead of its path.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave existing results as they are and go on.")]
 Offline = Annotated[

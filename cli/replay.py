@@ -22,7 +22,7 @@ Cond = Annotated[
 Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the image made again.")]
 Size = Annotated[str | None, typer.Option(help="Make it in another size: needs -o, and compares nothing.")]
 Seed = Annotated[int | None, typer.Option(help="Make it with another seed: needs -o, and compares nothing.")]
-Steps = Annotated[int | None, typer.Option(help="Make it in so many steps: needs -o, and compares nothing.")]
+Steps = Annotated[int | None, typer.Option(help="Make it in this many steps: needs -o, and compares nothing.")]
 
 
 def replay(

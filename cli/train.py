@@ -47,7 +47,7 @@ Data = Annotated[
 ]
 Kind = Annotated[
     str | None,
-    typer.Option(help="The kind of condition; any word for your own. (default: told by the data, canny for photos)"),
+    typer.Option(help="The kind of condition; any word for your own. (default: taken from the data, canny for photos)"),
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings from a TOML file.")]
 Set = Annotated[

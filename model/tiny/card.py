@@ -2,7 +2,7 @@
 
     python -m controlnet.model.tiny.card
 
-Control of a kind is a score between the condition and what is found again on what was made (`readers.py`): T with the
+Control is scored per kind, between the condition and what is detected again on the image (`readers.py`): T with the
 scene's own condition, S with another scene's, 0 without control, C on the VAE's reconstruction of the scene itself (the
 ceiling of any model with this VAE). T and S are made twice: with control on the half of the guidance that reads the
 prompt alone, as in the paper's section 3.4 and as `tiny` has it, and on both halves.

@@ -29,7 +29,7 @@ MOST = {
     "accumulation": (65_536, "that many batches make one step"),
     "crops": (1000, "each crop of each picture is kept in the cache"),
     "held_out": (10_000, "all held-out pairs are looked at each time"),
-    "pictures": (10_000, "each takes 20 evaluations a pair"),
+    "pictures": (10_000, "each takes 20 evaluations per pair"),
     "keep": (10_000, "a checkpoint is four times as large as the network"),
     "max_steps": (10**9, "nobody has that long"),
     "seed": (2**63 - 1, "it is a 63-bit number"),
@@ -44,14 +44,14 @@ class TrainConfig(LoopConfig):
     base: str = "tiny"
     """A name (tiny, sd15), a folder in diffusers' layout or a hub id."""
     kind: str = ""
-    """Which sort of condition; any word for one's own. Empty: told by the data."""
+    """Kind of condition; any word for your own kind. Empty: taken from the data."""
     seed: int = 0
-    """Of weights, order, noise, crops."""
+    """Seed of weights, order, noise and crops."""
     size: int = 0
-    """Pixels of the square that is trained on; 0 is the base's native size."""
+    """Side in pixels of the training pictures; 0 is the base's native size."""
     max_steps: int = 10_000
     batch_size: int = 4
-    """Pairs of one forward pass, over all processes together."""
+    """Pairs per forward pass, summed over all processes."""
     learning_rate: float = 1e-5
     warmup_steps: int = 50
     decay_fraction: float = 0.0
@@ -68,9 +68,9 @@ class TrainConfig(LoopConfig):
     crops: int = 1
     """Crops of each picture: 1 is the centre one, more are drawn at random, up to 1.25 times closer."""
     flip: bool = False
-    """Half of the pairs mirrored, left and right in captions and in poses with key points exchanged."""
+    """Mirror half of the pairs, with left and right exchanged in captions and in poses with key points exchanged."""
     start_from: str = "base"
-    """`base`, or the folder of a ControlNet to go on from."""
+    """`base`, or the folder of a ControlNet to continue training."""
     copy: str = "full"
     """`lite` replaces each block of the trainable copy by a single convolution (the paper's ablation)."""
     convolutions: str = "zero"
@@ -78,9 +78,9 @@ class TrainConfig(LoopConfig):
     hint: str = "released"
     """The hint encoder: `released` (public checkpoints) or `paper` (its text; diffusers cannot load it)."""
     held_out: int = 16
-    """Pairs kept from training for the control gap and the pictures, at most a quarter of all."""
+    """Pairs held out from training for the control gap and the pictures, at most a quarter of all."""
     pictures: int = 8
-    """How often over the run pictures are made from held-out conditions; 0 never."""
+    """How many times during the run to make pictures from held-out conditions; 0 is never."""
     cache: bool = True
     """Keep latents, texts and conditions on disk; without it VAE and text encoder run in every step."""
     tensorboard: bool = False

@@ -43,7 +43,7 @@ class LoopConfig:
     max_steps: int = 1_000_000
     """Optimiser steps; accumulated batches do not count."""
     minutes: float = float("inf")
-    """Training time of all runs into the same folder together; 0 takes what is there."""
+    """Total training time in this folder, resumed runs included; 0 trains no further."""
     accumulation: int = 1
     """Batches whose gradients are averaged in one optimiser step."""
     optimizer: str = "adamw"
@@ -55,21 +55,22 @@ class LoopConfig:
     decay_fraction: float = 0.25
     """The last part of the run, over which the learning rate falls linearly to zero."""
     weight_decay: float = 1e-2
-    """Share of the weights that a step takes off, times the learning rate."""
+    """Each step shrinks the weights by this share times the learning rate."""
     clip_norm: float = 1.0
     """Largest norm of the whole gradient."""
     ema_decay: float = 0.999
-    """Of the averaged weights, which are what a run gives; rises to this from 0.1 over the first thousands of steps."""
+    """Decay of the averaged weights, which a run saves; it rises from 0.1 to this value over the first thousands of
+    steps."""
     precision: str = "bfloat16"
     """float32, bfloat16 or float16; master weights and optimiser are float32 in any case."""
     save_every: float = 120.0
     """Seconds between checkpoints."""
     keep: int = 1
-    """How many of the last checkpoints stay; the best one stays besides."""
+    """How many of the last checkpoints are kept, in addition to the best one."""
     log_every: int = 50
     """Steps between lines of the log."""
     validate_every: int = 100
-    """Steps between looks at the held-out data."""
+    """Steps between validations on the held-out data."""
 
     def __post_init__(self):
         positive = ("max_steps", "accumulation", "learning_rate", "clip_norm", "save_every", "keep", "log_every")

@@ -110,9 +110,9 @@ class Job:
     prompt2: str | None = option(None, _text, shared=False)
     """What the second text encoder of SDXL reads. (default: the prompt)"""
     negative2: str | None = option(None, _text, shared=False)
-    """What it reads in the place of the negative prompt. (default: the negative prompt)"""
+    """What it reads as the negative prompt. (default: the negative prompt)"""
     clip_skip: int = option(0, _whole, int)
-    """Layers at the end of the text encoders that are left out; A1111 counts one more."""
+    """How many layers to leave out at the end of the text encoders (A1111's number minus 1)."""
     out: str | None = option(None, _text, str, "-o", recorded=False, shared=False)
     """Where the result goes: a .png, a folder (any other name), or - for standard output."""
     num: int = option(1, _whole, int, "-n", recorded=False, shared=False)
@@ -120,7 +120,7 @@ class Job:
     steps: int = option(20, _whole, int)
     """Sampling steps."""
     guidance: float | None = option(None, _number, float)
-    """Classifier-free guidance scale; 1 is none. (default: the base's)"""
+    """Classifier-free guidance scale; 1 turns it off. (default: the base's)"""
     scheduler: str | None = option(None, _text)
     """ddim, euler, unipc, ... (default: the base's)"""
     base: str = option("tiny", _text, flag_default=None)
@@ -129,14 +129,15 @@ class Job:
     size: tuple[int, int] | None = option(None, _size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
     seed: int | None = option(None, _whole, int, shared=False)
-    """Seed of the first image. (default: random, and told)"""
+    """Seed of the first image. (default: random, and printed)"""
     mode: str | None = option(None, _text, recorded=False, shared=False)
-    """balanced; prompt (deep connections count more); control (only beside the prompt, weighted by resolution); guess
-    (the same, deep ones more: for empty prompts). (default: the base's)"""
+    """balanced; prompt: deep connections count more; control: only on the half of the guidance with the prompt,
+    weighted by resolution; guess: the same, deep ones more, for empty prompts. (default: the base's)"""
     control_on: str | None = option(None, _text)
-    """Halves of the guidance: both, or cond. (default: the mode's, else the base's)"""
+    """Halves of the guidance that are controlled: both, or cond (with the prompt). (default: the mode's, else the
+    base's)"""
     weighting: str | tuple[float, ...] | None = option(None, _weighting, recorded=False, shared=False)
-    """Of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
+    """Weights of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
 
     def __post_init__(self):
         # Texts become values.

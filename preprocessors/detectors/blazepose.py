@@ -57,7 +57,7 @@ people (89 of Flickr8k) pass as showing someone, without it 56 %."""
 @dataclass(frozen=True)
 class BlazePoseOptions:
     people: int = 5
-    """At most so many people, the surest first."""
+    """The most people to draw, surest first."""
     confidence: float = 0.55
     """How sure it must be of a person (0 to 1)."""
     visibility: float = 0.3

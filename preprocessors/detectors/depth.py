@@ -22,13 +22,14 @@ Nearness = Callable[[np.ndarray, Path], np.ndarray]
 @dataclass(frozen=True)
 class DepthOptions:
     raw: bool = False
-    """16 bits instead of 8."""
+    """Write 16 bits per pixel instead of 8."""
 
 
 @dataclass(frozen=True)
 class NormalOptions:
     strength: float = 1.0
-    """How steep a rise over the whole shorter side from the farthest to the nearest point is: 1 is 45 degrees."""
+    """Steepness: at 1, a rise from the farthest to the nearest point over the length of the shorter side is 45
+    degrees."""
 
     def __post_init__(self):
         if not 0 <= self.strength <= 100:

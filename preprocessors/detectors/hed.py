@@ -27,7 +27,7 @@ MEAN_RGB = (122.67891434, 116.66876762, 104.00698793)
 @dataclass(frozen=True)
 class SoftEdgeOptions:
     safe: bool = False
-    """Three levels of grey instead of 256, so that faint edges do not tell what the photo showed."""
+    """Three levels of grey instead of 256, so that faint edges do not reveal the photo."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class LineArtOptions:
     sigma: float = 6.0
     """Size of the surroundings: sigma of a blur in pixels."""
     threshold: int = 8
-    """Levels by which a pixel must be darker to count when the lines' usual strength is measured."""
+    """How many levels darker than its surroundings a pixel must be to count when line strength is measured."""
 
     def __post_init__(self):
         if not 0 < self.sigma <= 100 or not 0 <= self.threshold <= 255:
