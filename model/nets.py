@@ -15,16 +15,18 @@ from types import SimpleNamespace
 import torch
 from controlnet.model.control.controlnet import ControlNet, copied_parts
 from controlnet.model.control.lite import ControlNetLite
+from controlnet.model.control.union import ControlNetUnion
 from controlnet.model.files.families import family_name
 from controlnet.model.files.layouts import open_model
-from controlnet.model.files.stored import STEMS, Stored
+from controlnet.model.files.stored import STEMS, UNION, Stored
 from controlnet.model.files.tensors import align, check_state, is_float8, write_tensors
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite}
-"""The networks that control. The key is the value of `copy` in their config and in the settings of a run."""
+NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite, "union": ControlNetUnion}
+"""The networks that control. The key is the value of `copy` in their config and in the settings of a run; a union is
+known by its class in diffusers."""
 WEIGHTS = STEMS["controlnet"]
 _FAMILY = ("cross_attention_dim", "addition_embed_type", "in_channels", "block_out_channels", "layers_per_block")
 """Keys of the config that a base and its ControlNet must agree in. The number of attention blocks is not among them:
@@ -99,7 +101,8 @@ def _from_config(config: dict, path: Path) -> ControlNet:
         unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
         unet = UNet2DConditionModel(**unet_config)
         parts = SimpleNamespace(config=config, **{part: getattr(unet, part) for part in copied_parts(config)})
-        network = NETWORKS.get(config.get("copy", "full"), ControlNet)
+        form = "union" if config["_class_name"] == UNION else config.get("copy", "full")
+        network = NETWORKS.get(form, ControlNet)
         return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network
         raise ModelError(f"{path}: the config does not describe a usable ControlNet: {reason(error)}") from error

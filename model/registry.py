@@ -10,6 +10,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from controlnet.model.control.modes import union_kinds
 from controlnet.model.files.families import SD1, SD2, SDXL
 from controlnet.model.files.ids import FILE_ENDINGS, is_hub_id
 from controlnet.preprocessors.errors import UsageError
@@ -36,12 +37,20 @@ class KnownBase:
 
 @dataclass(frozen=True)
 class KnownNet:
-    """A row of NETS: a ControlNet for one kind of condition and one family of bases."""
+    """A row of NETS: a ControlNet for one family of bases."""
 
     family: str
     kind: str
+    """The kind of condition, or `union` for several."""
     source: str
     licence: str
+    types: int = 0
+    """Of a union, how many types it has."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of condition that it is for."""
+        return union_kinds(self.types) if self.types else (self.kind,)
 
 
 BASES = {
@@ -85,6 +94,10 @@ NETS = {
     **{f"sd21-{kind}": KnownNet(SD2.name, kind, f"thibaud/controlnet-sd21-{name}-diffusers", "other (its model card)")
        for kind, name in _SD21.items()},
     **{f"sdxl-{kind}": KnownNet(SDXL.name, kind, source, licence) for kind, (source, licence) in _SDXL.items()},
+    "sdxl-union": KnownNet(SDXL.name, "union", "xinsir/controlnet-union-sdxl-1.0", "Apache-2.0", types=6),
+    "sdxl-union-promax": KnownNet(
+        SDXL.name, "union", "brad-twinkl/controlnet-union-sdxl-1.0-promax", "Apache-2.0", types=8
+    ),
     **{f"sdxl-{kind}-diffusers": KnownNet(SDXL.name, kind, f"diffusers/controlnet-{kind}-sdxl-1.0", "OpenRAIL++-M")
        for kind in ("canny", "depth")},
 }  # fmt: skip
@@ -114,8 +127,8 @@ def check_net_name(name: str) -> None:
 
 
 def net_for(family: str, kind: str) -> KnownNet | None:
-    """The ControlNet of the table for a kind on bases of a family."""
-    return next((net for net in NETS.values() if (net.family, net.kind) == (family, kind)), None)
+    """The ControlNet of the table for a kind on bases of a family: one for that kind alone, else a union."""
+    return next((net for net in NETS.values() if net.family == family and kind in net.kinds), None)
 
 
 def recorded_name(source: str) -> str:

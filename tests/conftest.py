@@ -5,10 +5,11 @@ import socket
 
 import numpy as np
 import pytest
+import torch
 from controlnet.cli.main import main
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
-from helpers import make_small_models
+from helpers import make_small_models, make_small_sdxl
 
 _connect = socket.socket.connect
 
@@ -68,6 +69,25 @@ def photo():
 def small_base_folder(tmp_path_factory):
     """A base with random weights and a ControlNet (helpers.make_small_models) in the folders `base` and `net`."""
     return make_small_models(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    """A base of SDXL's family and a ControlNet (helpers.make_small_sdxl) in the folders `base` and `net`."""
+    return make_small_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_pipeline(sdxl_folder):
+    """diffusers' pipeline of both, in float64."""
+    from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+
+    net = ControlNetModel.from_pretrained(sdxl_folder / "net").double()
+    pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(
+        sdxl_folder / "base", controlnet=net, add_watermarker=False
+    ).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture(scope="session")

@@ -90,3 +90,55 @@ def run(*args):
     with pytest.raises(SystemExit) as stopped:
         main([str(a) for a in args])
     return stopped.value.code
+
+
+def make_small_sdxl(folder):
+    """An SDXL base with random weights, narrow where the family allows it, in `folder/base`; and a ControlNet with
+    random zero convolutions in `folder/net`."""
+    from controlnet.model.control.controlnet import ControlNet
+    from controlnet.model.nets import save_controlnet
+    from controlnet.model.tiny.recipe import make_tokenizer
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(3)
+    tokenizer = make_tokenizer(["a red cube on a blue floor", "a person standing"] * 20, folder / "tokens")
+
+    def encoder(cls, width):
+        return cls(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            projection_dim=20,
+        ))  # fmt: skip
+
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=2048,
+        attention_head_dim=2, use_linear_projection=True, transformer_layers_per_block=(1, 2, 3),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        unet=unet, vae=vae, text_encoder=encoder(CLIPTextModel, 768), tokenizer=tokenizer, tokenizer_2=tokenizer,
+        text_encoder_2=encoder(CLIPTextModelWithProjection, 1280), add_watermarker=False,
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    ).save_pretrained(folder / "base")  # fmt: skip
+    save_controlnet(randomise(ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))), folder / "net")
+    return folder
+
+
+PROMPT, NEGATIVE = "a red cube on a blue floor", "a person"
+CANVAS = (72, 64)
+
+
+def sdxl_prompts(base):
+    """Two rows each of the prompt and of the negative one, on CANVAS."""
+    ids = base.size_ids(CANVAS)
+    return (base.encode_text([text] * 2).with_ids(ids) for text in (PROMPT, NEGATIVE))

@@ -1,93 +1,41 @@
 """SDXL: two text encoders, pooled text and size in the time embedding; equal to diffusers' pipelines."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
+from controlnet.cli.main import main
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.strength import Strength
+from controlnet.model.files import names
+from controlnet.model.files.convert import convert
+from controlnet.model.files.families import SDXL
+from controlnet.model.files.layouts import open_model
 from controlnet.model.load import load_base
-from controlnet.model.nets import load_controlnet, save_controlnet
+from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.generate import canvas_size
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from controlnet.preprocessors.errors import ModelError
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    EulerDiscreteScheduler,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from helpers import randomise
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-PROMPT, NEGATIVE = "a red cube on a blue floor", "a person"
-CANVAS = (72, 64)
+from controlnet.preprocessors.images import png_bytes
+from diffusers import ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders import single_file_utils as theirs
+from helpers import CANVAS, NEGATIVE, PROMPT, randomise, sdxl_prompts
+from safetensors import safe_open
+from transformers import CLIPTextModel
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An SDXL base with random weights in `base`, narrow where the family allows it, and a ControlNet in `net`."""
-    from controlnet.model.tiny.recipe import make_tokenizer
-
-    folder = tmp_path_factory.mktemp("sdxl")
-    torch.manual_seed(3)
-    tokenizer = make_tokenizer(["a red cube on a blue floor", "a person standing"] * 20, folder / "tokens")
-
-    def encoder(cls, width):
-        return cls(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3,
-            num_attention_heads=2, max_position_embeddings=40, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-            projection_dim=20,
-        ))  # fmt: skip
-
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, cross_attention_dim=2048,
-        attention_head_dim=2, use_linear_projection=True, transformer_layers_per_block=(1, 2, 3),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20,
-    ).eval()  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, latent_channels=4, sample_size=64, scaling_factor=0.13025,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    StableDiffusionXLPipeline(
-        unet=unet, vae=vae, text_encoder=encoder(CLIPTextModel, 768), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        text_encoder_2=encoder(CLIPTextModelWithProjection, 1280), add_watermarker=False,
-        scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading",
-            steps_offset=1,
-        ),
-    ).save_pretrained(folder / "base")  # fmt: skip
-    save_controlnet(randomise(ControlNet.from_base(unet, hint_widths=(4, 4, 8, 8))), folder / "net")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    net = ControlNetModel.from_pretrained(folder / "net").double()
-    pipeline = StableDiffusionXLControlNetPipeline.from_pretrained(
-        folder / "base", controlnet=net, add_watermarker=False
-    ).to(torch.float64)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def prompts(base):
-    ids = base.size_ids(CANVAS)
-    return (base.encode_text([text] * 2).with_ids(ids) for text in (PROMPT, NEGATIVE))
-
-
-def test_texts_are_diffusers_own(folder, pipeline):
-    base = load_base(str(folder / "base"), dtype=torch.float64)
-    c_t, _, pooled, _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False, device="cpu")
+def test_texts_are_diffusers_own(sdxl_folder, sdxl_pipeline):
+    base = load_base(str(sdxl_folder / "base"), dtype=torch.float64)
+    c_t, _, pooled, _ = sdxl_pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False, device="cpu")
     ours = base.encode_text([PROMPT])
     assert ours.c_t.shape[-1] == 2048
     assert (ours.c_t - c_t).abs().max() <= 1e-9 * c_t.std() and (ours.pooled - pooled).abs().max() <= 1e-9
-    c_t, _, pooled, _ = pipeline.encode_prompt(
+    c_t, _, pooled, _ = sdxl_pipeline.encode_prompt(
         PROMPT, prompt_2=NEGATIVE, clip_skip=1, do_classifier_free_guidance=False, device="cpu"
     )
     other = base.encode_text([PROMPT], [NEGATIVE], 1)
@@ -98,17 +46,17 @@ def test_texts_are_diffusers_own(folder, pipeline):
 
 @pytest.mark.parametrize("scheduler", [None, "ddim", "dpm++2m"])
 @pytest.mark.parametrize("control_on", ["both", "cond"])
-def test_parity_with_diffusers_pipeline(folder, pipeline, scheduler, control_on):
-    base = load_base(str(folder / "base"), dtype=torch.float64)
-    net = load_controlnet(folder / "net", torch.float64, base.unet.config, base.name)
+def test_parity_with_diffusers_pipeline(sdxl_folder, sdxl_pipeline, scheduler, control_on):
+    base = load_base(str(sdxl_folder / "base"), dtype=torch.float64)
+    net = load_controlnet(sdxl_folder / "net", torch.float64, base.unet.config, base.name)
     condition = np.repeat((np.random.default_rng(0).random((*CANVAS[::-1], 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
     hint = condition_tensor(condition)[None].double()
-    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    sdxl_pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
     start = FromNoise.seeded([5, 6], (4, CANVAS[1] // 8, CANVAS[0] // 8))
     start.noise = start.noise.double()
-    prompt, negative = prompts(base)
+    prompt, negative = sdxl_prompts(base)
     with torch.no_grad():
-        theirs = pipeline(
+        theirs = sdxl_pipeline(
             [PROMPT] * 2, negative_prompt=[NEGATIVE] * 2, image=hint, latents=start.noise, guidance_scale=5.0,
             num_inference_steps=5, output_type="latent", width=CANVAS[0], height=CANVAS[1],
             controlnet_conditioning_scale=0.8, guess_mode=control_on == "cond",
@@ -132,16 +80,16 @@ def test_parity_with_diffusers_pipeline(folder, pipeline, scheduler, control_on)
     {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": 1},
     {"transformer_layers_per_block": (0, 0, 1)},
 ], ids=["small", "mid"])  # fmt: skip
-def test_small_nets_are_diffusers_own(folder, tmp_path, form):
+def test_small_nets_are_diffusers_own(sdxl_folder, tmp_path, form):
     """As diffusers publishes them: less attention in the copy than in the base, or none."""
-    base = load_base(str(folder / "base"), dtype=torch.float64)
-    whole = ControlNetModel.from_pretrained(folder / "net").config
+    base = load_base(str(sdxl_folder / "base"), dtype=torch.float64)
+    whole = ControlNetModel.from_pretrained(sdxl_folder / "net").config
     config = {k: v for k, v in dict(whole).items() if not k.startswith("_")} | form
     torch.manual_seed(0)
     reference = randomise(ControlNetModel(**config)).double().eval()
     reference.save_pretrained(tmp_path)
     net = load_controlnet(tmp_path, torch.float64, base.unet.config, base.name)
-    prompt, negative = prompts(base)
+    prompt, negative = sdxl_prompts(base)
     z, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([700, 700])
     condition = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     both = type(prompt).cat([negative, prompt])
@@ -157,30 +105,26 @@ def test_small_nets_are_diffusers_own(folder, tmp_path, form):
         assert (a - b).abs().max() <= 1e-9 * b.std()
 
 
-def test_a_net_of_another_family_is_refused(folder, small_base_folder):
+def test_a_net_of_another_family_is_refused(sdxl_folder, small_base_folder):
     base = load_base(str(small_base_folder / "base"))
     with pytest.raises(ModelError, match="SDXL"):
-        load_controlnet(folder / "net", base=base.unet.config, base_name="mine")
-    base = load_base(str(folder / "base"))
+        load_controlnet(sdxl_folder / "net", base=base.unet.config, base_name="mine")
+    base = load_base(str(sdxl_folder / "base"))
     with pytest.raises(ModelError, match="the base is SDXL"):
         load_controlnet(small_base_folder / "net", base=base.unet.config, base_name="mine")
 
 
-def test_both_ways_and_the_same_image(folder, tmp_path):
+def test_both_ways_and_the_same_image(sdxl_folder, tmp_path):
     """Folder, single file and back: every tensor equal; the names are those of the original layout."""
-    from controlnet.model.files.convert import convert
-    from controlnet.model.files.layouts import open_model
-    from safetensors import safe_open
-
-    convert(folder / "base", tmp_path / "xl.safetensors", "original")
+    convert(sdxl_folder / "base", tmp_path / "xl.safetensors", "original")
     with safe_open(tmp_path / "xl.safetensors", "pt") as file:
-        names = set(file.keys())
+        here = set(file.keys())
     for name in ("model.diffusion_model.label_emb.0.0.weight", "conditioner.embedders.1.model.text_projection",
                  "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
                  "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight"):  # fmt: skip
-        assert name in names, name
+        assert name in here, name
     convert(tmp_path / "xl.safetensors", tmp_path / "again", "diffusers")
-    before, after = open_model(folder / "base"), open_model(tmp_path / "again")
+    before, after = open_model(sdxl_folder / "base"), open_model(tmp_path / "again")
     assert after.parts == before.parts == ("unet", "vae", "text_encoder", "text_encoder_2")
     for part in before.parts:
         a, b = before.state(part), after.state(part)
@@ -190,11 +134,6 @@ def test_both_ways_and_the_same_image(folder, tmp_path):
 
 def test_names_at_full_size_are_diffusers_own():
     """SDXL's own sizes, without numbers: UNet, ControlNet and second text encoder."""
-    from accelerate import init_empty_weights
-    from controlnet.model.files import names
-    from controlnet.model.files.families import SDXL
-    from diffusers.loaders import single_file_utils as theirs
-
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(dict(SDXL.unet))
         net = ControlNet.from_base(unet)
@@ -212,9 +151,9 @@ def test_names_at_full_size_are_diffusers_own():
     assert sum(name.startswith("zero_convs.") for name in renamed) == 18 and net.connections == 10
 
 
-def test_a_vae_that_leaves_float16_goes_on_in_float32(folder):
+def test_a_vae_that_leaves_float16_goes_on_in_float32(sdxl_folder):
     """As SDXL's own does: no black picture, no NaN."""
-    base = load_base(str(folder / "base"), dtype=torch.float16)
+    base = load_base(str(sdxl_folder / "base"), dtype=torch.float16)
     base.vae.decoder.conv_in.weight.data *= 3e4
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     images = base.decode(latents)
@@ -225,26 +164,21 @@ def test_a_vae_that_leaves_float16_goes_on_in_float32(folder):
     (None, (1024, 1024)), ((768, 512), (1216, 832)), ((512, 768), (832, 1216)), ((500, 480), (1024, 1024)),
     ((3000, 1000), (1536, 640)),
 ])  # fmt: skip
-def test_canvases_are_those_that_it_was_trained_on(folder, shown, expected):
-    from controlnet.model.sampling.generate import canvas_size
-
-    base = load_base(str(folder / "base"))
+def test_canvases_are_those_that_it_was_trained_on(sdxl_folder, shown, expected):
+    base = load_base(str(sdxl_folder / "base"))
     small = canvas_size(base, shown)  # its native size is 64, not 1024
     assert all(abs(a - b / 16) <= 4 and a % 8 == 0 for a, b in zip(small, expected, strict=True))
     base.unet.register_to_config(sample_size=128)
     assert canvas_size(base, shown) == expected
 
 
-def test_from_the_command_line_and_again(folder, tmp_path, monkeypatch, capsys):
-    from controlnet.cli.main import main
-    from controlnet.preprocessors.images import png_bytes
-
+def test_from_the_command_line_and_again(sdxl_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = np.zeros((64, 64), np.uint8)
     lines[20] = lines[:, 30] = 255
     (tmp_path / "map.canny.png").write_bytes(png_bytes(lines))
-    args = ["--base", str(folder / "base"), "--dtype", "float32", "--steps", "2", "--seed", "1", "--size", "64"]
-    for out, more in (("a.png", ["--cond", f"map.canny.png,net={folder / 'net'}"]), ("b.png", [])):
+    args = ["--base", str(sdxl_folder / "base"), "--dtype", "float32", "--steps", "2", "--seed", "1", "--size", "64"]
+    for out, more in (("a.png", ["--cond", f"map.canny.png,net={sdxl_folder / 'net'}"]), ("b.png", [])):
         with pytest.raises(SystemExit) as stop:
             main(["generate", *args, *more, "-p", PROMPT, "-o", out])
         assert stop.value.code == 0, capsys.readouterr().err
@@ -264,12 +198,8 @@ def test_from_the_command_line_and_again(folder, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 0, capsys.readouterr().err
 
 
-def test_it_is_trained_on(folder, tmp_path, monkeypatch, capsys):
+def test_it_is_trained_on(sdxl_folder, tmp_path, monkeypatch, capsys):
     """Pooled text and ids from the cache; the network is diffusers' afterwards."""
-    import json
-
-    from controlnet.cli.main import main
-    from controlnet.preprocessors.images import png_bytes
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -285,7 +215,7 @@ def test_it_is_trained_on(folder, tmp_path, monkeypatch, capsys):
                 "train",
                 "photos",
                 "--base",
-                str(folder / "base"),
+                str(sdxl_folder / "base"),
                 "-o",
                 "run",
                 "-q",

@@ -29,6 +29,8 @@ class ControlNet(nn.Module):
     Letters: B batch, C channels, H W pixels, h w latent, T tokens, D text width.
     """
 
+    kinds: tuple[str, ...] | None = None
+    """The kinds of condition that it can tell apart; None for a network of one kind."""
     conv_in: nn.Module
     down_blocks: nn.ModuleList
     mid_block: nn.Module
@@ -69,6 +71,11 @@ class ControlNet(nn.Module):
         if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
             condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
+
+    def join(self, features: Sequence[Tensor], kinds: Sequence[str], scales: Sequence[float]) -> Any:
+        """What `control` reads of the conditions of one pass: here there is one, and it is its feature."""
+        (feature,) = features
+        return feature
 
     def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
         """The time embeddings (n, 4C) of timesteps (n,)."""

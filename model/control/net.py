@@ -1,8 +1,9 @@
-"""What sampling and training need from a network that controls. `controlnet.py` and `lite.py` each have one."""
+"""What sampling and training need from a network that controls: controlnet.py, union.py and lite.py have one each."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from controlnet.model.control.control import Control
@@ -13,6 +14,9 @@ from torch import Tensor
 class Net(Protocol):
     """Letters: B batch, C channels, H W pixels, h w latent."""
 
+    kinds: tuple[str, ...] | None
+    """The kinds of condition that it tells apart and takes in one pass; None for a network of one kind."""
+
     @property
     def connections(self) -> int:
         """Residuals of a Control: one per skip connection, and the middle's."""
@@ -21,9 +25,13 @@ class Net(Protocol):
         """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once per image: it depends on
         neither z_t nor t."""
 
+    def join(self, features: Sequence[Tensor], kinds: Sequence[str], scales: Sequence[float]) -> Any:
+        """What `control` reads of the conditions of one pass, each with its kind and its scale. One condition's scale
+        is not applied here but to its control."""
+
     def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network computes from timesteps (n,) alone, (n, ...). Once per schedule."""
 
-    def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> Control:
+    def control(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Any) -> Control:
         """Control for z_t (B, 4, h, w). `time` has one row of `begin`'s result, (1, ...), or one per image, (B, ...).
         The prompt has B rows, or 2B for both halves of the guidance."""

@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from controlnet.model.control.modes import union_kinds
 from controlnet.model.files.families import family_name
 from controlnet.model.files.layouts import open_model
+from controlnet.model.files.stored import UNION
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -29,6 +31,8 @@ def described(path: Path) -> dict[str, Any]:
     }
     if net:
         config = configs["controlnet"]
+        if config["_class_name"] == UNION:
+            fields["kinds"] = list(union_kinds(config["num_control_type"]))
         hint = config.get("hint_encoder", "released")
         fields["hint_encoder"] = {"form": hint, "widths": list(config["conditioning_embedding_out_channels"])}
     if "unet" in configs:

@@ -12,7 +12,18 @@ from typing import Any
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
 from controlnet.model.files.families import family_for
-from controlnet.model.files.stored import BASE_PARTS, PREDICTIONS, STEMS, Stored, public_text_state, said, text_state
+from controlnet.model.files.stored import (
+    BASE_PARTS,
+    NET,
+    PREDICTIONS,
+    STEMS,
+    UNION,
+    UNION_MARK,
+    Stored,
+    public_text_state,
+    said,
+    text_state,
+)
 from controlnet.model.files.tensors import Header, read_header, read_json, read_weights, weight_files, write_tensors
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.files import beside, not_written, write_file
@@ -55,11 +66,22 @@ class Folder:
         if part == "controlnet" and lone and not (self.path / "config.json").is_file():
             raise ModelError(f"{self.path}: a folder without config.json", f"give the file itself: {lone[0]}")
         config = read_json(self._folder(part) / "config.json", f"the config of {said(part)} in diffusers' layout")
-        if part == "controlnet" and config.get("_class_name") != "ControlNetModel":
-            raise ModelError(
-                f"{self.path}: config.json describes {config.get('_class_name')}, expected a ControlNetModel"
-            )
+        if part == "controlnet":
+            config = self._net_config(config)
         return completed(config, str(config.get("_class_name")), self.path)
+
+    def _net_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A ControlNet's config. A union's own config may call it a plain one, or have another number of types than its
+        weights: the weights decide."""
+        name = config.get("_class_name")
+        if not str(name).startswith("ControlNet"):
+            raise ModelError(f"{self.path}: config.json describes {name}, expected a {NET}")
+        mark = self.headers("controlnet").get(UNION_MARK)
+        if mark is None:
+            if name != NET:
+                raise ModelError(f"{self.path}: config.json describes {name}, but the weights are not a union's")
+            return config
+        return config | {"_class_name": UNION, "num_control_type": mark.shape[0]}
 
     def headers(self, part: str) -> dict[str, Header]:
         return {k: h for file in weight_files(self._folder(part), STEMS[part]) for k, h in read_header(file)[0].items()}

@@ -4,14 +4,15 @@ diffusers' names."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import SUPPORTED, Family, family_for, family_name, family_of
-from controlnet.model.files.stored import CONFIGS, PREDICTIONS, Stored, said, text_state
+from controlnet.model.files.families import SDXL, SUPPORTED, Family, family_for, family_name, family_of
+from controlnet.model.files.stored import CONFIGS, NET, PREDICTIONS, UNION, UNION_MARK, Stored, said, text_state
 from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
 from controlnet.model.files.tokenizer import write_tokenizer
 from controlnet.preprocessors.errors import ModelError, UsageError
@@ -99,7 +100,7 @@ class SingleFile:
         widths = [h.shape[1] for n, h in inside.items() if n.endswith("attn2.to_k.weight") and len(h.shape) == 2]
         added = any(".label_emb." in f".{n}" or ".add_embedding." in f".{n}" for n in inside)
         width = widths[0] if widths else None
-        family = family_of(width, added)
+        family = family_of(width, added) if widths or not added else SDXL  # its small nets have no attention
         if family is None or not family.supported:
             found = family.name if family else family_name({"cross_attention_dim": width})
             known = " or ".join(f.name for f in SUPPORTED)
@@ -129,7 +130,37 @@ class SingleFile:
             unet["sample_size"] = self.family.sample_sizes.get(self.prediction() or "", unet["sample_size"])
             return unet
         unet = {k: v for k, v in unet.items() if k not in ("up_block_types", "sample_size", "out_channels")}
-        return unet | {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": self._hint_widths()}
+        net = {"_class_name": NET, "conditioning_embedding_out_channels": self._hint_widths()}
+        return unet | net | self._attention() | self._union()
+
+    def _attention(self) -> dict[str, Any]:
+        """Where a ControlNet in diffusers' names has attention, and how many layers of it: small nets have less."""
+        if self._net_prefix is not None:
+            return {}
+        counts: dict[str, int] = {}  # block with attention -> its layers
+        for name in self._headers:
+            if found := re.match(r"(down_blocks\.\d+|mid_block)\.attentions\.0\.(?:transformer_blocks\.(\d+))?", name):
+                counts[found[1]] = max(counts.get(found[1], 0), int(found[2] or -1) + 1)
+        blocks = [f"down_blocks.{level}" for level in range(len(self.family.unet["down_block_types"]))]
+        layers = [counts.get(block, 1) for block in blocks]
+        if blocks[-1] not in counts:  # diffusers has one number for the last level and the middle
+            layers[-1] = counts.get("mid_block", 1)
+        attention = {
+            "down_block_types": tuple("CrossAttnDownBlock2D" if b in counts else "DownBlock2D" for b in blocks),
+            "transformer_layers_per_block": tuple(layers),
+        }
+        return attention if "mid_block" in counts else attention | {"mid_block_type": "UNetMidBlock2D"}
+
+    def _union(self) -> dict[str, Any]:
+        """What the config of a union says beside a ControlNet's, from its headers; nothing for another one."""
+        if self._net_prefix is not None or UNION_MARK not in self._headers:
+            return {}
+        types, width = self._headers[UNION_MARK].shape
+        layers = {name.split(".")[1] for name in self._headers if name.startswith("transformer_layes.")}
+        return {
+            "_class_name": UNION, "num_control_type": types, "num_trans_channel": width, "num_trans_layer": len(layers),
+            "num_trans_head": 8, "num_proj_channel": self._headers["spatial_ch_projs.weight"].shape[0],
+        }  # fmt: skip
 
     def _hint_widths(self) -> list[int]:
         """Widths of the released hint encoder: the outputs of every second convolution, without the last."""
@@ -218,18 +249,25 @@ def _renamed(family: Family, part: str, config: dict, state: dict[str, Tensor]) 
         encoder = family.encoder(part)
         state = to_open_clip(state, config) if encoder.open_clip else {f"text_model.{k}": t for k, t in state.items()}
         return {encoder.prefix + name: tensor for name, tensor in state.items()}
-    if part == "controlnet" and (config.get("hint_encoder", "released") != "released" or config.get("copy") == "lite"):
-        raise ModelError(
-            "the original layout has no place for this ControlNet's"
-            f" {'single convolutions' if config.get('copy') == 'lite' else 'hint encoder'}",
-            "--to diffusers",
-        )
+    if part == "controlnet":
+        _check_net(config)
     table = NAMES[part](config)
     prefix = PREFIXES[part]
     renamed = names.rename(state, names.reverse(table))
     if len(renamed) != len(state):
         raise ModelError(f"the {part} has {len(state) - len(renamed)} tensors that the original layout does not know")
     return {prefix + k: t for k, t in (names.convolution_attention(renamed) if part == "vae" else renamed).items()}
+
+
+def _check_net(config: dict[str, Any]) -> None:
+    """Raises ModelError for a ControlNet with a part that the layout has no names for."""
+    strange = {
+        "types of conditions": config.get("_class_name") == UNION,
+        "single convolutions": config.get("copy") == "lite",
+        "hint encoder": config.get("hint_encoder", "released") != "released",
+    }
+    if part := next((part for part, there in strange.items() if there), None):
+        raise ModelError(f"the original layout has no place for this ControlNet's {part}", "--to diffusers")
 
 
 def _check_base(stored: Stored, configs: dict[str, Any]) -> None:

@@ -16,6 +16,10 @@ STEMS = {
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The networks that a base may have."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+NET, UNION = "ControlNetModel", "ControlNetUnionModel"
+"""The classes of diffusers that control."""
+UNION_MARK = "task_embedding"
+"""A tensor that unions alone have, (types, width)."""
 CONFIGS = "controlnet_toolkit.configs"
 """The key in a single file's metadata under which `models convert` writes the configs; the layout has no place for
 them."""

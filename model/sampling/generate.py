@@ -41,6 +41,8 @@ class Request:
     seed: int
     conditions: tuple[np.ndarray, ...] = ()
     """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
+    kinds: tuple[str, ...] = ()
+    """Of the conditions, for ControlNets that tell kinds apart; alike in all requests."""
     negative: str = ""
     prompt2: str | None = None
     """The prompt of a second text encoder; None: the same."""
@@ -132,7 +134,7 @@ def generate(
         prompt = encoded.prompt(prompts, clip_skip, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, ids) if guided else None
         controls = [
-            ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength)
+            ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].kinds[k : k + 1])
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))
         ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from controlnet.model.control.control import Control
@@ -29,12 +30,25 @@ class ActiveNet:
     net: Net
     feature: Tensor
     strength: Strength = field(default_factory=Strength)
+    kind: str = ""
+    """Of its condition, for networks that tell kinds apart."""
 
 
 def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
     """How often the UNet is evaluated in so many steps. Windows and schedules count evaluations."""
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
+
+
+def passes_of(controls: Sequence[ActiveNet]) -> list[list[ActiveNet]]:
+    """The conditions that each pass of a network takes. A union takes several at once if they differ in nothing but
+    their scales and windows; every other network takes one."""
+    passes: dict[Any, list[ActiveNet]] = {}
+    for i, one in enumerate(controls):
+        how = one.strength
+        alike = (one.net, how.weighting, how.control_on, id(how.region)) if one.net.kinds else i
+        passes.setdefault(alike, []).append(one)
+    return list(passes.values())
 
 
 @torch.no_grad()
@@ -86,7 +100,8 @@ class Evaluation:
         guidance: float,
         halves_apart: bool = False,
     ):
-        self.unet, self.controls, self.guidance, self.halves_apart = unet, controls, guidance, halves_apart
+        self.unet, self.guidance, self.halves_apart = unet, guidance, halves_apart
+        self.passes = passes_of(controls)
         self.count = len(times)
         self.prompt = prompt  # B rows
         self.guided = negative is not None and guidance != 1
@@ -95,36 +110,46 @@ class Evaluation:
         self.both = Prompt.cat([self.negative, prompt]) if together else prompt  # 2B rows, or B
         self.times = embed_times(unet, times, unet.dtype)  # (n, 4C)
         self.begun = {one.net: one.net.begin(times, unet.dtype) for one in controls}
+        self._joined: dict[Any, Any] = {}
 
     def __call__(self, z_t: Tensor, i: int) -> Tensor:
         """The prediction (B, C, h, w) for z_t (B, C', h, w) in evaluation i."""
         z = z_t.to(self.unet.dtype).contiguous(memory_format=torch.channels_last)
-        out = self._predict(z, i, self.both, self.controls).to(z_t.dtype)
+        out = self._predict(z, i, self.both, self.passes).to(z_t.dtype)
         if not self.guided:
             return out
         if self.halves_apart:
-            everywhere = [one for one in self.controls if one.strength.control_on != "cond"]
+            everywhere = [together for together in self.passes if together[0].strength.control_on != "cond"]
             out = torch.cat([self._predict(z, i, self.negative, everywhere).to(z_t.dtype), out])
         without, with_prompt = out.chunk(2)
         return without + self.guidance * (with_prompt - without)
 
-    def _predict(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[ActiveNet]) -> Tensor:
-        return predict(self.unet, z, self.times[i : i + 1], prompt, self._control(z, i, prompt, controls))
+    def _predict(self, z: Tensor, i: int, prompt: Prompt, passes: list[list[ActiveNet]]) -> Tensor:
+        return predict(self.unet, z, self.times[i : i + 1], prompt, self._control(z, i, prompt, passes))
 
-    def _control(self, z: Tensor, i: int, prompt: Prompt, controls: Sequence[ActiveNet]) -> Control | None:
+    def _control(self, z: Tensor, i: int, prompt: Prompt, passes: list[list[ActiveNet]]) -> Control | None:
         """The sum of the controls that act in evaluation i, for the rows of a prompt; None if none acts. A ControlNet
         whose scale is 0 is not run. One that acts on the conditional half alone reads only that half, and its control
         is zero in the other."""
         total: Control | None = None
-        for one in controls:
-            scale = one.strength.at(i, self.count)
-            if scale == 0:
+        for together in passes:
+            acting = [(one, scale) for one in together if (scale := one.strength.at(i, self.count)) != 0]
+            if not acting:
                 continue
-            alone = one.strength.control_on == "cond" and len(prompt) > len(self.prompt)
-            time = self.begun[one.net][i : i + 1]
-            control = one.net.control(z, time, self.prompt if alone else prompt, one.feature)
-            control = one.strength.apply(control, scale)
+            net, strength = together[0].net, together[0].strength
+            alone = strength.control_on == "cond" and len(prompt) > len(self.prompt)
+            time = self.begun[net][i : i + 1]
+            control = net.control(z, time, self.prompt if alone else prompt, self._join(net, acting))
+            control = strength.apply(control, acting[0][1] if len(acting) == 1 else 1.0)
             if alone:
                 control = control.for_conditional_half()
             total = control if total is None else total + control
         return total
+
+    def _join(self, net: Net, acting: list[tuple[ActiveNet, float]]) -> Any:
+        """What the network reads of the conditions that act, computed once as long as they and their scales stay."""
+        key = tuple((id(one), scale) for one, scale in acting)
+        if key not in self._joined:
+            rows = [(one.feature, one.kind, scale) for one, scale in acting]
+            self._joined[key] = net.join(*zip(*rows, strict=True))
+        return self._joined[key]

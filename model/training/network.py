@@ -22,6 +22,11 @@ def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainC
     on."""
     if config.start_from != "base":
         net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name).to(base.device)
+        if net.kinds is not None:
+            raise ModelError(
+                f"{config.start_from}: a union of {', '.join(net.kinds)}, which is not trained here",
+                "--set start_from=DIR of a ControlNet for one kind",
+            )
         form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}
         for name, value in form.items():
             if getattr(config, name) not in (value, CHOICES[name][0]):

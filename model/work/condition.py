@@ -119,6 +119,17 @@ def check_window(flag: ConditionFlag, strength: Strength, evaluations: int) -> N
     )
 
 
+def check_kind(flag: ConditionFlag, kind: str, net: str, kinds: tuple[str, ...] | None) -> None:
+    """Raises UsageError for a kind that is not among those that a network can tell apart."""
+    if kinds is None or kind in kinds:
+        return
+    near = difflib.get_close_matches(kind, kinds, 1)
+    raise UsageError(
+        f"--cond {flag.path}: kind {kind!r} is not one of those that {net} knows: {', '.join(kinds)}",
+        f"kind={(near or kinds)[0]}, if the map is one; or a net for {kind} alone",
+    )
+
+
 def check_weighting(flag: ConditionFlag, strength: Strength, connections: int) -> None:
     """Raises UsageError when a weighting by numbers does not fit a network of so many connections."""
     if not strength.fits(connections):

@@ -275,7 +275,7 @@ def no_net(path: str, kind: str, base: str, family: str) -> ModelError:
     """The error for a kind that the table has no ControlNet for."""
     from controlnet.model.registry import NETS
 
-    has = [net.kind for net in NETS.values() if net.family == family]
+    has = list(dict.fromkeys(kind for net in NETS.values() if net.family == family for kind in net.kinds))
     near = difflib.get_close_matches(kind, has, 1)
     return ModelError(
         f"{path}: no ControlNet is known for kind {kind!r} on base {base}"

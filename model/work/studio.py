@@ -38,7 +38,14 @@ from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.work.batch import Wanted
-from controlnet.model.work.condition import ConditionFlag, check_weighting, check_window, scale_text, weighting_text
+from controlnet.model.work.condition import (
+    ConditionFlag,
+    check_kind,
+    check_weighting,
+    check_window,
+    scale_text,
+    weighting_text,
+)
 from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import choose_device, choose_dtype, silence_libraries
 from controlnet.model.work.sources import Sources
@@ -94,7 +101,8 @@ class Prepared:
     def request(self) -> Request:
         maps = tuple(one.map for one in self.acting)
         job = self.job
-        return Request(job.prompt, self.wanted.seed, maps, job.negative, job.prompt2, job.negative2)
+        kinds = tuple(one.entry["kind"] for one in self.acting)
+        return Request(job.prompt, self.wanted.seed, maps, kinds, job.negative, job.prompt2, job.negative2)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -204,7 +212,7 @@ class Studio:
         for flag, at_work in zip(job.cond, acting, strict=True):
             check_window(flag, at_work.strength, evaluations)
         entries = [at_work.entry for at_work in acting]
-        acts = [{key: value for key, value in entry.items() if key in ("net", *ACTS)} for entry in entries]
+        acts = [{key: value for key, value in entry.items() if key in ("net", "kind", *ACTS)} for entry in entries]
         record = job.record() | {
             "scheduler": job.scheduler or type(scheduler).__name__,
             "base_sha256": model_hash(base.path),
@@ -222,6 +230,7 @@ class Studio:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
         net, net_hash = self.net(base.name, source)
+        check_kind(flag, condition.kind, recorded_name(source), net.kinds)
         map_ = self.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
         region, region_entry = self.region(flag.region, job.size) if flag.region else (None, {})
