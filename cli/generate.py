@@ -167,9 +167,9 @@ generate = typed(_generate, PARAMETERS)
 generate.command_class = Command  # type: ignore[attr-defined]
 
 
-def _from_file(flag: str, text: str) -> str:
+def _from_file(flag: str, text: str | None) -> str | None:
     """A prompt as given, or the text of the file that @FILE names."""
-    if not text.startswith("@"):
+    if text is None or not text.startswith("@"):
         return text
     if not is_file(text[1:]):
         raise UsageError(f"{flag} {text}: no such file", f'{flag} "..." for the words themselves')

@@ -6,7 +6,7 @@ Every base takes the same path, `tiny` as well as SDXL: nothing here asks which 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,12 @@ class Base:
     device: torch.device
     sizes: tuple[tuple[int, int], ...] = ()
     """The canvases (width, height) it was trained on. Empty if it was trained on one size, `native_size`."""
+    vae_path: Path | None = None
+    """Where its VAE comes from, if that is not its own."""
+    zeros_for_none: bool = False
+    """Whether the features of no prompt at all are zeros, as SDXL was trained, and not those of the empty text."""
+    distilled: str = ""
+    """Why it seems to be distilled for few steps without guidance (Turbo, Lightning, ...); empty if it does not."""
     low_memory: bool = False
     """Less memory, more time: each network is on the device only while it works, images are made one at a time, and
     the VAE decodes large ones in tiles."""
@@ -60,25 +66,43 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    def encode_text(self, prompts: list[str], seconds: list[str] | None = None, clip_skip: int = 0) -> Prompt:
-        """The prompt of B texts, without the ids of size and crop. A second encoder reads `seconds` if they are given,
-        else the same texts. Words beyond the encoders' length are cut (`cut_words` returns them). `clip_skip` is the
-        number of layers left out at the end of each encoder."""
+    def encode_text(
+        self, prompts: Sequence[str | None], seconds: list[str] | None = None, clip_skip: int = 0
+    ) -> Prompt:
+        """The prompt of B texts, without the ids of size and crop. None is no prompt at all (see `zeros_for_none`). A
+        second encoder reads `seconds` if they are given, else the same texts. Words beyond the encoders' length are cut
+        (`cut_words` returns them). `clip_skip` is the number of layers left out at the end of each encoder."""
         features, pooled = [], None
         for i, encoder in enumerate(self.encoders):
-            texts = seconds if i and seconds is not None else prompts
+            texts = seconds if i and seconds is not None else [text or "" for text in prompts]
             with self.at_work(encoder.network):
                 c_t, pooled = encoder(texts, self.device, clip_skip)
             features.append(c_t.to(self.dtype))
-        return Prompt(torch.cat(features, -1), None if pooled is None else pooled.to(self.dtype))
+        prompt = Prompt(torch.cat(features, -1), None if pooled is None else pooled.to(self.dtype))
+        if not self.zeros_for_none or None not in prompts or seconds is not None:
+            return prompt
+        given = torch.tensor([text is not None for text in prompts], device=self.device)
+        return prompt.map(lambda rows: rows * given.view(-1, *[1] * (rows.ndim - 1)))
 
-    def size_ids(self, size: tuple[int, int]) -> Tensor | None:
+    @property
+    def has_size_ids(self) -> bool:
+        """Whether the base is told sizes and crop (`size_ids`)."""
+        return bool(self.unet.config.get("addition_embed_type"))
+
+    def size_ids(
+        self,
+        size: tuple[int, int],
+        original: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+        target: tuple[int, int] | None = None,
+    ) -> Tensor | None:
         """The ids (1, 6) float32 of a canvas (width, height) for a family with an added embedding, else None: height
-        and width of the original picture, top and left of the crop, height and width of the canvas."""
-        if not self.unet.config.get("addition_embed_type"):
+        and width of the original picture, top and left of the crop, height and width of the target. `original` and
+        `target` are (width, height), by default the canvas; `crop` is (left, top)."""
+        if not self.has_size_ids:
             return None
-        width, height = size
-        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=self.device)
+        (width, height), (left, top), (wide, high) = original or size, crop, target or size
+        return torch.tensor([[height, width, top, left, high, wide]], dtype=torch.float32, device=self.device)
 
     @property
     def text_encoder(self) -> Any:

@@ -13,17 +13,20 @@ from accelerate import init_empty_weights
 from controlnet.model.base import Base
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.files import hub
-from controlnet.model.files.families import SUPPORTED, Encoder, family_for
+from controlnet.model.files.families import SUPPORTED, Encoder, Family, family_for
 from controlnet.model.files.layouts import open_model
 from controlnet.model.files.stored import Stored
 from controlnet.model.files.tensors import align, check_state, read_json
 from controlnet.model.files.tokenizer import load_tokenizer
+from controlnet.model.files.vae import LoneVae
 from controlnet.model.registry import BASES, KnownBase, check_base_name
 from controlnet.model.text import TextEncoder
 from controlnet.preprocessors.errors import ModelError, reason
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
+NONE_IS_ZEROS = "force_zeros_for_empty_prompt"
+"""The key of model_index.json that says whether the features of no prompt are zeros."""
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -43,6 +46,7 @@ def find_base(name: str, offline: bool = False) -> Stored:
     if stored.path.is_dir():
         read_json(stored.path / "model_index.json", "a base in diffusers' layout")
         family = family_for(stored.config("unet"))
+        _check_supported(stored, family)
         for part in (*family.parts, *family.tokenizers, "scheduler"):
             if not (stored.path / part).is_dir():
                 raise ModelError(f"{stored.path}: the base has no folder {part}/", f"ls {stored.path}")
@@ -55,26 +59,33 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
     low_memory: bool = False,
+    vae: str | None = None,
 ) -> Base:
-    """Load what `find_base` finds. Raises as it does, and ModelError for unusable weights."""
+    """Load what `find_base` finds, with another VAE (a folder, a file or a hub id) if one is named. Raises as it does,
+    and ModelError for unusable weights."""
     stored = find_base(name, offline)
     known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
     family = family_for(stored.config("unet"))
     home = "cpu" if low_memory else device
+    place = hub.find(vae, offline, "--vae FILE") if vae else stored.path
+    own_vae = LoneVae(place, stored.config("vae")) if vae else stored
     base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
         unet=_load_network("unet", stored, home, dtype),
-        vae=_load_network("vae", stored, home, dtype),
+        vae=_load_network("vae", own_vae, home, dtype),
+        vae_path=place if vae else None,
+        distilled=_distilled(name, stored),
         encoders=[_load_encoder(one, stored, home, dtype) for one in family.encoders],
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=known.guidance,
         control_on=known.control_on,
         device=torch.device(device),
         sizes=family.sizes,
+        zeros_for_none=bool(stored.index().get(NONE_IS_ZEROS, family.pipeline.get(NONE_IS_ZEROS))),
         low_memory=low_memory,
     )
     if low_memory:
@@ -82,14 +93,28 @@ def load_base(
     return base
 
 
+_DISTILLED = ("turbo", "lightning", "lcm", "hyper")
+_OTHER_USES = {9: "an inpainting base", 8: "a base that edits pictures by instructions"}
+"""Input channels of a UNet -> what its base is for, other than to make images from text."""
+
+
+def _check_supported(stored: Stored, family: Family) -> None:
+    if not family.supported:
+        known = " or ".join(known.name for known in SUPPORTED)
+        raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported", f"a base of {known}")
+
+
 def _check_fit(stored: Stored) -> None:
     """Raises ModelError when the parts of a base do not fit each other."""
     unet, vae = stored.config("unet"), stored.config("vae")
     family = family_for(unet)
     widths = [_width(stored, encoder.part) for encoder in family.encoders]
-    if not family.supported:
-        known = " or ".join(known.name for known in SUPPORTED)
-        raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported yet", f"a base of {known}")
+    _check_supported(stored, family)
+    if what := _OTHER_USES.get(unet.get("in_channels", 4)):
+        raise ModelError(
+            f"{stored.path}: {what} ({unet['in_channels']} input channels), which is not supported yet",
+            "the base of the same name that makes images from text alone",
+        )
     pairs = (
         ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
         (
@@ -112,6 +137,14 @@ def _check_fit(stored: Stored) -> None:
             )
 
 
+def _distilled(name: str, stored: Stored) -> str:
+    """Why a base seems to be distilled for few steps: a word in its name, or a scheduler as SD- and SDXL-Turbo have."""
+    scheduler = stored.scheduler()
+    if scheduler.get("timestep_spacing") == "trailing" and "Ancestral" in scheduler["_class_name"]:
+        return "its scheduler is a Turbo's"
+    return next((f"its name says {word}" for word in _DISTILLED if word in Path(name).name.lower()), "")
+
+
 def _width(stored: Stored, part: str) -> int:
     """Width of a text encoder's features."""
     width = stored.config(part).get("hidden_size", 512)
@@ -120,7 +153,7 @@ def _width(stored: Stored, part: str) -> int:
     return width
 
 
-def _load_network(part: str, stored: Stored, device, dtype: torch.dtype) -> nn.Module:
+def _load_network(part: str, stored: Stored | LoneVae, device, dtype: torch.dtype) -> nn.Module:
     config = stored.config(part)
     architectures = config.get("architectures")
     name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "?")
@@ -181,7 +214,8 @@ def reload(base: Base, *parts: str) -> None:
     """After `Base.unload`, load the VAE (`vae`) or the text encoders (`text_encoder`) of a base again, in float32."""
     stored = open_model(base.path)
     if "vae" in parts:
-        base.vae = _load_network("vae", stored, base.device, torch.float32)
+        own_vae = LoneVae(base.vae_path, stored.config("vae")) if base.vae_path else stored
+        base.vae = _load_network("vae", own_vae, base.device, torch.float32)
     if "text_encoder" in parts:
         for encoder in base.encoders:
             encoder.network = _load_network(encoder.part, stored, base.device, torch.float32)

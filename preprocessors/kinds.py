@@ -51,6 +51,7 @@ KINDS = _table(
     Kind("mlsd", HARD_LINES),
     Kind("seg"),
     Kind("tile"),
+    Kind("inpaint"),
     Kind("ip2p"),
 )
 

@@ -48,7 +48,7 @@ def test_every_kind_of_the_tables_is_known_by_name():
     from controlnet.preprocessors.kinds import KINDS, kind_named
     from controlnet.preprocessors.metadata import kind_of
 
-    assert {net.kind for net in NETS.values()} | set(DETECTORS) <= set(KINDS)
+    assert {kind for net in NETS.values() for kind in net.kinds} | set(DETECTORS) <= set(KINDS)
     assert all(kind_of(f"photo.{name}.png", {}) == name for name in KINDS)
     assert kind_named("lineart_anime").is_lines and not kind_named("tile").is_lines
     assert kind_named("mosaic").form == "picture" and kind_named("mosaic").score is None

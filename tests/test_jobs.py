@@ -283,7 +283,8 @@ def test_a_record_gives_back_its_job():
 
     values = {"prompt": "a, b", "negative": "c", "steps": 7, "guidance": 2.5, "scheduler": "euler", "base": "sd15",
               "size": (768, 512), "seed": 3, "control_on": "cond", "prompt2": "d", "negative2": "e",
-              "clip_skip": 1}  # fmt: skip
+              "clip_skip": 1, "vae": "v.safetensors", "original_size": (800, 600), "crop": (3, 5),
+              "target_size": (64, 72)}  # fmt: skip
     recorded = {name for name, option in OPTIONS.items() if option.recorded}
     assert recorded == set(values) and set(OPTIONS) - recorded == {"cond", "out", "num", "mode", "weighting"}
     job = Job("map.canny.png", **values)

@@ -1,6 +1,7 @@
 """SDXL: two text encoders, pooled text and size in the time embedding; equal to diffusers' pipelines."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from controlnet.model.sampling.generate import canvas_size
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
+from controlnet.model.work.replay import read_recorded
 from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.images import png_bytes
-from diffusers import ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 from helpers import CANVAS, NEGATIVE, PROMPT, randomise, sdxl_prompts
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 
@@ -241,3 +244,202 @@ def test_clip_skip_is_an_encoder_with_fewer_layers(small_base_folder):
     tokens = base.tokenizer([PROMPT], padding="max_length", max_length=base.max_tokens, return_tensors="pt").input_ids
     assert (skipped - shorter(tokens).last_hidden_state).abs().max() <= 1e-12 * skipped.std()
     assert (whole - skipped).std() > 0.01 * whole.std()
+
+
+@pytest.mark.parametrize("negative", [None, ""])
+def test_no_negative_prompt_is_zeros_and_an_empty_one_is_encoded(sdxl_folder, sdxl_pipeline, negative):
+    """As diffusers' pipeline has it for SDXL, whose unconditional half was trained with zeros."""
+    base = load_base(str(sdxl_folder / "base"), dtype=torch.float64)
+    assert base.zeros_for_none and not load_base("tiny").zeros_for_none
+    _, c_t, _, pooled = sdxl_pipeline.encode_prompt(PROMPT, negative_prompt=negative, device="cpu")
+    ours = base.encode_text([PROMPT, negative])
+    assert (ours.c_t[1] - c_t[0]).abs().max() <= 1e-9 and (ours.pooled[1] - pooled[0]).abs().max() <= 1e-9
+    assert bool(ours.c_t[1].any()) == (negative == "") and ours.c_t[0].any() and ours.pooled[0].any()
+
+
+def test_the_record_says_which_negative_prompt_it_was(sdxl_folder, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    args = ["generate", "--base", sdxl_folder / "base", "--dtype", "float32", "--steps", 2, "--seed", 1, "-p", PROMPT]
+    for out, more in (("none.png", []), ("empty.png", ["--negative", ""])):
+        assert run(*args, *more, "-o", out)[0] == 0
+        assert run("replay", out)[0] == 0
+    records = [read_recorded(tmp_path / name).record["negative"] for name in ("none.png", "empty.png")]
+    assert records == [None, ""] and (tmp_path / "none.png").read_bytes() != (tmp_path / "empty.png").read_bytes()
+
+
+def test_sizes_and_crop_that_it_is_told(sdxl_folder, tmp_path, monkeypatch, run):
+    base = load_base(str(sdxl_folder / "base"))
+    assert base.size_ids((72, 64)).tolist() == [[64, 72, 0, 0, 64, 72]]
+    assert base.size_ids((72, 64), (1333, 9), (3, 5), (8, 16)).tolist() == [[9, 1333, 5, 3, 16, 8]]
+    monkeypatch.chdir(tmp_path)
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]
+    seen = set()
+    for i, more in enumerate(([], ["--original-size", "1333x800"], ["--crop", "30,50"], ["--target-size", "512"])):
+        code, _, err = run(*args, *more, "-o", f"{i}.png")
+        assert code == 0, err
+        seen.add((tmp_path / f"{i}.png").read_bytes())
+    assert len(seen) == 4 and run("replay", "2.png")[0] == 0
+    assert "--crop: base tiny is not told" in run("generate", "-p", "a", "--crop", "1,2", "-o", "x.png")[2]
+    for bad in ("1", "a,b", "-1,2", "1,2,3"):
+        assert run(*args, "--crop", bad, "-o", "x.png")[0] == 2
+
+
+def test_a_size_that_it_was_not_trained_on_is_said(sdxl_folder, tmp_path, run):
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "-o"]
+    err = run(*args, tmp_path / "a.png", "--size", "64")[2]
+    assert "not trained" not in err
+    err = run(*args, tmp_path / "b.png", "--size", "64x128")[2]
+    assert "was not trained on 64x128; the nearest is 48x80" in err, err
+
+
+def copied(folder, place, part, **changes):
+    """A copy of the base in which the config of a part says something else."""
+    shutil.copytree(folder / "base", place)
+    path = place / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return place
+
+
+def test_what_is_no_base_for_images_from_text_is_refused_by_name(sdxl_folder, tmp_path):
+    refiner = copied(sdxl_folder, tmp_path / "refiner", "unet", cross_attention_dim=1280)
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(refiner / name)
+    index = json.loads((refiner / "model_index.json").read_text())
+    (refiner / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
+    with pytest.raises(ModelError, match="SDXL's refiner, which is not supported"):
+        load_base(str(refiner))
+    with pytest.raises(ModelError, match="an inpainting base"):
+        load_base(str(copied(sdxl_folder, tmp_path / "inpainting", "unet", in_channels=9)))
+    with pytest.raises(ModelError, match="no folder tokenizer_2"):
+        place = copied(sdxl_folder, tmp_path / "no tokenizer", "unet")
+        shutil.rmtree(place / "tokenizer_2")
+        load_base(str(place))
+    turbo = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+    assert "Turbo" in load_base(str(copied(sdxl_folder, tmp_path / "t", "scheduler", **turbo))).distilled
+    assert "lightning" in load_base(str(copied(sdxl_folder, tmp_path / "xl-Lightning", "unet"))).distilled
+    assert not load_base(str(sdxl_folder / "base")).distilled
+
+
+def test_a_base_for_few_steps_is_told(sdxl_folder, tmp_path, run):
+    base = copied(sdxl_folder, tmp_path / "xl-turbo", "unet")
+    args = ["generate", "--base", base, "-p", PROMPT, "--seed", 1, "-o"]
+    assert "seems to be made for few steps" in run(*args, tmp_path / "a.png", "--steps", 13)[2]
+    assert "few steps" not in run(*args, tmp_path / "b.png", "--steps", 1, "--guidance", 1)[2]
+
+
+@pytest.mark.parametrize("name, what", [
+    ("lora_controlnet", "a Control-LoRA"),
+    ("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight", "a ControlNet-LLLite"),
+    ("adapter.body.0.resnets.0.block1.weight", "a T2I-Adapter"),
+    ("lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+    ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+])  # fmt: skip
+def test_other_files_are_refused_by_name(tmp_path, name, what):
+    """Also where they hold names of a ControlNet's, as Control-LoRAs do."""
+    save_file(
+        {name: torch.zeros(2, 2), "input_hint_block.0.weight": torch.zeros(1, 3, 1, 1)}, tmp_path / "f.safetensors"
+    )
+    with pytest.raises(ModelError, match=what):
+        open_model(tmp_path / "f.safetensors")
+
+
+@pytest.fixture(scope="module")
+def single(sdxl_folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("single") / "xl.safetensors"
+    convert(sdxl_folder / "base", place, "original")
+    return place
+
+
+def changed(single, place, change, keep=True):
+    """A copy of a single file with its tensors changed; without the configs in its metadata unless `keep`."""
+    tensors = load_file(single)
+    with safe_open(single, "pt") as file:
+        metadata = file.metadata() if keep else {}
+    change(tensors)
+    save_file(tensors, place, metadata)
+    return place
+
+
+def test_single_files_that_are_not_whole(single, tmp_path):
+    """A projection missing, or as a linear layer's weight, which some files have; a table missing; a file cut off."""
+    projection, table = (f"conditioner.embedders.1.model.{n}" for n in ("text_projection", "positional_embedding"))
+
+    def pooled(path):
+        return load_base(str(path)).encoders[1].network(torch.tensor([[0, 7, 8, 1]])).text_embeds
+
+    def as_layer(tensors):
+        tensors[f"{projection}.weight"] = tensors.pop(projection).T.contiguous()
+
+    assert torch.equal(pooled(changed(single, tmp_path / "linear.safetensors", as_layer)), pooled(single))
+    for name in (projection, table):
+        place = changed(single, tmp_path / "lacks.safetensors", lambda tensors, name=name: tensors.pop(name))
+        with pytest.raises(ModelError, match="weights lack 1 tensors"):
+            load_base(str(place))
+    (tmp_path / "cut.safetensors").write_bytes(single.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_base(str(tmp_path / "cut.safetensors"))
+
+
+def test_a_refiner_in_a_single_file(single, tmp_path):
+    def refine(tensors):
+        for name in [name for name in tensors if "embedders.0" in name]:
+            del tensors[name]
+        for name in [name for name in tensors if name.endswith("attn2.to_k.weight")]:
+            tensors[name] = tensors[name][:, :1280].contiguous()
+
+    with pytest.raises(ModelError, match="SDXL's refiner"):
+        load_base(str(changed(single, tmp_path / "refiner.safetensors", refine, keep=False)))
+
+
+def test_nets_of_another_form_or_type(sdxl_folder, tmp_path):
+    """Twelve skips as Stable Diffusion has; weights in float8, which are cast."""
+    base = load_base(str(sdxl_folder / "base"))
+    shutil.copytree(sdxl_folder / "net", tmp_path / "net")
+    weights = tmp_path / "net/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}, weights)
+    net = load_controlnet(tmp_path / "net", base.dtype, base.unet.config, base.name)
+    assert net.add_embedding.linear_1.weight.dtype == torch.float32
+    with pytest.raises(ModelError, match="layers_per_block is 3"):
+        config = json.loads((tmp_path / "net/config.json").read_text()) | {"layers_per_block": 3}
+        (tmp_path / "net/config.json").write_text(json.dumps(config))
+        load_controlnet(tmp_path / "net", base.dtype, base.unet.config, base.name)
+    extra = {f"controlnet_down_blocks.{i}.{n}": torch.zeros(16, *[16, 1, 1][: 4 if n == "weight" else 0])
+             for i in (9, 10, 11) for n in ("weight", "bias")}  # fmt: skip
+    save_file(state | extra, weights)
+    (tmp_path / "net/config.json").write_bytes((sdxl_folder / "net/config.json").read_bytes())
+    with pytest.raises(ModelError, match="6 unexpected tensors"):
+        load_controlnet(tmp_path / "net", base.dtype, base.unet.config, base.name)
+
+
+def test_another_vae(sdxl_folder, single, small_base_folder, tmp_path, monkeypatch, run):
+    """As a folder, and as a file under both layouts' names: the same picture; one of another family is refused."""
+    vae = AutoencoderKL.from_pretrained(sdxl_folder / "base/vae")
+    torch.manual_seed(0)
+    for parameter in vae.decoder.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    vae.save_pretrained(tmp_path / "vae")
+    tensors = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    save_file(tensors, tmp_path / "diffusers.safetensors")
+    table = names.reverse(names.vae(vae.config))
+    original = names.convolution_attention(names.rename(tensors, table))
+    save_file({k: t.contiguous() for k, t in original.items()}, tmp_path / "original.safetensors")
+    save_file({f"first_stage_model.{k}": t.contiguous() for k, t in original.items()}, tmp_path / "in base.safetensors")
+    monkeypatch.chdir(tmp_path)
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]
+    assert run(*args, "-o", "own.png")[0] == 0
+    made = []
+    for i, place in enumerate(("vae", "diffusers.safetensors", "original.safetensors", "in base.safetensors")):
+        code, _, err = run(*args, "--vae", place, "-o", f"{i}.png")
+        assert code == 0, err
+        made.append(read_recorded(tmp_path / f"{i}.png"))
+    assert all(np.array_equal(one.pixels, made[0].pixels) for one in made)
+    assert not np.array_equal(made[0].pixels, read_recorded(tmp_path / "own.png").pixels)
+    assert made[1].record["vae"] == "diffusers.safetensors" and len(made[1].record["vae_sha256"]) == 64
+    assert run("replay", "1.png")[0] == 0
+    code, _, err = run(*args, "--vae", small_base_folder / "base/vae", "-o", "x.png")
+    assert code == 5 and "SD 1.x or SD 2.x, scaling_factor 0.18215" in err, err
+    assert (
+        "holds no VAE" in run(*args, "--vae", sdxl_folder / "net/diffusion_pytorch_model.safetensors", "-o", "x.png")[2]
+    )
+    assert "no such folder or file" in run(*args, "--vae", "nowhere.safetensors", "-o", "x.png")[2]

@@ -24,7 +24,15 @@ from controlnet.model.files.stored import (
     said,
     text_state,
 )
-from controlnet.model.files.tensors import Header, read_header, read_json, read_weights, weight_files, write_tensors
+from controlnet.model.files.tensors import (
+    Header,
+    read_header,
+    read_json,
+    read_weights,
+    weight_files,
+    weights_among,
+    write_tensors,
+)
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.files import beside, not_written, write_file
 from torch import Tensor
@@ -76,12 +84,13 @@ class Folder:
         name = config.get("_class_name")
         if not str(name).startswith("ControlNet"):
             raise ModelError(f"{self.path}: config.json describes {name}, expected a {NET}")
-        mark = self.headers("controlnet").get(UNION_MARK)
-        if mark is None:
+        here = weights_among((path.name for path in self.path.glob("*")), STEMS["controlnet"])
+        mark = self.headers("controlnet").get(UNION_MARK) if here else None
+        if mark is None and (here or name == NET):
             if name != NET:
                 raise ModelError(f"{self.path}: config.json describes {name}, but the weights are not a union's")
             return config
-        return config | {"_class_name": UNION, "num_control_type": mark.shape[0]}
+        return config | {"_class_name": UNION} | ({"num_control_type": mark.shape[0]} if mark else {})
 
     def headers(self, part: str) -> dict[str, Header]:
         return {k: h for file in weight_files(self._folder(part), STEMS[part]) for k, h in read_header(file)[0].items()}
@@ -90,7 +99,7 @@ class Folder:
         state = read_weights(self._folder(part), STEMS[part])
         if part.startswith("text_encoder"):
             return text_state(state)
-        return _renewed(state) if part == "vae" else state
+        return renewed(state) if part == "vae" else state
 
     def prediction(self) -> str | None:
         if self.said:
@@ -116,7 +125,7 @@ class Folder:
         return self.path if part == "controlnet" else self.path / part
 
 
-def _renewed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def renewed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A VAE's tensors under today's names: before diffusers 0.18 the layers of its attention had others."""
     table: dict[str, str] = {}
     for half in ("encoder", "decoder"):

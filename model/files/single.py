@@ -13,6 +13,7 @@ from controlnet.model.files import names
 from controlnet.model.files.configs import completed
 from controlnet.model.files.families import SDXL, SUPPORTED, Family, family_for, family_name, family_of
 from controlnet.model.files.stored import CONFIGS, NET, PREDICTIONS, UNION, UNION_MARK, Stored, said, text_state
+from controlnet.model.files.strangers import stranger
 from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
 from controlnet.model.files.tokenizer import write_tokenizer
 from controlnet.preprocessors.errors import ModelError, UsageError
@@ -37,11 +38,13 @@ class SingleFile:
 
     def __post_init__(self) -> None:
         self._headers, self._metadata = read_header(self.path)
-        if not self.parts:
-            first = next(iter(self._headers), "nothing")
+        refused = stranger(self._headers, also=not self.parts)
+        if refused or not self.parts:
+            what = refused or f"unknown names (the first: {next(iter(self._headers), 'nothing')})"
             raise ModelError(
-                f"{self.path}: neither a base nor a ControlNet: {_guess(self._headers)} (its first tensor: {first})",
-                "a Stable Diffusion 1 or 2 base, or a ControlNet for one, as .safetensors, .ckpt or .pth",
+                f"{self.path}: neither a base nor a ControlNet: {what}",
+                f"a base of {', '.join(f.name for f in SUPPORTED)}, or a ControlNet for one, as .safetensors, .ckpt or"
+                " .pth",
             )
 
     @property
@@ -290,10 +293,13 @@ def from_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """A text encoder's state, from OpenCLIP's names to diffusers'. Left out is what diffusers does not have: a last
     layer that the family never reads, and the projection if the config has none. The projection is a linear layer in
     some files, the transposed matrix in others."""
-    found = {"embeddings.position_embedding.weight": state.pop("positional_embedding")}
-    if _projects(config):
-        projection = state.get("text_projection.weight")
-        found["text_projection.weight"] = state["text_projection"].T.contiguous() if projection is None else projection
+    found = {}
+    if "positional_embedding" in state:
+        found["embeddings.position_embedding.weight"] = state["positional_embedding"]
+    if _projects(config) and "text_projection" in state:
+        found["text_projection.weight"] = state["text_projection"].T.contiguous()
+    elif _projects(config) and "text_projection.weight" in state:
+        found["text_projection.weight"] = state["text_projection.weight"]
     return found | names.rename(names.split_attention(state), names.open_clip(config))
 
 
@@ -307,14 +313,3 @@ def to_open_clip(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 
 def _projects(config: dict) -> bool:
     return config.get("architectures") == ["CLIPTextModelWithProjection"]
-
-
-def _guess(headers: dict[str, Header]) -> str:
-    known = (
-        ("lora_", "a LoRA"),
-        ("conditioner.embedders", "a part of an SDXL base"),
-        ("model.diffusion_model.joint_blocks", "an SD 3 base, which is not supported"),
-        ("double_blocks", "a Flux model, which is not supported"),
-        ("down_blocks.0.resnets", "the UNet of a base in diffusers' names, without its config"),
-    )
-    return next((what for mark, what in known if any(mark in name for name in headers)), "unknown names")

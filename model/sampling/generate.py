@@ -29,8 +29,8 @@ BATCH = 4
 """How many images are sampled together. It bounds the memory; no image depends on it."""
 
 
-Texts = tuple[str, str | None]
-"""The text of the first text encoder and of the second; None: the same text."""
+Texts = tuple[str | None, str | None]
+"""The text of the first text encoder, None for none at all; and of the second, None for the same."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Request:
     """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
     kinds: tuple[str, ...] = ()
     """Of the conditions, for ControlNets that tell kinds apart; alike in all requests."""
-    negative: str = ""
+    negative: str | None = ""
+    """None is no prompt at all (see `Base.zeros_for_none`)."""
     prompt2: str | None = None
     """The prompt of a second text encoder; None: the same."""
     negative2: str | None = None
@@ -109,6 +110,7 @@ def generate(
     encoded: Encoded | None = None,
     batch: int = BATCH,
     clip_skip: int = 0,
+    ids: Tensor | None = None,
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
 
@@ -122,6 +124,7 @@ def generate(
     strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
     networks = [net for net, _ in nets]
     encoded = encoded or Encoded()
+    ids = base.size_ids((width, height)) if ids is None else ids
     made = 0
     for group in _groups(requests, 1 if base.low_memory else batch):
         # What the images of a group need, encoded once per text and once per condition.
@@ -130,7 +133,6 @@ def generate(
         encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip)
         with base.at_work(*networks):
             encoded.prepare(base, networks, group)
-        ids = base.size_ids((width, height))
         prompt = encoded.prompt(prompts, clip_skip, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, ids) if guided else None
         controls = [
@@ -215,14 +217,18 @@ def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int
     """The default canvas (width, height) for a condition: the one of the base's trained sizes with the nearest aspect.
     If it was trained on one size: the condition's aspect, with the shorter side native, in multiples of 8."""
     native, step = base.native_size, base.factor
-    if base.sizes:
-        width, height = condition_size or base.sizes[0]
-        width, height = min(base.sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
-        scale = native / base.sizes[0][0]  # of a base that was tuned at another size
-        return round(width * scale / step) * step, round(height * scale / step) * step
     if condition_size is None:
         return native, native
     width, height = condition_size
+    if base.sizes:
+        return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
     ratio = native / min(width, height)
     width, height = (max(step, round(side * ratio / step) * step) for side in (width, height))
     return width, height
+
+
+def trained_sizes(base: Base) -> list[tuple[int, int]]:
+    """The canvases (width, height) that the base was trained on: its family's, scaled if it was tuned at another native
+    size. Empty for a family without such a list."""
+    step, scale = base.factor, base.native_size / base.sizes[0][0] if base.sizes else 1
+    return [(round(width * scale / step) * step, round(height * scale / step) * step) for width, height in base.sizes]

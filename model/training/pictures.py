@@ -35,7 +35,7 @@ def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precisio
     maps = [condition_tensor(held_out.condition(i, 0, False)) for i in range(count)]
     conditions = torch.stack(maps).to(device)  # (n, 3, side, side)
     captions = [held_out.pairs[i].caption for i in range(count)]
-    prompt, negative = (held_out.prompt(texts).to_network(device, base.dtype) for texts in (captions, [""]))
+    prompt, negative = (held_out.prompt(texts).to_network(device, base.dtype) for texts in (captions, [None]))
     if base.vae is None:
         reload(base, "vae")
     with autocast(device, precision):

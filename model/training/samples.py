@@ -6,7 +6,7 @@ interrupted or not.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -50,7 +50,7 @@ class Samples:
         self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
         ids = base.size_ids((self.size, self.size))
         self.ids = ids if ids is None else ids.cpu()
-        self.encoded: tuple[str | None, Any] = (None, None)
+        self.encoded: tuple[str | None, Any] = ("", None)
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
@@ -67,7 +67,7 @@ class Samples:
             except InputError as error:
                 failed.append(error)
             on_item(done)
-        self.text(""), self.pooled("")
+        self.text(None), self.pooled(None)
         self.cache.remember()
         if len(failed) > 1:
             first = failed[0]
@@ -79,19 +79,19 @@ class Samples:
         caption = self.pairs[index].caption
         return flip_words(caption) if flip else caption
 
-    def text(self, caption: str) -> np.ndarray:
-        """c_t of a caption, (T, D)."""
+    def text(self, caption: str | None) -> np.ndarray:
+        """c_t of a caption, (T, D); None is no prompt at all."""
         key = key_of(self.base_hash, caption)
         return self.cache.array("text", key, lambda: _array(self._encode_text(caption).c_t))
 
-    def pooled(self, caption: str) -> np.ndarray | None:
+    def pooled(self, caption: str | None) -> np.ndarray | None:
         """The pooled text of a caption, (P,); None if the base has no added embedding."""
         if self.ids is None:
             return None
         key = key_of(self.base_hash, caption)
         return self.cache.array("pooled", key, lambda: _array(self._encode_text(caption).pooled))
 
-    def prompt(self, captions: list[str]) -> Prompt:
+    def prompt(self, captions: Sequence[str | None]) -> Prompt:
         """A prompt with a row for each caption, on the CPU, float32."""
         c_t = torch.from_numpy(np.stack([self.text(caption) for caption in captions])).float()
         if self.ids is None:
@@ -166,10 +166,12 @@ class Samples:
         return self.base.encode_image(x)[0].half().cpu().numpy()
 
     @torch.no_grad()
-    def _encode_text(self, caption: str) -> Prompt:
+    def _encode_text(self, caption: str | None) -> Prompt:
         if self.base.text_encoder is None:
             reload(self.base, "text_encoder")
-        if self.encoded[0] != caption:  # features and pooled text are asked for one after the other
+        if (
+            self.encoded[1] is None or self.encoded[0] != caption
+        ):  # features and pooled text are asked for one after the other
             self.encoded = caption, self.base.encode_text([caption])
         return self.encoded[1]
 
@@ -192,11 +194,11 @@ class Samples:
         flip = bool(rng.random() < 0.5) and self.config.flip
         dropped = rng.random() < self.config.prompt_dropout
         t = int(rng.integers(self.base.scheduler.config.num_train_timesteps))
-        caption = "" if dropped else self.caption(index, flip)
+        caption = None if dropped else self.caption(index, flip)
         return self._draw(index, crop, flip, caption, t, rng)
 
     def _draw(
-        self, index: int, crop: int, flip: bool, caption: str, t: int, rng: np.random.Generator
+        self, index: int, crop: int, flip: bool, caption: str | None, t: int, rng: np.random.Generator
     ) -> dict[str, Any]:
         moments = self.moments(index, crop, flip)
         shape = (2, self.base.unet.config.in_channels, *moments.shape[1:])
@@ -229,7 +231,7 @@ class Samples:
             for index in range(len(self.pairs)):
                 rng = np.random.default_rng([self.config.seed, 2**31, place, index])
                 t = int((place + rng.random()) / VALIDATION_TIMES * count)
-                samples.append(self._draw(index, 0, False, "", t, rng))
+                samples.append(self._draw(index, 0, False, None, t, rng))
         # A sample's neighbour in the list is of another pair, also where the next timestep begins.
         others = [s["condition"] for s in samples[1:] + samples[:1]]
         batches = []

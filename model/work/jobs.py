@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from controlnet.preprocessors.kinds import KINDS
 from controlnet.preprocessors.metadata import kind_of, text_of
 
 MAX_NUM = 10_000
+MAX_SIDE = 100_000
 MAX_STEPS = 999  # schedulers with an offset of one step have no more
 
 Read = Callable[[str, Any], Any]
@@ -81,6 +83,28 @@ def _size(name: str, value: Any) -> tuple[int, int]:
     return parse_size(str(value))
 
 
+def _told_size(name: str, value: Any) -> tuple[int, int]:
+    """A size that is told, not made: any."""
+    texts = re.split("[x,]", value) if isinstance(value, str) else value
+    texts = [texts] if isinstance(texts, int) else texts
+    if not isinstance(texts, (list, tuple)) or len(texts) not in (1, 2):
+        raise UsageError(f"{name}: {value!r}, expected WIDTHxHEIGHT or one number", f"{name}=1024x1024")
+    width, height = _whole(name, texts[0]), _whole(name, texts[-1])
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise UsageError(f"{name}: {width}x{height}, expected pixels from 1 to {MAX_SIDE}", f"{name}=1024x1024")
+    return width, height
+
+
+def _point(name: str, value: Any) -> tuple[int, int]:
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or len(texts) != 2:
+        raise UsageError(f"{name}: {value!r}, expected LEFT,TOP", f"{name}=0,0")
+    left, top = (_whole(name, text) for text in texts)
+    if not (0 <= left <= MAX_SIDE and 0 <= top <= MAX_SIDE):
+        raise UsageError(f"{name}: {left},{top}, expected pixels from 0 to {MAX_SIDE}", f"{name}=0,0")
+    return left, top
+
+
 def _conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
     texts = [value] if isinstance(value, (str, ConditionFlag)) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, ConditionFlag)) for text in texts):
@@ -105,8 +129,8 @@ class Job:
     weighting, region."""
     prompt: str = option("", _text, str, "-p", shared=False)
     """What the image shows; @FILE reads it from a file."""
-    negative: str = option("", _text, shared=False)
-    """What it should not show; or @FILE."""
+    negative: str | None = option(None, _text, shared=False)
+    """What it should not show; or @FILE. (default: nothing, for SDXL the zeros that it was trained with)"""
     prompt2: str | None = option(None, _text, shared=False)
     """What the second text encoder of SDXL reads. (default: the prompt)"""
     negative2: str | None = option(None, _text, shared=False)
@@ -126,8 +150,16 @@ class Job:
     base: str = option("tiny", _text, flag_default=None)
     """The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub id.
     (default: $CONTROLNET_BASE, what `models use` said, tiny)"""
+    vae: str | None = option(None, _text)
+    """Another VAE than the base's own: a folder, a single file, or a hub id."""
     size: tuple[int, int] | None = option(None, _size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
+    original_size: tuple[int, int] | None = option(None, _told_size)
+    """What SDXL is told of the original picture's size. (default: the canvas)"""
+    crop: tuple[int, int] | None = option(None, _point, str, metavar="LEFT,TOP")
+    """What SDXL is told of the crop's corner. (default: 0,0)"""
+    target_size: tuple[int, int] | None = option(None, _told_size)
+    """What SDXL is told of the target's size. (default: the canvas)"""
     seed: int | None = option(None, _whole, int, shared=False)
     """Seed of the first image. (default: random, and printed)"""
     mode: str | None = option(None, _text, recorded=False, shared=False)
@@ -186,9 +218,11 @@ class Job:
 
     def settled(self, base: Any, size: tuple[int, int]) -> Job:
         """The job with the defaults that depend on base and conditions filled in: guidance, canvas, halves of the
-        guidance."""
+        guidance, the negative prompt."""
+        empty = None if base.zeros_for_none and self.negative2 is None else ""
         return replace(
             self,
+            negative=empty if self.negative is None else self.negative,
             size=size,
             guidance=base.guidance if self.guidance is None else self.guidance,
             control_on=self.acts_on or base.control_on,

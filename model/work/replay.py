@@ -93,9 +93,9 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """How two records differ in models, conditions and machine, one line each."""
     found = []
-    for name in ("base_sha256", "device", "dtype", "threads", "low_memory", "batch"):
-        if (before.get(name) or None) != (after[name] or None):
-            found.append(f"{name}: {before.get(name)}, now {after[name]}")
+    for name in ("base_sha256", "vae_sha256", "device", "dtype", "threads", "low_memory", "batch"):
+        if (before.get(name) or None) != (after.get(name) or None):
+            found.append(f"{name}: {before.get(name)}, now {after.get(name)}")
     for name, version in after["versions"].items():
         if (was := (before.get("versions") or {}).get(name)) != version:
             found.append(f"{name}: {was}, now {version}")
@@ -127,9 +127,10 @@ def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
 
 
 _RECORD: dict[str, tuple[type, ...]] = {
-    "prompt": (str,), "negative": (str,), "steps": (int,), "guidance": (int, float), "base": (str,), "size": (list,),
-    "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)), "control_on": (str, type(None)),
-    "device": (str, type(None)), "dtype": (str, type(None)), "versions": (dict, type(None)),
+    "prompt": (str,), "negative": (str, type(None)), "steps": (int,), "guidance": (int, float), "base": (str,),
+    "size": (list,), "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)),
+    "control_on": (str, type(None)), "device": (str, type(None)), "dtype": (str, type(None)),
+    "versions": (dict, type(None)),
 }  # fmt: skip
 _CONDITION: dict[str, tuple[type, ...]] = {
     "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),

@@ -33,6 +33,7 @@ from controlnet.model.sampling.generate import (
     check_memory,
     detection_size,
     generate,
+    trained_sizes,
 )
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
@@ -58,6 +59,8 @@ from controlnet.preprocessors.jsons import object_or_empty
 from controlnet.preprocessors.metadata import dump, kind_of, load, sha256
 from controlnet.preprocessors.stage_one import MAKING, stage_one, version
 
+FEW = 12
+"""The most steps that suit a base that was distilled for few."""
 ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
 """What a condition's entry in the record says of how it acts."""
 
@@ -183,6 +186,7 @@ class Studio:
             on_step,
             first.encoded,
             clip_skip=job.clip_skip,
+            ids=first.base.size_ids(job.size or (0, 0), job.original_size, job.crop or (0, 0), job.target_size),
         )
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
             yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
@@ -202,8 +206,9 @@ class Studio:
         base, encoded = self.base_for(one.job)
         scheduler = make_scheduler(base.scheduler, one.job.scheduler)
         size, conditions = self.conditions(one.job)
-        self._say_canvas(one, size)
-        _check_encoders(base, one.job)
+        self._say_canvas(one, size, base)
+        self._say_distilled(one.job, base)
+        _check_options(base, one.job)
         self._check_words(base, one.job)
         check_memory(base, size, self.low_memory)
         evaluations = count_evaluations(scheduler, one.job.steps)
@@ -216,6 +221,7 @@ class Studio:
         record = job.record() | {
             "scheduler": job.scheduler or type(scheduler).__name__,
             "base_sha256": model_hash(base.path),
+            "vae_sha256": model_hash(base.vae_path) if base.vae_path else None,
             "conditions": entries,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -229,7 +235,7 @@ class Studio:
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
-        net, net_hash = self.net(base.name, source)
+        net, net_hash = self.net(job.base, job.vae, source)
         check_kind(flag, condition.kind, recorded_name(source), net.kinds)
         map_ = self.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
@@ -259,7 +265,7 @@ class Studio:
             self.sources.check_here(job, self.kind)
         for flag in job.cond:
             self.sources.fits(job.base, self.sources.source(job.base, flag, self.kind(flag)))
-        return self.base(job.base)
+        return self.base(job.base, job.vae)
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
         """The canvas of a job (width, height), and its conditions: as read, or detected at the canvas's aspect."""
@@ -282,15 +288,15 @@ class Studio:
             return flag.kind or flag.detect
         return _kind_of(flag, self.picture(flag.path)[1])
 
-    def _base(self, name: str) -> tuple[Base, Encoded]:
-        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory)
+    def _base(self, name: str, vae: str | None) -> tuple[Base, Encoded]:
+        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory, vae)
         dtype = str(self.dtype).removeprefix("torch.")
         self.say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
         return base, Encoded()
 
-    def _net(self, base_name: str, source: str) -> tuple[Any, str]:
+    def _net(self, base_name: str, vae: str | None, source: str) -> tuple[Any, str]:
         """A ControlNet that fits the base, and its hash."""
-        base, _ = self.base(base_name)
+        base, _ = self.base(base_name, vae)
         path = self.sources.find(source)
         net = load_controlnet(path, base.dtype, base.unet.config, base.name)
         return net if self.low_memory else net.to(base.device), model_hash(path)
@@ -327,8 +333,19 @@ class Studio:
             self._warn(f"{path}: the region is black everywhere, so its ControlNet does not act")
         return mask, {"region": path, "region_sha256": digest}
 
-    def _say_canvas(self, one: Wanted, size: tuple[int, int]) -> None:
-        """Say the canvas: for a single job with its seeds, for many jobs once per size."""
+    def _say_distilled(self, job: Job, base: Base) -> None:
+        """Warn of settings that do not suit a base that was distilled for few steps."""
+        guidance = base.guidance if job.guidance is None else job.guidance
+        if base.distilled and (job.steps > FEW or guidance > 2) and job.base not in self.told:
+            self.told.add(job.base)
+            self._warn(
+                f"{job.base} seems to be made for few steps ({base.distilled}), and is asked for {job.steps} with"
+                f" guidance {guidance:g}; try --steps 4 --guidance 1"
+            )
+
+    def _say_canvas(self, one: Wanted, size: tuple[int, int], base: Base) -> None:
+        """Say the canvas: for a single job with its seeds, for many jobs once per size. Also say if the base was not
+        trained on it."""
         said = f"canvas {size[0]}x{size[1]}"
         if not one.name and one.job.seed is not None:
             last = one.job.seed + one.job.num - 1
@@ -336,6 +353,9 @@ class Studio:
         if said not in self.told:
             self.told.add(said)
             self.say(said)
+            if (known := trained_sizes(base)) and size not in known:
+                near = canvas_size(base, size)
+                self.say(f"{base.name} was not trained on {size[0]}x{size[1]}; the nearest is {near[0]}x{near[1]}")
 
     def _check_words(self, base: Base, job: Job) -> None:
         for text in filter(None, (job.prompt, job.negative)):
@@ -351,8 +371,11 @@ class Studio:
         self.say(f"warning: {text}")
 
 
-def _check_encoders(base: Base, job: Job) -> None:
-    """Raises UsageError for options that the base's text encoders do not support."""
+def _check_options(base: Base, job: Job) -> None:
+    """Raises UsageError for options that the base does not have."""
+    for flag in ("original_size", "crop", "target_size"):
+        if getattr(job, flag) is not None and not base.has_size_ids:
+            raise UsageError(f"--{flag.replace('_', '-')}: base {job.base} is not told of sizes", "--base sdxl")
     for flag in ("prompt2", "negative2"):
         if getattr(job, flag) is not None and len(base.encoders) == 1:
             raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")

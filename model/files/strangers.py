@@ -1,0 +1,35 @@
+"""Files of weights that are neither a base nor a ControlNet, or none that works here. They are recognised by a mark in
+the names of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+STRANGERS = {
+    "lora_controlnet": "a Control-LoRA, which is not supported yet",
+    "lllite_": "a ControlNet-LLLite, which is not supported yet",
+    "adapter.body.": "a T2I-Adapter, which is not supported yet",
+    "body.0.block1.": "a T2I-Adapter, which is not supported yet",
+    "ip_adapter.": "an IP-Adapter, which is not supported yet",
+    "image_proj.": "an IP-Adapter, which is not supported yet",
+    "lora_": "a LoRA",
+    "hada_w1": "a LoRA",
+    "lokr_w1": "a LoRA",
+    "model.diffusion_model.joint_blocks.": "an SD 3 base, which is not supported",
+    "double_blocks.": "a Flux model, which is not supported",
+    "single_transformer_blocks.": "a Flux model, which is not supported",
+}
+"""Mark -> what the file is."""
+PARTS = {
+    "conditioner.embedders.": "a part of an SDXL base",
+    "down_blocks.0.resnets.": "the UNet of a base in diffusers' names, without its config",
+    "decoder.conv_in.weight": "a VAE: give it as --vae",
+}
+"""The same for parts of bases, which a whole base or a ControlNet has too."""
+
+
+def stranger(names: Iterable[str], also: bool = False) -> str:
+    """What a file with tensors of these names is, if it is one of STRANGERS (`also`: or of PARTS), else ''."""
+    names = list(names)
+    marks = STRANGERS | PARTS if also else STRANGERS
+    return next((what for mark, what in marks.items() if any(mark in name for name in names)), "")
