@@ -221,18 +221,18 @@ def image(args, device) -> None:
     home = torch.device("cpu") if args.low else device
     vae = AutoencoderKL.from_config(VAE).eval()
     base = Base(
-        "random", Path(), unet.to(home, dtype), vae.to(home, dtype), None, None, DDIMScheduler(), None, GUIDANCE,
-        device, args.low,
+        name="random", path=Path(), unet=unet.to(home, dtype), vae=vae.to(home, dtype), encoders=[],
+        scheduler=DDIMScheduler(), words=None, guidance=GUIDANCE, control_on="both", device=device, low_memory=args.low,
     )  # fmt: skip
     if args.low:
         base.vae.enable_tiling()
     zeros = torch.zeros(1, 77, 768, device=device, dtype=dtype)
-    base.encode_text = lambda prompts: Prompt(zeros).rows(len(prompts))  # type: ignore[method-assign]
+    base.encode_text = lambda prompts, *more: Prompt(zeros).rows(len(prompts))  # type: ignore[method-assign]
     import numpy as np
 
     condition = np.zeros((args.image, args.image, 3), np.uint8)
     nets = [(net.to(home, dtype), Strength())]
-    requests = [Request("a", 0, (condition,), "b")]
+    requests = [Request("a", 0, (condition,), negative="b")]
     del unet, net, vae
     gc.collect()
     if device.type == "cpu":

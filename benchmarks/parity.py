@@ -1,4 +1,5 @@
-"""How far our images are from diffusers': schedulers x modes x families, the same weights, noise and schedule.
+"""How far our images are from diffusers': schedulers x modes x families, the same weights, noise and schedule; for SDXL
+also one net, two nets, unions with one and two conditions, with and without a negative prompt.
 
 Narrow random networks of each family, zero convolutions filled with random numbers; the largest difference of the
 latents after 10 steps, in standard deviations of the reference. Writes benchmarks/parity.md and exits with 1 where a
@@ -7,23 +8,33 @@ row is beyond its limit.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from controlnet.model.control.controlnet import ControlNet
-from controlnet.model.control.modes import MODES
+from controlnet.model.control.controlnet import ControlNet, copied_parts
+from controlnet.model.control.modes import MODES, UNION_TYPES
 from controlnet.model.control.prompt import Prompt
-from controlnet.model.control.strength import SOFT, Strength
-from controlnet.model.files.families import SUPPORTED, VAE, Family, scheduler_config
+from controlnet.model.control.strength import Strength
+from controlnet.model.control.union import ControlNetUnion
+from controlnet.model.control.weighting import SOFT
+from controlnet.model.files.families import SD1, SD2, SDXL, VAE, Family, scheduler_config
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    ControlNetUnionModel,
     DDIMScheduler,
+    EulerDiscreteScheduler,
+    MultiControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
     UNet2DConditionModel,
 )
 
@@ -58,10 +69,7 @@ class Pair:
         narrow = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "attention_head_dim": heads}
         config = dict(family.unet) | narrow | {"sample_size": 16, "cross_attention_dim": 24}
         self.unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
-        self.net = ControlNet.from_base(self.unet, hint_widths=(4, 8, 8, 16)).eval().requires_grad_(False)
-        for parameter in self.net.parameters():
-            if not parameter.any():
-                parameter.copy_(0.1 * torch.randn_like(parameter))
+        self.net = filled(ControlNet.from_base(self.unet, hint_widths=(4, 8, 8, 16)))
         reference = Weighted.from_unet(self.unet, conditioning_embedding_out_channels=(4, 8, 8, 16))
         reference.load_state_dict(self.net.state_dict())
         prediction = "v_prediction" if family.name == "SD 2.x" else "epsilon"
@@ -101,40 +109,176 @@ class Pair:
         return len(own.timesteps), float((ours - theirs).abs().max() / theirs.std())
 
 
+XL_CANVAS = (136, 72)
+XL_SCALES = (0.8, 0.5)
+WAYS = {
+    "one net": (1, "both"), "one net, cond half": (1, "cond"), "two nets": (2, "both"), "union, one type": (1, "both"),
+    "union, two types": (2, "both"),
+}  # fmt: skip
+"""Column -> conditions, and the halves of the guidance. The union pipeline fails in diffusers' own guess mode."""
+
+
+class PairXL:
+    """The same of SDXL: a base, two ControlNets and a union, and diffusers' pipelines."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        narrow = {
+            "block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": (2, 4, 4),
+            "sample_size": 16, "cross_attention_dim": 24, "transformer_layers_per_block": (1, 1, 2),
+            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 20,
+        }  # fmt: skip
+        self.unet = UNet2DConditionModel.from_config(dict(SDXL.unet) | narrow).eval().requires_grad_(False)
+        widths = (4, 8, 8, 16)
+        self.nets = [filled(ControlNet.from_base(self.unet, hint_widths=widths)) for _ in range(2)]
+        references = [
+            ControlNetModel.from_unet(self.unet, conditioning_embedding_out_channels=widths) for _ in range(2)
+        ]
+        for reference, net in zip(references, self.nets, strict=True):
+            reference.load_state_dict(net.state_dict())
+        names = set(inspect.signature(ControlNetUnionModel.__init__).parameters) - {"self"}
+        config = {key: value for key, value in references[0].config.items() if key in names}
+        union = ControlNetUnionModel(**config, num_control_type=6, num_trans_channel=16, num_proj_channel=16)
+        parts = {part: copy.deepcopy(getattr(union, part)) for part in copied_parts(union.config)}
+        encoder = SimpleNamespace(config=dict(union.config), **parts)
+        self.union = ControlNetUnion(encoder, "released", widths).eval().requires_grad_(False)
+        self.union.load_state_dict(filled(union).state_dict())
+        self.scheduler = EulerDiscreteScheduler.from_config(SDXL.scheduler("epsilon"))
+        parts = dict(
+            vae=AutoencoderKL.from_config(dict(SDXL.vae) | {"block_out_channels": (4,) * 4, "norm_num_groups": 2}),
+            text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=self.unet,
+            scheduler=self.scheduler, add_watermarker=False,
+        )  # fmt: skip
+        plain = StableDiffusionXLControlNetPipeline
+        self.pipelines = {
+            "one net": plain(**parts, controlnet=references[0]),
+            "two nets": plain(**parts, controlnet=MultiControlNetModel(references)),
+            "union": StableDiffusionXLControlNetUnionPipeline(**parts, controlnet=union),
+        }
+        for pipeline in self.pipelines.values():
+            pipeline.set_progress_bar_config(disable=True)
+        self.text, self.null = torch.randn(2, 7, 24), torch.randn(1, 7, 24)
+        self.pooled, self.null_pooled = torch.randn(2, 20), torch.randn(1, 20)
+        self.conditions = [(torch.rand(1, 3, *XL_CANVAS[::-1]) < 0.1).float() for _ in range(2)]
+
+    @torch.no_grad()
+    def difference(self, scheduler: str, way: str, negative: bool, dtype: torch.dtype) -> tuple[int, float]:
+        """(evaluations, largest difference in standard deviations); without a negative prompt, zeros in its place. One
+        image, since diffusers' union lets the images of a batch see each other."""
+        count, halves = WAYS[way]
+        pipeline = self.pipelines[way.split(",")[0]]
+        for network in (self.unet, self.union, *self.nets, pipeline.controlnet, pipeline.vae):
+            torch.nn.Module.to(network, dtype)
+        text, pooled = self.text[:1].to(dtype), self.pooled[:1].to(dtype)
+        null, null_pooled = (t.to(dtype) * negative for t in (self.null, self.null_pooled))
+        conditions = [condition.to(dtype) for condition in self.conditions[:count]]
+        width, height = XL_CANVAS
+        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+        kinds = ["depth", "canny"][:count]
+        nets = [self.union] * count if way.startswith("union") else self.nets[:count]
+        strengths = [Strength(scale) for scale in XL_SCALES]
+        if halves == "cond":  # diffusers' guess mode has weights of its own, from 0.1 to 1, times the scale in float32
+            weights = XL_SCALES[0] * torch.logspace(-1, 0, 10)
+            strengths = [Strength(weighting=tuple(weights.tolist()), control_on="cond")]
+        applied = [
+            ActiveNet(net, net.prepare(condition), strength, kind)
+            for net, condition, strength, kind in zip(nets, conditions, strengths, kinds, strict=False)
+        ]
+        shape = (4, height // 8, width // 8)
+        start = FromNoise.seeded(SEEDS[:1], shape)
+        start.noise = start.noise.to(dtype)
+        own = make_scheduler(self.scheduler, scheduler)
+        prompt, other = Prompt(text, pooled, ids), Prompt(null, null_pooled, ids)
+        ours = sample(self.unet, own, start, prompt, other, applied, STEPS, GUIDANCE)
+
+        pipeline.scheduler = make_scheduler(self.scheduler, scheduler)
+        start = FromNoise.seeded(SEEDS[:1], shape)
+        embeddings = {"negative_prompt_embeds": null, "negative_pooled_prompt_embeds": null_pooled} if negative else {}
+        if way.startswith("union"):
+            given = {"control_image": conditions, "control_mode": [UNION_TYPES[kind] for kind in kinds],
+                     "controlnet_conditioning_scale": list(XL_SCALES[:count])}  # fmt: skip
+        else:
+            several = count > 1
+            given = {"image": conditions if several else conditions[0], "guess_mode": halves == "cond",
+                     "controlnet_conditioning_scale": list(XL_SCALES) if several else XL_SCALES[0]}  # fmt: skip
+        theirs = pipeline(
+            prompt_embeds=text, pooled_prompt_embeds=pooled, latents=start.noise.to(dtype), generator=start.generators,
+            num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="latent", width=width, height=height,
+            **embeddings, **given,
+        ).images  # fmt: skip
+        return len(own.timesteps), float((ours - theirs).abs().max() / theirs.std())
+
+
+@torch.no_grad()
+def filled(network: torch.nn.Module) -> torch.nn.Module:
+    """With random numbers in place of zeros."""
+    for parameter in network.eval().requires_grad_(False).parameters():
+        if not parameter.any():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+class Table:
+    """Rows of differences; those beyond their limit are bold, and counted."""
+
+    def __init__(self, first: str, columns: list[str]):
+        names = [f"{column} {str(dtype).removeprefix('torch.')}" for column in columns for dtype in LIMITS]
+        self.lines = [
+            f"| {first} | scheduler | evaluations | {' | '.join(names)} |",
+            f"|---|---|---|{'---|' * len(names)}",
+        ]
+        self.beyond = 0
+
+    def add(self, name: str, scheduler: str, differences: list[tuple[int, float]]) -> None:
+        cells = []
+        for (_, off), limit in zip(differences, list(LIMITS.values()) * len(differences), strict=False):
+            self.beyond += not off <= limit
+            cells.append(f"{off:.1e}" if off <= limit else f"**{off:.1e}**")
+        self.lines.append(f"| {name} | {scheduler} | {differences[0][0]} | {' | '.join(cells)} |")
+        print(self.lines[-1], file=sys.stderr)
+
+
 def main() -> None:
     import diffusers
     from controlnet.model.work.machine import silence_libraries
 
     silence_libraries()
-    lines, beyond = [], 0
-    for family in SUPPORTED:
+    sd = Table("family", list(MODES))
+    for family in (SD1, SD2):
         pair = Pair(family)
         for scheduler in SCHEDULERS:
-            cells = []
-            for mode in MODES:
-                for dtype, limit in LIMITS.items():
-                    evaluations, off = pair.difference(scheduler, mode, dtype)
-                    beyond += not off <= limit
-                    cells.append(f"{off:.1e}" if off <= limit else f"**{off:.1e}**")
-            lines.append(f"| {family.name} | {scheduler} | {evaluations} | {' | '.join(cells)} |")
-            print(lines[-1], file=sys.stderr)
-    columns = [f"{mode} {str(dtype).removeprefix('torch.')}" for mode in MODES for dtype in LIMITS]
-    verdict = f"{beyond} are beyond them (bold)." if beyond else "Every row is within them."
+            sd.add(family.name, scheduler, [pair.difference(scheduler, m, d) for m in MODES for d in LIMITS])
+    xl, networks = Table("negative prompt", list(WAYS)), PairXL()
+    for negative in (True, False):
+        for scheduler in SCHEDULERS:
+            row = [networks.difference(scheduler, way, negative, d) for way in WAYS for d in LIMITS]
+            xl.add("given" if negative else "none", scheduler, row)
+    beyond = sd.beyond + xl.beyond
+    verdict = f"{beyond} are beyond them (bold)." if beyond else "Every figure is within them."
     text = f"""# Parity with diffusers
 
-`make parity`, torch {torch.__version__}, diffusers {diffusers.__version__}. Latents after {STEPS} steps against
-`StableDiffusionControlNetPipeline`: guidance {GUIDANCE}, scale {SCALE}, two images of {CANVAS} x {CANVAS} pixels,
-narrow random networks of each family with random zero convolutions. Largest difference, in standard deviations of the
-reference; limits: 1e-9 in float64, 1e-4 in float32. {verdict}
-
-The pipeline has the mode `balanced` and, with `guess_mode`, control in the conditional half; weightings that it does
-not have are multiplied onto its ControlNet's residuals, from their definitions. "Evaluations" is what {STEPS} steps
+`make parity`, torch {torch.__version__}, diffusers {diffusers.__version__}. Latents after {STEPS} steps: guidance
+{GUIDANCE}, narrow random networks of each family with random zero convolutions. Largest difference, in standard
+deviations of the reference; limits: 1e-9 in float64, 1e-4 in float32. {verdict} "Evaluations" is what {STEPS} steps
 cost.
 
-| family | scheduler | evaluations | {" | ".join(columns)} |
-|---|---|---|{"---|" * len(columns)}
-""" + "\n".join(lines)
-    (Path(__file__).parent / "parity.md").write_text(text + "\n")
+## Stable Diffusion 1.x and 2.x
+
+Against `StableDiffusionControlNetPipeline`, scale {SCALE}, two images of {CANVAS} x {CANVAS} pixels. The pipeline has
+the mode `balanced` and, with `guess_mode`, control in the conditional half; weightings that it does not have are
+multiplied onto its ControlNet's residuals, from their definitions.
+
+{chr(10).join(sd.lines)}
+
+## SDXL
+
+Against `StableDiffusionXLControlNetPipeline` and `StableDiffusionXLControlNetUnionPipeline`, scales {XL_SCALES[0]} and
+{XL_SCALES[1]}, an image of {XL_CANVAS[0]} x {XL_CANVAS[1]} pixels (an odd number of latent cells either way). Without a
+negative prompt both take zeros, as SDXL was trained.
+
+{chr(10).join(xl.lines)}
+"""
+    (Path(__file__).parent / "parity.md").write_text(text)
     raise SystemExit(beyond > 0)
 
 

@@ -38,6 +38,9 @@ def euler(prediction: str) -> dict[str, Any]:
         "steps_offset": 1,
         "interpolation_type": "linear",
         "use_karras_sigmas": False,
+        "set_alpha_to_one": False,  # from here on for other schedulers, which are made from this config
+        "clip_sample": False,
+        "skip_prk_steps": True,
     }
 
 
