@@ -168,6 +168,13 @@ class Base:
                 for network in networks:
                     nn.Module.to(network, "cpu")
 
+    def keep_on_device(self) -> None:
+        """End `low_memory`: what is loaded goes to the device and stays there."""
+        self.low_memory = False
+        for network in (self.unet, self.vae, *(encoder.network for encoder in self.encoders)):
+            if network is not None:
+                nn.Module.to(network, self.device)
+
     def unload(self) -> None:
         """Free the memory of the VAE and the text encoders, which training needs only before its first step."""
         self.vae = None

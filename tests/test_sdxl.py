@@ -443,3 +443,19 @@ def test_another_vae(sdxl_folder, single, small_base_folder, tmp_path, monkeypat
         "holds no VAE" in run(*args, "--vae", sdxl_folder / "net/diffusion_pytorch_model.safetensors", "-o", "x.png")[2]
     )
     assert "no such folder or file" in run(*args, "--vae", "nowhere.safetensors", "-o", "x.png")[2]
+
+
+def test_a_net_in_a_single_file_makes_the_same_image(sdxl_folder, tmp_path, monkeypatch, run):
+    """In the original layout with its prefix, label_emb and all."""
+    monkeypatch.chdir(tmp_path)
+    assert run("models", "convert", sdxl_folder / "net", "net.safetensors", "--to", "original")[0] == 0
+    with safe_open("net.safetensors", "pt") as file:
+        assert "control_model.label_emb.0.2.weight" in file.keys()  # noqa: SIM118 (not a mapping)
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20] = lines[:, 30] = 255
+    (tmp_path / "map.canny.png").write_bytes(png_bytes(lines))
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 2, "--seed", 1, "-p", PROMPT, "--size", 64]
+    for out, net in (("a.png", sdxl_folder / "net"), ("b.png", "net.safetensors")):
+        code, _, err = run(*args, "--cond", f"map.canny.png,net={net}", "-o", out)
+        assert code == 0, err
+    assert np.array_equal(*(read_recorded(tmp_path / name).pixels for name in ("a.png", "b.png")))

@@ -50,7 +50,7 @@ def test_the_base_in_training_is_locked(data, config, tmp_path, monkeypatch):
     import controlnet.model.training.run as module
 
     loaded = []
-    monkeypatch.setattr(module, "load_base", lambda *a: loaded.append(load_base(*a)) or loaded[-1])
+    monkeypatch.setattr(module, "load_base", lambda *a, **k: loaded.append(load_base(*a, **k)) or loaded[-1])
     before = {k: v.clone() for k, v in load_base(config.base).unet.state_dict().items()}
     train(find_pairs(data), config, tmp_path / "run", CPU)
     assert all(torch.equal(v, before[k]) for k, v in loaded[0].unet.state_dict().items())

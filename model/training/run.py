@@ -70,7 +70,9 @@ def train(
     torch.manual_seed(config.seed)
     run = RunFolder(folder)
     with explained(config, run):
-        base = load_base(config.base, device, torch.float32, offline)
+        # In low memory until the training begins: encoders and VAE are on the device only while they work.
+        base = load_base(config.base, device, torch.float32, offline, low_memory=True)
+        base.vae.disable_tiling()
         net, config = make_controlnet(base, config)
         base_hash = model_hash(base.path)
 
@@ -96,6 +98,7 @@ def train(
         if config.cache:
             base.unload()
             gc.collect()
+        base.keep_on_device()
         base.unet.to(dtype=PRECISIONS[config.precision])
         if config.gradient_checkpointing:
             net.gradient_checkpointing = True
