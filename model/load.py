@@ -63,11 +63,14 @@ def load_base(
 ) -> Base:
     """Load what `find_base` finds, with another VAE (a folder, a file or a hub id) if one is named. Raises as it does,
     and ModelError for unusable weights."""
+    # What is there, and whether it fits together, before anything large is read.
     stored = find_base(name, offline)
     known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
     family = family_for(stored.config("unet"))
+
+    # The parts, on the CPU where they wait for their turn.
     home = "cpu" if low_memory else device
     place = hub.find(vae, offline, "--vae FILE") if vae else stored.path
     own_vae = LoneVae(place, stored.config("vae")) if vae else stored
@@ -115,6 +118,8 @@ def _check_fit(stored: Stored) -> None:
             f"{stored.path}: {what} ({unet['in_channels']} input channels), which is not supported yet",
             "the base of the same name that makes images from text alone",
         )
+
+    # What must be equal: latents of UNet and VAE, widths of text features.
     pairs = (
         ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
         (
@@ -124,6 +129,7 @@ def _check_fit(stored: Stored) -> None:
             sum(widths),
         ),
     )
+    # Blocks that the walk knows.
     strange = [
         kind for key in ("down_block_types", "up_block_types") for kind in unet.get(key, ()) if kind not in BLOCKS
     ]

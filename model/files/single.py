@@ -161,9 +161,13 @@ class SingleFile:
         types, width = self._headers[UNION_MARK].shape
         layers = {name.split(".")[1] for name in self._headers if name.startswith("transformer_layes.")}
         return {
-            "_class_name": UNION, "num_control_type": types, "num_trans_channel": width, "num_trans_layer": len(layers),
-            "num_trans_head": 8, "num_proj_channel": self._headers["spatial_ch_projs.weight"].shape[0],
-        }  # fmt: skip
+            "_class_name": UNION,
+            "num_control_type": types,
+            "num_trans_channel": width,
+            "num_trans_layer": len(layers),
+            "num_trans_head": 8,
+            "num_proj_channel": self._headers["spatial_ch_projs.weight"].shape[0],
+        }
 
     def _hint_widths(self) -> list[int]:
         """Widths of the released hint encoder: the outputs of every second convolution, without the last."""

@@ -20,31 +20,35 @@ def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainC
     """A fresh ControlNet of the form that the settings name, or the one in `start_from`; and the settings, changed to
     that one's form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained
     on."""
-    if config.start_from != "base":
-        net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name).to(base.device)
-        if net.kinds is not None:
-            raise ModelError(
-                f"{config.start_from}: a union of {', '.join(net.kinds)}, which is not trained here",
-                "--set start_from=DIR of a ControlNet for one kind",
-            )
-        form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}
-        for name, value in form.items():
-            if getattr(config, name) not in (value, CHOICES[name][0]):
-                raise UsageError(
-                    f"{name}={getattr(config, name)}, but {config.start_from} is {value}", f"--set {name}={value}"
-                )
-        config = replace(config, **form)
-    else:
-        widths = SD_WIDTHS if base.unet.config.block_out_channels[0] >= 128 else TINY_HINT_WIDTHS
-        if config.hint == "paper":
-            widths = (16, 32, 64, 128)
-        try:
-            net = NETWORKS[config.copy].from_base(base.unet, config.hint, widths)
-        except ValueError as error:
-            raise ModelError(
-                f"base {base.name}: {error}", "--base sd15, or another of Stable Diffusion 1.x's form"
-            ) from error
-        if config.convolutions == "gaussian":
-            gaussian_convolutions_(net)
+    net, config = (_fresh(base, config), config) if config.start_from == "base" else _existing(base, config)
     net = net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
     return net, config
+
+
+def _fresh(base: Base, config: TrainConfig) -> ControlNet:
+    widths = SD_WIDTHS if base.unet.config.block_out_channels[0] >= 128 else TINY_HINT_WIDTHS
+    if config.hint == "paper":
+        widths = (16, 32, 64, 128)
+    try:
+        net = NETWORKS[config.copy].from_base(base.unet, config.hint, widths)
+    except ValueError as error:
+        raise ModelError(
+            f"base {base.name}: {error}", "--base sd15, or another of Stable Diffusion 1.x's form"
+        ) from error
+    return gaussian_convolutions_(net) if config.convolutions == "gaussian" else net
+
+
+def _existing(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
+    net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name)
+    if net.kinds is not None:
+        raise ModelError(
+            f"{config.start_from}: a union of {', '.join(net.kinds)}, which is not trained here",
+            "--set start_from=DIR of a ControlNet for one kind",
+        )
+    form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}
+    for name, value in form.items():
+        if getattr(config, name) not in (value, CHOICES[name][0]):
+            raise UsageError(
+                f"{name}={getattr(config, name)}, but {config.start_from} is {value}", f"--set {name}={value}"
+            )
+    return net, replace(config, **form)

@@ -203,6 +203,7 @@ class Studio:
                 failed(one.name, error)
 
     def _prepared(self, one: Wanted) -> Prepared:
+        # Checked, and what is worth knowing said, before anything is computed.
         base, encoded = self.base_for(one.job)
         scheduler = make_scheduler(base.scheduler, one.job.scheduler)
         size, conditions = self.conditions(one.job)
@@ -212,10 +213,14 @@ class Studio:
         self._check_words(base, one.job)
         check_memory(base, size, self.low_memory)
         evaluations = count_evaluations(scheduler, one.job.steps)
+
+        # The conditions on the canvas, each with its ControlNet.
         job = one.job.settled(base, size)
         acting = [self._acting(job, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
         for flag, at_work in zip(job.cond, acting, strict=True):
             check_window(flag, at_work.strength, evaluations)
+
+        # What is recorded, and what images made together must share.
         entries = [at_work.entry for at_work in acting]
         acts = [{key: value for key, value in entry.items() if key in ("net", "kind", *ACTS)} for entry in entries]
         record = job.record() | {

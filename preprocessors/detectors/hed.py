@@ -134,6 +134,7 @@ def make_network():
     import torch
     from torch import nn
 
+    # Some convolutions at one size, and a side output.
     class Block(nn.Module):
         def __init__(self, channels: int, width: int, count: int, halved: bool):
             super().__init__()
@@ -149,6 +150,7 @@ def make_network():
                 x = torch.relu_(convolution(x))
             return x, self.projection(x)
 
+    # Five of them, each at half the size of the one before.
     class HED(nn.Module):
         def __init__(self):
             super().__init__()
