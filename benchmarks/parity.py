@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 from controlnet.model.control.controlnet import ControlNet, copied_parts
-from controlnet.model.control.modes import MODES, UNION_TYPES
+from controlnet.model.control.modes import MODES
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.union import ControlNetUnion
@@ -174,15 +174,15 @@ class PairXL:
         conditions = [condition.to(dtype) for condition in self.conditions[:count]]
         width, height = XL_CANVAS
         ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-        kinds = ["depth", "canny"][:count]
+        types = [1, 3][:count]
         nets = [self.union] * count if way.startswith("union") else self.nets[:count]
         strengths = [Strength(scale) for scale in XL_SCALES]
         if halves == "cond":  # diffusers' guess mode has weights of its own, from 0.1 to 1, times the scale in float32
             weights = XL_SCALES[0] * torch.logspace(-1, 0, 10)
             strengths = [Strength(weighting=tuple(weights.tolist()), control_on="cond")]
         applied = [
-            ActiveNet(net, net.prepare(condition), strength, kind)
-            for net, condition, strength, kind in zip(nets, conditions, strengths, kinds, strict=False)
+            ActiveNet(net, net.prepare(condition), strength, type_)
+            for net, condition, strength, type_ in zip(nets, conditions, strengths, types, strict=False)
         ]
         shape = (4, height // 8, width // 8)
         start = FromNoise.seeded(SEEDS[:1], shape)
@@ -195,7 +195,7 @@ class PairXL:
         start = FromNoise.seeded(SEEDS[:1], shape)
         embeddings = {"negative_prompt_embeds": null, "negative_pooled_prompt_embeds": null_pooled} if negative else {}
         if way.startswith("union"):
-            given = {"control_image": conditions, "control_mode": [UNION_TYPES[kind] for kind in kinds],
+            given = {"control_image": conditions, "control_mode": types,
                      "controlnet_conditioning_scale": list(XL_SCALES[:count])}  # fmt: skip
         else:
             several = count > 1

@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import diffusers
 import torch
 from controlnet.model.control.controlnet import ControlNet, copied_parts
-from controlnet.model.control.modes import UNION_TYPES
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.union import ControlNetUnion
@@ -39,7 +38,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-GUIDANCE, SCALES, KINDS = 5.0, [0.8, 0.6], ["pose", "depth"]
+GUIDANCE, SCALES, TYPES = 5.0, [0.8, 0.6], [0, 1]
 SMALL = {
     "block_out_channels": (32, 64, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4, 4),
     "transformer_layers_per_block": (1, 1, 2), "sample_size": 16,
@@ -99,15 +98,15 @@ class Networks:
             return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
         texts = [random(1, 77, 2048), random(1, pooled), random(1, 77, 2048), random(1, pooled)]
-        maps = [(torch.rand(1, 3, side, side, generator=generator) < 0.05).to(self.device, self.dtype) for _ in KINDS]
+        maps = [(torch.rand(1, 3, side, side, generator=generator) < 0.05).to(self.device, self.dtype) for _ in TYPES]
         return random(1, 4, side // 8, side // 8), texts, maps
 
     @torch.no_grad()
     def ours(self, steps: int, side: int, union: bool) -> torch.Tensor:
         noise, (text, pooled, null, null_pooled), maps = self.inputs(side)
         net, count = (self.union, 2) if union else (self.net, 1)
-        rows = list(zip(maps, SCALES, KINDS, strict=True))[:count]
-        acting = [ActiveNet(net, net.prepare(map_), Strength(scale), kind) for map_, scale, kind in rows]
+        rows = list(zip(maps, SCALES, TYPES, strict=True))[:count]
+        acting = [ActiveNet(net, net.prepare(map_), Strength(scale), type_) for map_, scale, type_ in rows]
         ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=self.device)
         prompt, negative = Prompt(text, pooled, ids), Prompt(null, null_pooled, ids)
         own = make_scheduler(self.scheduler)
@@ -116,7 +115,7 @@ class Networks:
     def theirs(self, steps: int, side: int, union: bool) -> torch.Tensor:
         noise, (text, pooled, null, null_pooled), maps = self.inputs(side)
         if union:
-            given = {"control_image": maps, "control_mode": [UNION_TYPES[kind] for kind in KINDS],
+            given = {"control_image": maps, "control_mode": TYPES,
                      "controlnet_conditioning_scale": SCALES}  # fmt: skip
         else:
             given = {"image": maps[0], "controlnet_conditioning_scale": SCALES[0]}

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 from controlnet.cli.bars import count_bar
-from controlnet.cli.options import Json, Quiet, say, warn
+from controlnet.cli.options import Json, Quiet, ShardFlag, say, warn
 from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, find_pairs
 from controlnet.preprocessors.errors import Exit, OutputError, UsageError
 from controlnet.preprocessors.geometry import parse_size
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.shards import claim, parse_shard
 from controlnet.preprocessors.sheet import write_sheet
 
 app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.", add_completion=False)
@@ -71,6 +72,7 @@ def build(
     size: Annotated[str, typer.Option(help="Size of pictures and maps: WIDTHxHEIGHT, or one number.")] = "512",
     resize: Annotated[str, typer.Option(help="crop, pad or stretch.")] = "crop",
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Processes. (default: one per core)")] = None,
+    shard: ShardFlag = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -85,13 +87,18 @@ def build(
     if found.form != "photos":
         raise UsageError(f"{photos}: holds pairs already ({found.form})", f"controlnet train {photos}")
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
+    part = parse_shard(shard)
+    claim(out, part, [kind, options, size, resize, [str(pair.image) for pair in found.pairs]])
     with count_bar("building", len(found.pairs), quiet) as on_pair:
-        manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair)
+        manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair, part)
     for reason in (*failed, *found.skipped):
         warn(reason)
     if without := sum(not p.caption for p in found.pairs):
         warn(f"{without} of {len(found.pairs)} photos have no caption")
-    say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train {out}")
-    print(dumps({"output": str(out), **manifest}) if as_json else out)
+    if manifest is None:
+        say(f"{part.name} is done; the shard that finishes last writes the manifest")
+    else:
+        say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train {out}")
+    print(dumps({"output": str(out), **(manifest or {})}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)

@@ -20,6 +20,7 @@ from controlnet.cli.options import (
     Out,
     Overwrite,
     Quiet,
+    ShardFlag,
     SkipExisting,
     command_named,
     field_docs,
@@ -31,6 +32,7 @@ from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.shards import Shard, claim, parse_shard
 from controlnet.preprocessors.weights import WEIGHTS, digests, kept
 from typer.core import TyperGroup
 
@@ -194,7 +196,7 @@ COMMON = [
     parameter("inputs", Inputs), parameter("out", Out, None), parameter("as_json", Json, False),
     parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("recursive", Recursive, False),
     parameter("overwrite", Overwrite, False), parameter("skip_existing", SkipExisting, False),
-    parameter("preview", Preview, None), parameter("quiet", Quiet, False),
+    parameter("preview", Preview, None), parameter("quiet", Quiet, False), parameter("shard", ShardFlag, None),
 ]  # fmt: skip
 
 
@@ -207,6 +209,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
     wanted = geometry.parse_size(flags.size)
     if flags.resize not in geometry.RESIZES:
         raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(geometry.RESIZES)}", "--resize crop")
+    part = parse_shard(flags.shard)
     sources = maps.expand(flags.inputs, flags.recursive, say)
     several = len(chosen) > 1
     _check_places(flags.out, "-" in sources, several, flags.as_json)
@@ -219,6 +222,9 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
     def read(source: str) -> bytes:
         return piped if source == "-" else images.read_bytes(source)
 
+    if flags.out is not None and is_folder(flags.out):
+        settings = [[row.kind, row.name, vars(options)] for row, options in chosen]
+        claim(Path(flags.out), part, [settings, flags.size, flags.resize, sources])
     if several and len(sources) == 1:
         read(sources[0])  # if it is missing: reported once, not for every kind
     failed, shown = 0, {}
@@ -232,7 +238,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
                 detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing
             )
             missed, shown[detector.kind] = _run(
-                maps, job, sources, flags.out, flags.as_json, keypoints, preview is not None, flags.quiet
+                maps, job, sources, part, flags.out, flags.as_json, keypoints, preview is not None, flags.quiet
             )
             failed += missed
         except ControlNetError as error:
@@ -260,15 +266,24 @@ def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) ->
 
 
 def _run(
-    maps, job, sources: list[str], out: str | None, as_json: bool, keypoints: Path | None, previews: bool, quiet: bool
+    maps,
+    job,
+    sources: list[str],
+    part: Shard,
+    out: str | None,
+    as_json: bool,
+    keypoints: Path | None,
+    previews: bool,
+    quiet: bool,
 ):
-    """Make a map of every source and tell of it; how many failed, and the first photos and their maps, small. One bad
-    photo of several is reported and the rest goes on; a single bad one raises."""
+    """Make a map of every source in a shard and report it. Returns how many failed, and small pictures of the first
+    photos and maps. One bad photo of several is reported and the rest goes on; a single bad one raises."""
     targets = maps.targets_of(sources, out, job.detector.kind)
     points = maps.points_of(sources, keypoints, targets)
+    mine = [source for source in sources if part.holds(source)]
     failed, shown = 0, {}
-    with count_bar("detect", len(sources), quiet or len(sources) < FEW) as on_item:
-        for done, (source, made) in enumerate(maps.run(job, sources, targets, points, previews, say), 1):
+    with count_bar("detect", len(mine), quiet or len(mine) < FEW) as on_item:
+        for done, (source, made) in enumerate(maps.run(job, mine, targets, points, previews, say), 1):
             if made.error is not None:
                 if len(sources) == 1:
                     raise made.error

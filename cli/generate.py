@@ -18,6 +18,7 @@ from controlnet.cli.options import (
     Offline,
     Overwrite,
     Quiet,
+    ShardFlag,
     SkipExisting,
     Strict,
     default_base,
@@ -27,11 +28,13 @@ from controlnet.cli.options import (
     tell,
     typed,
 )
-from controlnet.model.work.batch import read_jobs_file, spread, targets
+from controlnet.model.work.batch import in_units, read_jobs_file, spread, targets
 from controlnet.model.work.jobs import Job, check_names, make_job
-from controlnet.model.work.outputs import check_png, keeps
+from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text, write_file
+from controlnet.preprocessors.metadata import sha256
+from controlnet.preprocessors.shards import WHOLE, Shard, claim, parse_shard
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
@@ -71,7 +74,7 @@ PARAMETERS = [
     parameter("as_json", Json, False), parameter("overwrite", Overwrite, False),
     parameter("skip_existing", SkipExisting, False), parameter("offline", Offline, False),
     parameter("strict", Strict, False), parameter("quiet", Quiet, False), parameter("low_memory", LowMemory, False),
-    parameter("keep_best", KeepBest, None), parameter("preview", Preview, None),
+    parameter("keep_best", KeepBest, None), parameter("preview", Preview, None), parameter("shard", ShardFlag, None),
 ]  # fmt: skip
 
 
@@ -128,6 +131,7 @@ def _generate(
     low_memory,
     keep_best,
     preview,
+    shard,
     **job,
 ) -> None:
     defaults = job | {name: _from_file(f"--{name}", job[name]) for name in ("prompt", "negative")}
@@ -136,14 +140,23 @@ def _generate(
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
     failed = _Failures()
-    todo = _jobs(jobs, defaults, failed)
+    part = parse_shard(shard)
+    if part != WHOLE and is_folder(defaults["out"] or "out/"):
+        lines = jobs.read_bytes() if jobs is not None and is_file(jobs) else b""
+        claim(Path(defaults["out"] or "out"), part, [defaults, sha256(lines), keep_best])
+    todo = _jobs(jobs, defaults, failed, part)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
 
-    def on_kept(path: Path, seed: int) -> None:
-        tell({"output": str(path), "seed": seed, "skipped": True}, as_json)
-
-    wanted = targets(todo, overwrite, skip_existing, failed, keep_best, on_kept)
+    # What is asked for, in the groups that are made together, and of these the ones that are ours.
+    asked = targets(todo, overwrite, skip_existing, failed, keep_best, part != WHOLE)
+    units = [unit for unit in in_units(asked, keep_best is not None) if part.holds(unit[0].content)]
+    for one in (one for unit in units for one in unit if one.there):
+        if skip_existing:
+            tell({"output": str(one.path), "seed": one.seed, "skipped": True}, as_json)
+        else:  # in a shard it is known only now that it is one of ours
+            failed(one.name or part.name, exists_already(one.path))
+    wanted = [one for unit in units if not all(one.there for one in unit) for one in unit]
     if as_json and any(one.path is None for one in wanted):
         raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
     rows: list[list] = []
@@ -154,6 +167,8 @@ def _generate(
         maker = studio.Studio(device, dtype, offline, strict, low_memory, say)
         with images_bar(len(wanted), quiet) as on_step:
             for image in best.make_best(wanted, keep_best, maker, failed, say, on_step):
+                if image.wanted.there:
+                    continue
                 _write(image, as_json)
                 if preview is not None and len(rows) < SHOWN:
                     rows.append(_row(image, maker))
@@ -193,9 +208,9 @@ def _check_keep_best(count: int, jobs: list[Job], skip_existing: bool) -> None:
             raise UsageError("--keep-best: the job has no condition to keep to", "--cond map.canny.png")
 
 
-def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures) -> list[tuple[str, Job]]:
-    """(name, Job) for all jobs that are asked for; the name is empty for a job that stands alone, whose errors end the
-    command."""
+def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures, part: Shard) -> list[tuple[str, Job]]:
+    """(name, Job) for all jobs that are asked for. A single job that fails ends the command; its name is empty. A bad
+    line is told by one shard."""
     if path is None:
         job = make_job({}, defaults)
         check_names(job)
@@ -210,7 +225,8 @@ def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures) -> lis
             check_names(job)
             jobs += [(name, one) for one in spread(job)]
         except ControlNetError as error:
-            failed(name, error)
+            if part.holds(name):
+                failed(name, error)
     return jobs
 
 

@@ -56,7 +56,7 @@ def pull(
     silence_libraries(bars=not quiet)
     from controlnet.model.work import stock
 
-    for name in names or stock.embedded():
+    for name in names or stock.default_weights():
         with bytes_bar(f"fetching {name}", quiet) as on_bytes:
             place = stock.pull(name, update, on_bytes)
         print(dumps({"output": str(place), "name": name}) if as_json else place, flush=True)

@@ -87,6 +87,14 @@ Out = Annotated[str | None, typer.Option("-o", "--out", help=field_docs(Job)["ou
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result instead of its path.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave existing results as they are and go on.")]
+ShardFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only part I of N, the same each time. auto: as SLURM or a launcher says.",
+    ),
+]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
 ]

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from controlnet.cli.bars import count_bar
-from controlnet.cli.options import Json, Offline, Overwrite, Quiet, say
+from controlnet.cli.options import Json, Offline, Overwrite, Quiet, ShardFlag, say
 from controlnet.model.work.batch import read_jobs_file
 from controlnet.model.work.outputs import check_png, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.shards import Shard, parse_shard
 
 if TYPE_CHECKING:
     from controlnet.model.work.score import Scorer
@@ -41,8 +42,10 @@ def score(
     as_json: Json = False,
     overwrite: Overwrite = False,
     offline: Offline = False,
+    shard: ShardFlag = None,
     quiet: Quiet = False,
 ) -> None:
+    part = parse_shard(shard)
     if (image is None) == (jobs is None):
         raise UsageError("give an image, or --jobs with a file of them", "controlnet score out/7-photo.png")
     if overlay is not None:
@@ -54,7 +57,7 @@ def score(
 
     scorer = score.Scorer(offline)
     if jobs is not None:
-        _score_jobs(scorer, jobs, as_json, quiet, score.interval)
+        _score_jobs(scorer, jobs, part, as_json, quiet, score.interval)
         return
     assert image is not None
     results = scorer.of_file(image, cond or [])
@@ -70,10 +73,10 @@ def score(
                 print(f"  {name.replace('_', ' '):18}{value:8.3f}")
 
 
-def _score_jobs(scorer: Scorer, path: Path, as_json: bool, quiet: bool, interval: Callable) -> None:
+def _score_jobs(scorer: Scorer, path: Path, part: Shard, as_json: bool, quiet: bool, interval: Callable) -> None:
     """A line each, then the mean of every score with its 95 % bootstrap interval."""
     # A bad line is told, and the rest goes on.
-    lines = read_jobs_file(path)
+    lines = [line for line in read_jobs_file(path) if part.holds(str(line[1]))]
     values: dict[tuple[str, str], list[float]] = {}
     failed = 0
     with count_bar("scoring", len(lines), quiet) as on_item:

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from controlnet.model.base import Base
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.files import hub
-from controlnet.model.files.families import SUPPORTED, Encoder, Family, family_for
+from controlnet.model.files.families import SUPPORTED, Encoder, Family, family_of_config
 from controlnet.model.files.layouts import open_model
 from controlnet.model.files.stored import Stored
 from controlnet.model.files.tensors import align, check_state, read_json
@@ -45,7 +45,7 @@ def find_base(name: str, offline: bool = False) -> Stored:
     stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
     if stored.path.is_dir():
         read_json(stored.path / "model_index.json", "a base in diffusers' layout")
-        family = family_for(stored.config("unet"))
+        family = family_of_config(stored.config("unet"))
         _check_supported(stored, family)
         for part in (*family.parts, *family.tokenizers, "scheduler"):
             if not (stored.path / part).is_dir():
@@ -68,7 +68,7 @@ def load_base(
     known = BASES.get(name, KnownBase("", "", ""))
     _check_fit(stored)
     words = stored.path / "tokenizer" / "words.txt"
-    family = family_for(stored.config("unet"))
+    family = family_of_config(stored.config("unet"))
 
     # The parts, on the CPU where they wait for their turn.
     home = "cpu" if low_memory else device
@@ -110,7 +110,7 @@ def _check_supported(stored: Stored, family: Family) -> None:
 def _check_fit(stored: Stored) -> None:
     """Raises ModelError when the parts of a base do not fit each other."""
     unet, vae = stored.config("unet"), stored.config("vae")
-    family = family_for(unet)
+    family = family_of_config(unet)
     widths = [_width(stored, encoder.part) for encoder in family.encoders]
     _check_supported(stored, family)
     if what := _OTHER_USES.get(unet.get("in_channels", 4)):

@@ -18,7 +18,7 @@ from controlnet.model.control.lite import ControlNetLite
 from controlnet.model.control.union import ControlNetUnion
 from controlnet.model.files.families import family_name
 from controlnet.model.files.layouts import open_model
-from controlnet.model.files.stored import STEMS, UNION, Stored
+from controlnet.model.files.stored import STEMS, UNION_CLASS, Stored
 from controlnet.model.files.tensors import align, check_state, is_float8, write_tensors
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
@@ -101,7 +101,7 @@ def _from_config(config: dict, path: Path) -> ControlNet:
         unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
         unet = UNet2DConditionModel(**unet_config)
         parts = SimpleNamespace(config=config, **{part: getattr(unet, part) for part in copied_parts(config)})
-        form = "union" if config["_class_name"] == UNION else config.get("copy", "full")
+        form = "union" if config["_class_name"] == UNION_CLASS else config.get("copy", "full")
         network = NETWORKS.get(form, ControlNet)
         return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network

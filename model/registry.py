@@ -10,11 +10,11 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from controlnet.model.control.modes import union_kinds
 from controlnet.model.files.families import SD1, SD2, SDXL
 from controlnet.model.files.ids import FILE_ENDINGS, is_hub_id
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
+from controlnet.preprocessors.kinds import union_kinds
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 TINY_HINT_WIDTHS = (8, 16, 32, 64)

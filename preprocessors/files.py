@@ -59,6 +59,24 @@ def write_file(path: Path, data: bytes) -> None:
         raise not_written(path, error) from error
 
 
+def write_new(path: Path, data: bytes) -> bool:
+    """Write a file unless there is one already; whether it was written. Of several processes that try, on one machine
+    or on a shared disk, one succeeds. Raises OutputError."""
+    temporary = path.parent / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        temporary.write_bytes(data)
+        os.link(temporary, path)  # fails if there is one, where a rename would replace it
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise not_written(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 def not_written(path: Path, error: OSError) -> OutputError:
     """The error for a file that could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))

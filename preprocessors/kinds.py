@@ -24,6 +24,8 @@ class Kind:
     """How an image is scored against such a map: lines, depth or people (`model/work/score.py`); None: not at all."""
     two_levels: bool = False
     """Its maps are black and white, and are compressed as such."""
+    union_type: int | None = None
+    """Its type in a union of ControlNets (`model/control/union.py`); some unions have the first six only."""
     signed_x: bool = False
     """Red is the signed x direction that a surface faces, so mirroring inverts it."""
 
@@ -40,20 +42,26 @@ def _table(*rows: Kind) -> dict[str, Kind]:
 
 
 KINDS = _table(
-    Kind("canny", HARD_LINES, "lines", two_levels=True),
-    Kind("pose", PEOPLE, "people"),
-    Kind("depth", PICTURE, "depth"),
-    Kind("normal", PICTURE, signed_x=True),
-    Kind("softedge", LINES, "lines"),
-    Kind("scribble", LINES, "lines", two_levels=True),
-    Kind("lineart", LINES, "lines"),
-    Kind("lineart_anime", LINES),
-    Kind("mlsd", HARD_LINES),
-    Kind("seg"),
-    Kind("tile"),
-    Kind("inpaint"),
+    Kind("canny", HARD_LINES, "lines", two_levels=True, union_type=3),
+    Kind("pose", PEOPLE, "people", union_type=0),
+    Kind("depth", PICTURE, "depth", union_type=1),
+    Kind("normal", PICTURE, signed_x=True, union_type=4),
+    Kind("softedge", LINES, "lines", union_type=2),
+    Kind("scribble", LINES, "lines", two_levels=True, union_type=2),
+    Kind("lineart", LINES, "lines", union_type=3),
+    Kind("lineart_anime", LINES, union_type=3),
+    Kind("mlsd", HARD_LINES, union_type=3),
+    Kind("seg", union_type=5),
+    Kind("tile", union_type=6),
+    Kind("inpaint", union_type=7),
     Kind("ip2p"),
 )
+
+
+def union_kinds(types: int) -> tuple[str, ...]:
+    """The kinds of condition that a union with so many types knows, in the order of its types."""
+    known = [kind for kind in KINDS.values() if kind.union_type is not None and kind.union_type < types]
+    return tuple(kind.name for kind in sorted(known, key=lambda kind: kind.union_type or 0))
 
 
 def kind_named(name: str) -> Kind:

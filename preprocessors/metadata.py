@@ -28,6 +28,17 @@ def load(text: dict[str, str]) -> dict:
     return object_or_empty(text.get(KEY, "{}"))
 
 
+def size_of(path: str) -> tuple[int, int] | None:
+    """(width, height) of a picture file, from its header; None for one that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # Pillow raises a dozen types for broken data; decoding it reports the error
+        return None
+
+
 def text_of(path: Path) -> dict[str, str]:
     """The text of a picture file, read from its header; empty for a file that cannot be read."""
     from PIL import Image

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 from controlnet.model.load import load_base
-from controlnet.model.sampling.canvas import condition_tensor, to_canvas
-from controlnet.model.sampling.generate import canvas_size
+from controlnet.model.sampling.canvas import canvas_size, condition_tensor, to_canvas
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

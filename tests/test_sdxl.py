@@ -16,8 +16,7 @@ from controlnet.model.files.families import SDXL
 from controlnet.model.files.layouts import open_model
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
-from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.generate import canvas_size
+from controlnet.model.sampling.canvas import canvas_size, condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from controlnet.model.control.modes import UNION_TYPES
 from controlnet.model.control.strength import Strength
 from controlnet.model.files import names
 from controlnet.model.files.describe import described
@@ -21,6 +20,7 @@ from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from controlnet.preprocessors.errors import Exit, ModelError
 from controlnet.preprocessors.images import png_bytes
+from controlnet.preprocessors.kinds import union_kinds
 from diffusers import ControlNetModel, ControlNetUnionModel, StableDiffusionXLControlNetUnionPipeline
 from helpers import CANVAS, NEGATIVE, PROMPT, randomise, sdxl_prompts
 from safetensors.torch import load_file, save_file
@@ -41,24 +41,21 @@ def union(request, sdxl_folder, tmp_path_factory):
     return network, place
 
 
-@pytest.mark.parametrize(
-    "kinds, scales", [(["seg"], [0.7]), (["canny", "pose"], [0.5, 1.3]), (["mlsd", "canny"], [1.0, 0.5])]
-)
-def test_a_union_is_diffusers_own(sdxl_folder, union, kinds, scales):
+@pytest.mark.parametrize("types, scales", [([5], [0.7]), ([3, 0], [0.5, 1.3]), ([3, 3], [1.0, 0.5])])
+def test_a_union_is_diffusers_own(sdxl_folder, union, types, scales):
     """One and two conditions in one pass, of two types or of one; several images, as if each were made alone."""
     reference, place = union
     base = load_base(str(sdxl_folder / "base"), dtype=torch.float64)
     net = load_controlnet(place, torch.float64, base.unet.config, base.name)
-    types = [UNION_TYPES[kind] for kind in kinds]
     prompt, _ = sdxl_prompts(base)
     z, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([700])
-    conditions = [torch.rand(2, 3, 64, 64, dtype=torch.float64) for _ in kinds]
+    conditions = [torch.rand(2, 3, 64, 64, dtype=torch.float64) for _ in types]
     flags = torch.zeros(1, len(net.task_embedding), dtype=torch.float64)
     flags[:, types] = 1
     with torch.no_grad():
-        feature = net.join([net.prepare(condition) for condition in conditions], kinds, scales)
+        feature = net.join([net.prepare(condition) for condition in conditions], types, scales)
         ours = net.control(z, net.begin(t, z.dtype), prompt, feature)
-        outside = scales[0] if len(kinds) == 1 else 1.0
+        outside = scales[0] if len(types) == 1 else 1.0
         for row in range(2):
             one = slice(row, row + 1)
             down, middle = reference(
@@ -67,12 +64,12 @@ def test_a_union_is_diffusers_own(sdxl_folder, union, kinds, scales):
             )  # fmt: skip
             for a, b in zip([*ours.down, ours.middle], [*down, middle], strict=True):
                 assert (outside * a[one] - b).abs().max() <= 1e-9 * b.std()
-    assert net.kinds[-1] == {6: "seg", 8: "inpaint"}[len(net.task_embedding)]
+    assert net.types == len(net.task_embedding) and union_kinds(net.types)[-1] == {6: "seg", 8: "inpaint"}[net.types]
 
 
-@pytest.mark.parametrize("kinds", [["depth"], ["canny", "pose"]])
+@pytest.mark.parametrize("types", [[1], [3, 0]])
 @pytest.mark.parametrize("scheduler", [None, "unipc"])
-def test_parity_with_diffusers_union_pipeline(sdxl_folder, sdxl_pipeline, union, kinds, scheduler):
+def test_parity_with_diffusers_union_pipeline(sdxl_folder, sdxl_pipeline, union, types, scheduler):
     """Its guess mode fails at the types of the second half, so control acts on both here."""
     reference, place = union
     base = load_base(str(sdxl_folder / "base"), dtype=torch.float64)
@@ -81,18 +78,18 @@ def test_parity_with_diffusers_union_pipeline(sdxl_folder, sdxl_pipeline, union,
     theirs = StableDiffusionXLControlNetUnionPipeline(**parts, add_watermarker=False)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = make_scheduler(base.scheduler, scheduler)
-    hints = [torch.rand(1, 3, CANVAS[1], CANVAS[0], dtype=torch.float64) for _ in kinds]
+    hints = [torch.rand(1, 3, CANVAS[1], CANVAS[0], dtype=torch.float64) for _ in types]
     start = FromNoise.seeded([5], (4, CANVAS[1] // 8, CANVAS[0] // 8))
     start.noise = start.noise.double()
     prompt, negative = (text.map(lambda tensor: tensor[:1]) for text in sdxl_prompts(base))
-    scales = [0.8, 0.6][: len(kinds)]
+    scales = [0.8, 0.6][: len(types)]
     acting = [
-        ActiveNet(net, net.prepare(hint), Strength(scale), kind)
-        for hint, scale, kind in zip(hints, scales, kinds, strict=True)
+        ActiveNet(net, net.prepare(hint), Strength(scale), type_)
+        for hint, scale, type_ in zip(hints, scales, types, strict=True)
     ]
     with torch.no_grad():
         other = theirs(
-            PROMPT, negative_prompt=NEGATIVE, control_image=hints, control_mode=[UNION_TYPES[kind] for kind in kinds],
+            PROMPT, negative_prompt=NEGATIVE, control_image=hints, control_mode=types,
             latents=start.noise, guidance_scale=5.0, num_inference_steps=4, output_type="latent", width=CANVAS[0],
             height=CANVAS[1], controlnet_conditioning_scale=scales,
         ).images  # fmt: skip
@@ -109,7 +106,7 @@ def test_a_union_takes_together_what_acts_alike(sdxl_folder, union):
     plain = load_controlnet(sdxl_folder / "net")
     region = np.ones((64, 64), np.float32)
     strengths = [Strength(0.5), Strength(2.0, end=0.5), Strength(region=region), Strength(weighting="soft")]
-    controls = [ActiveNet(net, torch.zeros(1), how, "canny") for how in strengths]
+    controls = [ActiveNet(net, torch.zeros(1), how, 3) for how in strengths]
     controls += [ActiveNet(plain, torch.zeros(1)), ActiveNet(plain, torch.zeros(1))]
     assert [len(together) for together in passes_of(controls)] == [2, 1, 1, 1, 1]
 
@@ -148,7 +145,7 @@ def test_a_config_that_takes_a_union_for_a_plain_net(union, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = "diffusion_pytorch_model.safetensors"
     (tmp_path / weights).write_bytes((union[1] / weights).read_bytes())
-    assert load_controlnet(tmp_path).kinds == load_controlnet(union[1]).kinds
+    assert load_controlnet(tmp_path).types == load_controlnet(union[1]).types
 
 
 def test_a_union_is_not_trained(sdxl_folder, union, data, tmp_path, run):

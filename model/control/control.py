@@ -27,13 +27,13 @@ class Control:
         *down, middle = weights
         return Control([w * r for w, r in zip(down, self.down, strict=True)], middle * self.middle)
 
-    def for_conditional_half(self) -> Control:
+    def zero_in_unconditional_half(self) -> Control:
         """(B, ...) -> (2B, ...): zeros for the unconditional half of the guidance, whose rows come first."""
         return Control([_after_zeros(r) for r in self.down], _after_zeros(self.middle))
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b. A tensor that both halves of the guidance share has B rows, others have 2B; the fewer are repeated."""
+    """a + b. If one has B rows, shared by both halves of the guidance, and the other 2B, the shorter is repeated."""
     return grow(a, len(b)) + grow(b, len(a))
 
 

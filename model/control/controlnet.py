@@ -29,20 +29,20 @@ class ControlNet(nn.Module):
     Letters: B batch, C channels, H W pixels, h w latent, T tokens, D text width.
     """
 
-    kinds: tuple[str, ...] | None = None
-    """The kinds of condition that it can tell apart; None for a network of one kind."""
+    types: int | None = None
+    """How many types of condition it can tell apart; None for a network of one type."""
     conv_in: nn.Module
     down_blocks: nn.ModuleList
     mid_block: nn.Module
 
-    def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
-        """encoder: any object with the `copied_parts` of a UNet2DConditionModel and its config. Its modules are used as
+    def __init__(self, parts: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
+        """parts: any object with the `copied_parts` of a UNet2DConditionModel and its config. Its modules are used as
         they are, not copied. Raises ValueError for a base with unknown embeddings."""
         super().__init__()
         self.gradient_checkpointing = False
-        for part in copied_parts(encoder.config):
-            self.add_module(part, getattr(encoder, part))
-        self.add_new(dict(encoder.config), hint, hint_widths)
+        for name in copied_parts(parts.config):
+            self.add_module(name, getattr(parts, name))
+        self.add_new(dict(parts.config), hint, hint_widths)
 
     def add_new(self, config: dict, hint: str, hint_widths: Sequence[int]) -> None:
         """Add what the base does not have: the hint encoder, and a zero convolution for each connection."""
@@ -72,7 +72,7 @@ class ControlNet(nn.Module):
             condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
 
-    def join(self, features: Sequence[Tensor], kinds: Sequence[str], scales: Sequence[float]) -> Any:
+    def join(self, features: Sequence[Tensor], types: Sequence[int], scales: Sequence[float]) -> Any:
         """What `control` reads of the conditions of one pass: here there is one, and it is its feature."""
         (feature,) = features
         return feature

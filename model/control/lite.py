@@ -20,12 +20,12 @@ class ControlNetLite(ControlNet):
     `copy: lite`).
     """
 
-    def __init__(self, encoder: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
-        """encoder: anything with a UNet2DConditionModel's conv_in and config."""
+    def __init__(self, parts: Any, hint: str = "released", hint_widths: Sequence[int] = SD_WIDTHS):
+        """parts: anything with a UNet2DConditionModel's conv_in and config."""
         nn.Module.__init__(self)
-        config = dict(encoder.config) | {"copy": "lite"}
+        config = dict(parts.config) | {"copy": "lite"}
         channels = skip_channels(config)
-        self.conv_in = encoder.conv_in
+        self.conv_in = parts.conv_in
         self.down_blocks = nn.ModuleList()
         for narrow, wide, halves in zip(channels, channels[1:], halvings(config), strict=False):
             self.down_blocks.append(nn.Conv2d(narrow, wide, 3, stride=2 if halves else 1, padding=1))

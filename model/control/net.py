@@ -14,8 +14,8 @@ from torch import Tensor
 class Net(Protocol):
     """Letters: B batch, C channels, H W pixels, h w latent."""
 
-    kinds: tuple[str, ...] | None
-    """The kinds of condition that it tells apart and takes in one pass; None for a network of one kind."""
+    types: int | None
+    """How many types of condition it tells apart, and takes in one pass; None for a network of one type."""
 
     @property
     def connections(self) -> int:
@@ -25,9 +25,9 @@ class Net(Protocol):
         """The feature (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Once per image: it depends on
         neither z_t nor t."""
 
-    def join(self, features: Sequence[Tensor], kinds: Sequence[str], scales: Sequence[float]) -> Any:
-        """What `control` reads of the conditions of one pass, each with its kind and its scale. One condition's scale
-        is not applied here but to its control."""
+    def join(self, features: Sequence[Tensor], types: Sequence[int], scales: Sequence[float]) -> Any:
+        """What `control` reads of the conditions of one pass, each with its type and its scale. The scale of a
+        condition alone is not applied here, but to the Control that comes of it."""
 
     def begin(self, times: Tensor, dtype: torch.dtype) -> Tensor:
         """What the network computes from timesteps (n,) alone, (n, ...). Once per schedule."""

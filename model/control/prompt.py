@@ -28,7 +28,7 @@ class Prompt:
         if attention in self._kept:
             return self._kept[attention]
         pair = compute(attention, self.c_t)
-        if not torch.is_grad_enabled():  # gradient checkpointing computes everything again, and must find it gone
+        if not torch.is_grad_enabled():  # gradient checkpointing repeats the forward pass, and must do the same
             self._kept[attention] = pair
         return pair
 

@@ -42,7 +42,8 @@ class Strength:
         return next((value for value, begin in reversed(self.scale) if i / evaluations >= begin), 0.0)
 
     def acts_in(self, evaluations: int) -> bool:
-        """Whether it acts in at least one of so many evaluations, or is not meant to (scale 0)."""
+        """False if it should act (its scale is not 0) but none of so many evaluations falls into its window or
+        schedule."""
         wanted = any(value for value, _ in self.scale) if isinstance(self.scale, tuple) else self.scale
         everywhere = replace(self, region=None)
         return not wanted or any(everywhere.at(i, evaluations) for i in range(evaluations))

@@ -4,10 +4,9 @@ Hint encoder, copy and zero convolutions are those of a ControlNet. New is how i
 embedding of the set of types is added to the time embedding, and a small network makes an offset of each feature's
 channels from a token, which is the mean of the feature plus an embedding of its type.
 
-In the released network the tokens attend across the images of a batch, not across the conditions of an image, so in a
-batch of one each token attends to itself alone. Here every image is computed as in a batch of one. Names of parameters
-are diffusers' (ControlNetUnionModel).
-"""
+The released code takes the batch for the sequence in this small network's attention, so images of a batch influence
+each other, and conditions do not. Here each image is computed alone, which equals the released network with one image.
+Names of parameters are diffusers' (ControlNetUnionModel)."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from controlnet.model.control.controlnet import ControlNet
-from controlnet.model.control.modes import UNION_TYPES, union_kinds
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.zero import zero_
 from diffusers.models.controlnets.controlnet_union import ResidualAttentionBlock
@@ -39,7 +37,7 @@ class ControlNetUnion(ControlNet):
     def add_new(self, config: dict[str, Any], hint: str, hint_widths: Sequence[int]) -> None:
         super().add_new(config, hint, hint_widths)
         width, types = config["num_trans_channel"], config["num_control_type"]
-        self.kinds = union_kinds(types)
+        self.types = types
         channels, per_type = config["block_out_channels"][0], config["addition_time_embed_dim"]
         self.task_embedding = nn.Parameter(torch.zeros(types, width))
         blocks = [ResidualAttentionBlock(width, config["num_trans_head"]) for _ in range(config["num_trans_layer"])]
@@ -48,11 +46,9 @@ class ControlNetUnion(ControlNet):
         self.control_type_proj = Timesteps(per_type, config["flip_sin_to_cos"], config["freq_shift"])
         self.control_add_embedding = TimestepEmbedding(per_type * types, 4 * channels)
 
-    def join(self, features: Sequence[Tensor], kinds: Sequence[str], scales: Sequence[float]) -> UnionFeature:
-        """What `control` reads of conditions of these kinds, with features (B or 1, C, h, w). As in the released
-        network the scale of one condition alone is left to its control, while several are scaled here. Raises KeyError
-        for an unknown kind."""
-        types = [UNION_TYPES[kind] for kind in kinds]
+    def join(self, features: Sequence[Tensor], types: Sequence[int], scales: Sequence[float]) -> UnionFeature:
+        """What `control` reads of conditions of these types, with features (B or 1, C, h, w). Several conditions are
+        scaled here. One alone is not: its scale multiplies the Control that comes of it, as in the released network."""
         inside = scales if len(features) > 1 else [1.0]
         total: Any = 0
         for feature, type_, scale in zip(features, types, inside, strict=True):
@@ -62,7 +58,7 @@ class ControlNetUnion(ControlNet):
             offset = self.spatial_ch_projs(tokens)[:, :, None, None]
             total = total + scale * (feature + offset)
         flags = torch.zeros(len(self.task_embedding), device=total.device)
-        flags[types] = 1
+        flags[list(types)] = 1
         embedding = self.control_type_proj(flags).reshape(1, -1)
         return UnionFeature(total, self.control_add_embedding(embedding.to(total.dtype)))
 

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from controlnet.model.control.modes import union_kinds
 from controlnet.model.files.families import family_name
 from controlnet.model.files.layouts import open_model
-from controlnet.model.files.stored import UNION
+from controlnet.model.files.stored import UNION_CLASS
+from controlnet.preprocessors.kinds import union_kinds
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def described(path: Path) -> dict[str, Any]:
     }
     if net:
         config = configs["controlnet"]
-        if config["_class_name"] == UNION:
+        if config["_class_name"] == UNION_CLASS:
             fields["kinds"] = list(union_kinds(config["num_control_type"]))
         hint = config.get("hint_encoder", "released")
         fields["hint_encoder"] = {"form": hint, "widths": list(config["conditioning_embedding_out_channels"])}

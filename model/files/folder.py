@@ -11,17 +11,17 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import family_for
+from controlnet.model.files.families import family_of_config
 from controlnet.model.files.stored import (
     BASE_PARTS,
-    NET,
+    NET_CLASS,
     PREDICTIONS,
     STEMS,
-    UNION,
+    UNION_CLASS,
     UNION_MARK,
     Stored,
+    in_words,
     public_text_state,
-    said,
     text_state,
 )
 from controlnet.model.files.tensors import (
@@ -45,7 +45,7 @@ class Folder:
     """Diffusers' layout: a ControlNet's config.json and weights, or a base's folder for each part."""
 
     path: Path
-    said: str | None = None
+    prediction_given: str | None = None
     """What the model predicts, if the caller said so."""
 
     @property
@@ -69,11 +69,11 @@ class Folder:
     def config(self, part: str) -> dict[str, Any]:
         if part not in self.parts:
             other = "a ControlNet" if part == "unet" else "a base"
-            raise ModelError(f"{self.path}: {said(part)} is expected here, and this is {other}", f"ls {self.path}")
+            raise ModelError(f"{self.path}: {in_words(part)} is expected here, and this is {other}", f"ls {self.path}")
         lone = sorted(f for f in self.path.glob("*") if f.suffix in (".safetensors", ".ckpt", ".pth"))
         if part == "controlnet" and lone and not (self.path / "config.json").is_file():
             raise ModelError(f"{self.path}: a folder without config.json", f"give the file itself: {lone[0]}")
-        config = read_json(self._folder(part) / "config.json", f"the config of {said(part)} in diffusers' layout")
+        config = read_json(self._folder(part) / "config.json", f"the config of {in_words(part)} in diffusers' layout")
         if part == "controlnet":
             config = self._net_config(config)
         return completed(config, str(config.get("_class_name")), self.path)
@@ -83,14 +83,14 @@ class Folder:
         weights: the weights decide."""
         name = config.get("_class_name")
         if not str(name).startswith("ControlNet"):
-            raise ModelError(f"{self.path}: config.json describes {name}, expected a {NET}")
+            raise ModelError(f"{self.path}: config.json describes {name}, expected a {NET_CLASS}")
         here = weights_among((path.name for path in self.path.glob("*")), STEMS["controlnet"])
         mark = self.headers("controlnet").get(UNION_MARK) if here else None
-        if mark is None and (here or name == NET):
-            if name != NET:
+        if mark is None and (here or name == NET_CLASS):
+            if name != NET_CLASS:
                 raise ModelError(f"{self.path}: config.json describes {name}, but the weights are not a union's")
             return config
-        return config | {"_class_name": UNION} | ({"num_control_type": mark.shape[0]} if mark else {})
+        return config | {"_class_name": UNION_CLASS} | ({"num_control_type": mark.shape[0]} if mark else {})
 
     def headers(self, part: str) -> dict[str, Header]:
         return {k: h for file in weight_files(self._folder(part), STEMS[part]) for k, h in read_header(file)[0].items()}
@@ -102,8 +102,8 @@ class Folder:
         return renewed(state) if part == "vae" else state
 
     def prediction(self) -> str | None:
-        if self.said:
-            return self.said
+        if self.prediction_given:
+            return self.prediction_given
         path = self.path / "scheduler" / "scheduler_config.json"
         return PREDICTIONS.get(read_json(path, "").get("prediction_type", "epsilon")) if path.is_file() else None
 
@@ -114,12 +114,12 @@ class Folder:
         return read_json(self.path / "model_index.json", "a base in diffusers' layout")
 
     def predicting(self, prediction: str) -> Folder:
-        return replace(self, said=prediction)
+        return replace(self, prediction_given=prediction)
 
     def scheduler(self) -> dict[str, Any]:
         config = read_json(self.path / "scheduler" / "scheduler_config.json", "the scheduler's config")
         completed(config, str(config.get("_class_name")), self.path)
-        return config | ({"prediction_type": self.said} if self.said else {})
+        return config | ({"prediction_type": self.prediction_given} if self.prediction_given else {})
 
     def _folder(self, part: str) -> Path:
         return self.path if part == "controlnet" else self.path / part
@@ -163,7 +163,7 @@ def _write_base(stored: Stored, folder: Path, scheduler: dict[str, Any]) -> None
             state = public_text_state(state)
         _write_json(folder / part / "config.json", stored.config(part))
         write_tensors(folder / part / f"{STEMS[part]}.safetensors", state)
-    for name in family_for(stored.config("unet")).tokenizers:
+    for name in family_of_config(stored.config("unet")).tokenizers:
         with TemporaryDirectory() as spare:
             shutil.copytree(stored.tokenizer(name, Path(spare)), folder / name, copy_function=shutil.copyfile)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

@@ -24,8 +24,7 @@ def model_hash(model: Path) -> str:
         else sorted(
             path
             for path in folder.rglob("*")
-            if path.suffix in (".safetensors", ".bin", ".pth")
-            and not path.relative_to(folder).parts[0].startswith("controlnet-")
+            if path.suffix in (".safetensors", ".bin", ".pth") and not _of_a_net(path.relative_to(folder))
         )
     )
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
@@ -40,6 +39,11 @@ def model_hash(model: Path) -> str:
     with contextlib.suppress(OutputError):  # a read-only home: the hash is right all the same
         write_file(memory, total.hexdigest().encode())
     return total.hexdigest()
+
+
+def _of_a_net(path: Path) -> bool:
+    """Whether a path in a base's folder is in a folder for a ControlNet: `controlnet`, `controlnet-canny`, ..."""
+    return len(path.parts) > 1 and path.parts[0].startswith("controlnet")
 
 
 def file_sha256(path: Path) -> str:

@@ -11,8 +11,17 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import SDXL, SUPPORTED, Family, family_for, family_name, family_of
-from controlnet.model.files.stored import CONFIGS, NET, PREDICTIONS, UNION, UNION_MARK, Stored, said, text_state
+from controlnet.model.files.families import SDXL, SUPPORTED, Family, family_by_width, family_name, family_of_config
+from controlnet.model.files.stored import (
+    CONFIGS,
+    NET_CLASS,
+    PREDICTIONS,
+    UNION_CLASS,
+    UNION_MARK,
+    Stored,
+    in_words,
+    text_state,
+)
 from controlnet.model.files.strangers import stranger
 from controlnet.model.files.tensors import Header, is_safetensors, read_header, read_tensors, write_tensors
 from controlnet.model.files.tokenizer import write_tokenizer
@@ -31,14 +40,14 @@ class SingleFile:
     """One file: a base, a ControlNet, or both (the ControlNets of version 1.0)."""
 
     path: Path
-    said: str | None = None
+    prediction_given: str | None = None
     """What the model predicts, if the caller said so."""
     _headers: dict[str, Header] = field(init=False, repr=False)
     _metadata: dict[str, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._headers, self._metadata = read_header(self.path)
-        refused = stranger(self._headers, also=not self.parts)
+        refused = stranger(self._headers, with_parts=not self.parts)
         if refused or not self.parts:
             what = refused or f"unknown names (the first: {next(iter(self._headers), 'nothing')})"
             raise ModelError(
@@ -103,7 +112,7 @@ class SingleFile:
         widths = [h.shape[1] for n, h in inside.items() if n.endswith("attn2.to_k.weight") and len(h.shape) == 2]
         added = any(".label_emb." in f".{n}" or ".add_embedding." in f".{n}" for n in inside)
         width = widths[0] if widths else None
-        family = family_of(width, added) if widths or not added else SDXL  # its small nets have no attention
+        family = family_by_width(width, added) if widths or not added else SDXL  # its small nets have no attention
         if family is None or not family.supported:
             found = family.name if family else family_name({"cross_attention_dim": width})
             known = " or ".join(f.name for f in SUPPORTED)
@@ -116,7 +125,7 @@ class SingleFile:
     def config(self, part: str) -> dict[str, Any]:
         if part not in self.parts:
             raise ModelError(
-                f"{self.path}: holds no {said(part, '')}, only: {', '.join(map(said, self.parts))}",
+                f"{self.path}: holds no {in_words(part, '')}, only: {', '.join(map(in_words, self.parts))}",
                 "a whole model in one file, or a folder in diffusers' layout",
             )
         if part in self._written:
@@ -133,7 +142,7 @@ class SingleFile:
             unet["sample_size"] = self.family.sample_sizes.get(self.prediction() or "", unet["sample_size"])
             return unet
         unet = {k: v for k, v in unet.items() if k not in ("up_block_types", "sample_size", "out_channels")}
-        net = {"_class_name": NET, "conditioning_embedding_out_channels": self._hint_widths()}
+        net = {"_class_name": NET_CLASS, "conditioning_embedding_out_channels": self._hint_widths()}
         return unet | net | self._attention() | self._union()
 
     def _attention(self) -> dict[str, Any]:
@@ -161,7 +170,7 @@ class SingleFile:
         types, width = self._headers[UNION_MARK].shape
         layers = {name.split(".")[1] for name in self._headers if name.startswith("transformer_layes.")}
         return {
-            "_class_name": UNION,
+            "_class_name": UNION_CLASS,
             "num_control_type": types,
             "num_trans_channel": width,
             "num_trans_layer": len(layers),
@@ -202,8 +211,8 @@ class SingleFile:
         return names.linear_attention(renamed) if part == "vae" else renamed
 
     def prediction(self) -> str | None:
-        if self.said:
-            return self.said
+        if self.prediction_given:
+            return self.prediction_given
         said = self._metadata.get("modelspec.prediction_type") or self._metadata.get("modelspec.predict_key") or ""
         return PREDICTIONS.get(said.lower())
 
@@ -216,10 +225,10 @@ class SingleFile:
         return self.family.index
 
     def predicting(self, prediction: str) -> SingleFile:
-        return replace(self, said=prediction)
+        return replace(self, prediction_given=prediction)
 
     def scheduler(self) -> dict[str, Any]:
-        if "scheduler" in self._written and not self.said:
+        if "scheduler" in self._written and not self.prediction_given:
             return dict(self._written["scheduler"])
         known = self.family.predictions
         prediction = self.prediction() or (known[0] if len(known) == 1 else None)
@@ -242,7 +251,7 @@ def write_single(stored: Stored, out: Path) -> None:
     if "unet" in configs:
         _check_base(stored, configs)
         configs["scheduler"] = stored.scheduler()
-    family = family_for(configs.get("unet") or configs["controlnet"])
+    family = family_of_config(configs.get("unet") or configs["controlnet"])
     for part in stored.parts:
         tensors |= _renamed(family, part, configs[part], stored.state(part))
     metadata = {CONFIGS: json.dumps(configs, sort_keys=True)}
@@ -269,7 +278,7 @@ def _renamed(family: Family, part: str, config: dict, state: dict[str, Tensor]) 
 def _check_net(config: dict[str, Any]) -> None:
     """Raises ModelError for a ControlNet with a part that the layout has no names for."""
     strange = {
-        "types of conditions": config.get("_class_name") == UNION,
+        "types of conditions": config.get("_class_name") == UNION_CLASS,
         "single convolutions": config.get("copy") == "lite",
         "hint encoder": config.get("hint_encoder", "released") != "released",
     }
@@ -284,7 +293,7 @@ def _check_base(stored: Stored, configs: dict[str, Any]) -> None:
             f"{stored.path}: its VAE is an {kind}, which the original layout does not have", "--to diffusers"
         )
     width = configs["unet"].get("cross_attention_dim")
-    family = family_of(width, bool(configs["unet"].get("addition_embed_type")))
+    family = family_by_width(width, bool(configs["unet"].get("addition_embed_type")))
     if family is None or not family.supported:
         raise ModelError(
             f"{stored.path}: text features of width {width}; expected"

@@ -16,7 +16,7 @@ STEMS = {
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The networks that a base may have."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-NET, UNION = "ControlNetModel", "ControlNetUnionModel"
+NET_CLASS, UNION_CLASS = "ControlNetModel", "ControlNetUnionModel"
 """The classes of diffusers that control."""
 UNION_MARK = "task_embedding"
 """A tensor that unions alone have, (types, width)."""
@@ -77,7 +77,7 @@ def public_text_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k if k.startswith("text_projection") else f"text_model.{k}": t for k, t in state.items()}
 
 
-def said(part: str, article: str = "a ") -> str:
+def in_words(part: str, article: str = "a ") -> str:
     words = {
         "controlnet": "ControlNet",
         "unet": "UNet",

@@ -25,11 +25,12 @@ PARTS = {
     "down_blocks.0.resnets.": "the UNet of a base in diffusers' names, without its config",
     "decoder.conv_in.weight": "a VAE: give it as --vae",
 }
-"""The same for parts of bases, which a whole base or a ControlNet has too."""
+"""The same for parts of bases. Checked only in files that hold no base and no ControlNet, since those have such names
+too."""
 
 
-def stranger(names: Iterable[str], also: bool = False) -> str:
-    """What a file with tensors of these names is, if it is one of STRANGERS (`also`: or of PARTS), else ''."""
+def stranger(names: Iterable[str], with_parts: bool = False) -> str:
+    """What a file with tensors of these names is, if it is one of STRANGERS, or also of PARTS, else ''."""
     names = list(names)
-    marks = STRANGERS | PARTS if also else STRANGERS
+    marks = STRANGERS | PARTS if with_parts else STRANGERS
     return next((what for mark, what in marks.items() if any(mark in name for name in names)), "")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Bytes; torch's own memory begins at multiples of it, and kernels round otherwise where memory does not."""
+"""Bytes. torch allocates memory at multiples of it; at other addresses some kernels round differently."""
 
 
 @dataclass(frozen=True)

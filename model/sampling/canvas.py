@@ -1,10 +1,11 @@
-"""The canvas: the pixel size of the image to be generated, and the one function that brings a condition to it.
+"""The canvas: the pixel size of the image to be generated, how it is chosen, and how a condition is brought to it.
 
 Sampling and training both call `to_canvas`, so a network samples with maps that look like those it was trained on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from controlnet.model.base import Base
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.skeleton import draw
@@ -50,3 +52,35 @@ def on_canvas(condition: Condition, size: tuple[int, int]) -> Condition:
 def condition_tensor(condition: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float in [0, 1], the range of every condition here."""
     return torch.from_numpy(np.array(condition)).permute(2, 0, 1).float() / 255
+
+
+DETECTED = 512
+"""Pixels of the shorter side of a map that is detected for a canvas."""
+
+
+def detection_size(canvas: tuple[int, int]) -> tuple[int, int]:
+    """Size (width, height) of the map to detect for a canvas: the same aspect, in multiples of 8."""
+    ratio = DETECTED / min(canvas)
+    width, height = (round(side * ratio / 8) * 8 for side in canvas)
+    return width, height
+
+
+def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The default canvas (width, height) for a condition: the one of the base's trained sizes with the nearest aspect.
+    If it was trained on one size: the condition's aspect, with the shorter side native, in multiples of 8."""
+    native, step = base.native_size, base.factor
+    if condition_size is None:
+        return native, native
+    width, height = condition_size
+    if base.sizes:
+        return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+    ratio = native / min(width, height)
+    width, height = (max(step, round(side * ratio / step) * step) for side in (width, height))
+    return width, height
+
+
+def trained_sizes(base: Base) -> list[tuple[int, int]]:
+    """The canvases (width, height) that the base was trained on: its family's, scaled if it was tuned at another native
+    size. Empty for a family without such a list."""
+    step, scale = base.factor, base.native_size / base.sizes[0][0] if base.sizes else 1
+    return [(round(width * scale / step) * step, round(height * scale / step) * step) for width, height in base.sizes]

@@ -5,7 +5,6 @@ Reads and writes no files; `work/studio.py` reads, the commands write.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +25,7 @@ from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
 BATCH = 4
-"""How many images are sampled together. It bounds the memory; no image depends on it."""
+"""How many images are sampled together. It bounds the memory; no image depends on it, up to rounding."""
 
 
 Texts = tuple[str | None, str | None]
@@ -41,8 +40,8 @@ class Request:
     seed: int
     conditions: tuple[np.ndarray, ...] = ()
     """One for each ControlNet: (H, W, 3) uint8 on the canvas."""
-    kinds: tuple[str, ...] = ()
-    """Of the conditions, for ControlNets that tell kinds apart; alike in all requests."""
+    types: tuple[int, ...] = ()
+    """Of the conditions, for ControlNets that tell types apart; alike in all requests."""
     negative: str | None = ""
     """None is no prompt at all (see `Base.zeros_for_none`)."""
     prompt2: str | None = None
@@ -65,8 +64,8 @@ class Encoded:
     prompts: dict[tuple[Texts, int], Prompt] = field(default_factory=dict)
     """The key is the texts and the number of layers skipped."""
     features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
-    """The key is the `id` of network and condition; the condition is kept with its feature, so that the `id` stays its
-    own."""
+    """The key is the `id` of network and condition. The condition is kept with its feature, so that Python gives its
+    `id` to no other."""
 
     def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int) -> None:
         """Encode the texts that are new, and forget the prompts of all others."""
@@ -112,7 +111,7 @@ def generate(
     clip_skip: int = 0,
     ids: Tensor | None = None,
 ) -> Iterator[np.ndarray]:
-    """An image (H, W, 3) uint8 for each request, in order; no image depends on the others.
+    """An image (H, W, 3) uint8 for each request, in order; up to rounding, no image depends on the others.
 
     `size` is (width, height) in pixels. `size`, `guidance`, `scheduler` and the halves of the guidance that control
     acts on default to the base's own. `clip_skip` is the number of layers left out at the end of the text encoders.
@@ -135,8 +134,10 @@ def generate(
             encoded.prepare(base, networks, group)
         prompt = encoded.prompt(prompts, clip_skip, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, ids) if guided else None
-        controls = [
-            ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].kinds[k : k + 1])
+        controls = [  # of type 0 where the requests name none
+            ActiveNet(
+                net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].types[k : k + 1]
+            )
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))
         ]
 
@@ -176,15 +177,8 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-DETECTED = 512
-"""Pixels of the shorter side of a map that is detected for a canvas."""
-
-
-def detection_size(canvas: tuple[int, int]) -> tuple[int, int]:
-    """Size (width, height) of the map to detect for a canvas: the same aspect, in multiples of 8."""
-    ratio = DETECTED / min(canvas)
-    width, height = (round(side * ratio / 8) * 8 for side in canvas)
-    return width, height
+TILE = 512
+"""Pixels of the side of the tiles that `low_memory` decodes in."""
 
 
 def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
@@ -194,7 +188,7 @@ def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
     width, height = size
     config = base.vae.config
     channels = (config.get("block_out_channels") or config.decoder_block_out_channels)[0]
-    decoder = 14 * channels * (DETECTED**2 if low_memory else width * height)
+    decoder = 14 * channels * (TILE**2 if low_memory else width * height)
     cells = width * height / base.factor**2
     unet = 40 * base.unet.config.block_out_channels[0] * cells * (1 if low_memory else 2)
     needed, free = max(decoder, unet) * base.dtype.itemsize, free_memory(base.device)
@@ -211,24 +205,3 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:
-    """The default canvas (width, height) for a condition: the one of the base's trained sizes with the nearest aspect.
-    If it was trained on one size: the condition's aspect, with the shorter side native, in multiples of 8."""
-    native, step = base.native_size, base.factor
-    if condition_size is None:
-        return native, native
-    width, height = condition_size
-    if base.sizes:
-        return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
-    ratio = native / min(width, height)
-    width, height = (max(step, round(side * ratio / step) * step) for side in (width, height))
-    return width, height
-
-
-def trained_sizes(base: Base) -> list[tuple[int, int]]:
-    """The canvases (width, height) that the base was trained on: its family's, scaled if it was tuned at another native
-    size. Empty for a family without such a list."""
-    step, scale = base.factor, base.native_size / base.sizes[0][0] if base.sizes else 1
-    return [(round(width * scale / step) * step, round(height * scale / step) * step) for width, height in base.sizes]

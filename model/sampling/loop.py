@@ -30,8 +30,8 @@ class ActiveNet:
     net: Net
     feature: Tensor
     strength: Strength = field(default_factory=Strength)
-    kind: str = ""
-    """Of its condition, for networks that tell kinds apart."""
+    type: int = 0
+    """Of its condition, for networks that tell types apart."""
 
 
 def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
@@ -46,7 +46,7 @@ def passes_of(controls: Sequence[ActiveNet]) -> list[list[ActiveNet]]:
     passes: dict[Any, list[ActiveNet]] = {}
     for i, one in enumerate(controls):
         how = one.strength
-        alike = (one.net, how.weighting, how.control_on, id(how.region)) if one.net.kinds else i
+        alike = (one.net, how.weighting, how.control_on, id(how.region)) if one.net.types else i
         passes.setdefault(alike, []).append(one)
     return list(passes.values())
 
@@ -107,7 +107,7 @@ class Evaluation:
         self.guided = negative is not None and guidance != 1
         self.negative = negative.rows(len(prompt)) if negative is not None and self.guided else prompt
         together = self.guided and not halves_apart
-        self.both = Prompt.cat([self.negative, prompt]) if together else prompt  # 2B rows, or B
+        self.rows = Prompt.cat([self.negative, prompt]) if together else prompt  # 2B, or B
         self.times = embed_times(unet, times, unet.dtype)  # (n, 4C)
         self.begun = {one.net: one.net.begin(times, unet.dtype) for one in controls}
         self._joined: dict[Any, Any] = {}
@@ -115,12 +115,12 @@ class Evaluation:
     def __call__(self, z_t: Tensor, i: int) -> Tensor:
         """The prediction (B, C, h, w) for z_t (B, C', h, w) in evaluation i."""
         z = z_t.to(self.unet.dtype).contiguous(memory_format=torch.channels_last)
-        out = self._predict(z, i, self.both, self.passes).to(z_t.dtype)
+        out = self._predict(z, i, self.rows, self.passes).to(z_t.dtype)
         if not self.guided:
             return out
         if self.halves_apart:
-            everywhere = [together for together in self.passes if together[0].strength.control_on != "cond"]
-            out = torch.cat([self._predict(z, i, self.negative, everywhere).to(z_t.dtype), out])
+            in_both = [together for together in self.passes if together[0].strength.control_on != "cond"]
+            out = torch.cat([self._predict(z, i, self.negative, in_both).to(z_t.dtype), out])
         without, with_prompt = out.chunk(2)
         return without + self.guidance * (with_prompt - without)
 
@@ -140,9 +140,9 @@ class Evaluation:
             alone = strength.control_on == "cond" and len(prompt) > len(self.prompt)
             time = self.begun[net][i : i + 1]
             control = net.control(z, time, self.prompt if alone else prompt, self._join(net, acting))
-            control = strength.apply(control, acting[0][1] if len(acting) == 1 else 1.0)
+            control = strength.apply(control, acting[0][1] if len(acting) == 1 else 1.0)  # several: scaled by `_join`
             if alone:
-                control = control.for_conditional_half()
+                control = control.zero_in_unconditional_half()
             total = control if total is None else total + control
         return total
 
@@ -150,6 +150,6 @@ class Evaluation:
         """What the network reads of the conditions that act, computed once as long as they and their scales stay."""
         key = tuple((id(one), scale) for one, scale in acting)
         if key not in self._joined:
-            rows = [(one.feature, one.kind, scale) for one, scale in acting]
+            rows = [(one.feature, one.type, scale) for one, scale in acting]
             self._joined[key] = net.join(*zip(*rows, strict=True))
         return self._joined[key]

@@ -14,6 +14,7 @@ from controlnet.model.nets import NETWORKS, load_controlnet
 from controlnet.model.registry import TINY_HINT_WIDTHS
 from controlnet.model.training.config import CHOICES, TrainConfig
 from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.kinds import union_kinds
 
 
 def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
@@ -40,9 +41,9 @@ def _fresh(base: Base, config: TrainConfig) -> ControlNet:
 
 def _existing(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
     net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name)
-    if net.kinds is not None:
+    if net.types is not None:
         raise ModelError(
-            f"{config.start_from}: a union of {', '.join(net.kinds)}, which is not trained here",
+            f"{config.start_from}: a union of {', '.join(union_kinds(net.types))}, which is not trained here",
             "--set start_from=DIR of a ControlNet for one kind",
         )
     form = {"hint": net.hint, "copy": net.config.get("copy", "full"), "convolutions": "zero"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from controlnet.preprocessors.errors import ControlNetError, InputError, OutputE
 from controlnet.preprocessors.files import decoded, is_dir, is_file
 from controlnet.preprocessors.jsons import read_object
 
+TOGETHER = 4
+"""How many images are sampled together. It bounds the memory; no image depends on it but for rounding."""
 EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
 
 
@@ -118,12 +122,34 @@ def spread(job: Job) -> list[Job]:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An image to be made: its job and seed, and where it goes (None: standard output)."""
+    """An image that is asked for: its job and seed, and where it goes (None: standard output)."""
 
     name: str
     job: Job
     seed: int
     path: Path | None
+    there: bool = False
+    """Whether it is there already, and stays."""
+    unit: int = 0
+    """Images of one unit are made by one process, those that agree in everything shared at once (see `in_units`)."""
+
+    @property
+    def content(self) -> str:
+        """What tells the image from all others that are asked for."""
+        return json.dumps([self.job.content, self.seed, str(self.path)])
+
+
+def in_units(wanted: list[Wanted], by_job: bool = False) -> list[list[Wanted]]:
+    """The images in groups that are made together: up to TOGETHER neighbours that look alike. The groups do not depend
+    on what is there already or on who makes them, so an image is the same, bit for bit, in every shard and after every
+    interruption. With `by_job` all images of a job are one group."""
+    looks = {id(one.job): id(one.job) if by_job else one.job.looks() for one in wanted}
+    units: list[list[Wanted]] = []
+    for _, alike in groupby(wanted, lambda one: looks[id(one.job)]):
+        images = list(alike)
+        size = len(images) if by_job else TOGETHER
+        units += [images[i : i + size] for i in range(0, len(images), size)]
+    return [[replace(one, unit=number) for one in unit] for number, unit in enumerate(units)]
 
 
 def targets(
@@ -132,16 +158,17 @@ def targets(
     skip_existing: bool,
     failed: Callable[[str, ControlNetError], None],
     keep_best: int | None = None,
-    on_kept: Callable[[Path, int], None] = lambda path, seed: None,
+    sharded: bool = False,
 ) -> list[Wanted]:
-    """The images to be made. A job fails if its output path is taken; `on_kept` gets the path and seed of a file that
-    stays. `keep_best` of a job's images are written, by default all; a single one may have a file name of its own."""
+    """The images that are asked for, also those that are there already and stay. A job fails if its output path is
+    taken. `keep_best` of a job's images are written, by default all; a single one may have a file name of its own. Of
+    `sharded` jobs others make images meanwhile, and seeds that are not given follow from the job."""
     wanted: list[Wanted] = []
     taken: dict[Path | None, str] = {}
     several = sum(keep_best or job.num for _, job in jobs) > 1
     for name, job in jobs:
         try:
-            seeded = job.seeded()
+            seeded = job.seeded(fixed=sharded)
             assert seeded.seed is not None
             images: list[Wanted] = []
             for seed in range(seeded.seed, seeded.seed + job.num):
@@ -151,14 +178,18 @@ def targets(
                 if images and images[0].path == path:  # the best one goes there
                     images.append(Wanted(name, seeded, seed, path))
                     continue
-                if job.seed is None and skip_existing and path is not None and path.name == default.name:
+                if (
+                    job.seed is None
+                    and skip_existing
+                    and not sharded
+                    and path is not None
+                    and path.name == default.name
+                ):
                     raise UsageError("without a seed its images have new names each time", "--seed 1")
                 if path in taken:
                     raise OutputError(f"{path}: {taken[path]} is written there too", "a seed or an out of its own")
-                if path is not None and keeps(path, overwrite, skip_existing):
-                    on_kept(path, seed)
-                else:
-                    images.append(Wanted(name, seeded, seed, path))
+                there = path is not None and keeps(path, overwrite, skip_existing or sharded)
+                images.append(Wanted(name, seeded, seed, path, there))
                 if path is not None:
                     taken[path] = name
             wanted += images

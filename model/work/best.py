@@ -48,7 +48,7 @@ def best(
     images: Iterator[Image], count: int, studio: Studio, failed: Failed, say: Callable[[str], None]
 ) -> Iterator[Image]:
     """Of each job's images the `count` that keep best to their conditions, in the order of their seeds, with `score` in
-    their records: the mean over the conditions of the score that tells most of each."""
+    their records: the mean of each condition's main score."""
     scorer = Scorer(studio.offline)
 
     def scored(image: Image) -> Image:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from controlnet.model.control.modes import WEIGHTINGS
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import exists
+from controlnet.preprocessors.kinds import union_kinds
 
 if TYPE_CHECKING:
     from controlnet.model.control.strength import Strength
@@ -119,9 +120,10 @@ def check_window(flag: ConditionFlag, strength: Strength, evaluations: int) -> N
     )
 
 
-def check_kind(flag: ConditionFlag, kind: str, net: str, kinds: tuple[str, ...] | None) -> None:
-    """Raises UsageError for a kind that is not among those that a network can tell apart."""
-    if kinds is None or kind in kinds:
+def check_kind(flag: ConditionFlag, kind: str, net: str, types: int | None) -> None:
+    """Raises UsageError for a kind that is not among the types that a network can tell apart."""
+    kinds = union_kinds(types or 0)
+    if types is None or kind in kinds:
         return
     near = difflib.get_close_matches(kind, kinds, 1)
     raise UsageError(

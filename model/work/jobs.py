@@ -8,6 +8,7 @@ weighting). To add one: a field here, and its use in `studio.py`, which hands it
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import random
@@ -24,7 +25,7 @@ from controlnet.model.work.outputs import is_folder
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError
 from controlnet.preprocessors.files import exists, is_file
 from controlnet.preprocessors.kinds import KINDS
-from controlnet.preprocessors.metadata import kind_of, text_of
+from controlnet.preprocessors.metadata import kind_of, size_of, text_of
 
 MAX_NUM = 10_000
 MAX_SIDE = 100_000
@@ -84,7 +85,7 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 
 
 def _told_size(name: str, value: Any) -> tuple[int, int]:
-    """A size that is told, not made: any."""
+    """A size that is only told to the base, not made: any."""
     texts = re.split("[x,]", value) if isinstance(value, str) else value
     texts = [texts] if isinstance(texts, int) else texts
     if not isinstance(texts, (list, tuple)) or len(texts) not in (1, 2):
@@ -236,9 +237,25 @@ class Job:
         """The values that images sampled together must share, as one text."""
         return json.dumps([getattr(self, name) for name, option in OPTIONS.items() if option.shared])
 
-    def seeded(self) -> Job:
-        """The job with a random seed if it has none."""
-        return self if self.seed is not None else replace(self, seed=random.randrange(2**31))
+    @property
+    def content(self) -> str:
+        """All that is asked for, as text."""
+        return json.dumps([getattr(self, name) for name in OPTIONS], default=str)
+
+    def looks(self) -> str:
+        """What tells, without a model, which images can be made together: flags, and the size of the first condition's
+        picture where it decides the canvas."""
+        acts = [(flag.net, flag.kind, flag.detect, flag.scale, flag.start, flag.end, str(flag.weighting), flag.region)
+                for flag in self.cond]  # fmt: skip
+        size = size_of(self.cond[0].path) if self.cond and self.size is None else None
+        return self.shared() + json.dumps([acts, self.mode, str(self.weighting), size])
+
+    def seeded(self, fixed: bool = False) -> Job:
+        """The job with a seed if it has none: random, or `fixed` by what is asked for."""
+        if self.seed is not None:
+            return self
+        digest = int(hashlib.sha256(self.content.encode(errors="surrogateescape")).hexdigest(), 16)
+        return replace(self, seed=digest % 2**31 if fixed else random.randrange(2**31))
 
     @property
     def stem(self) -> str:

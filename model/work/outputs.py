@@ -54,4 +54,9 @@ def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
         return False
     if skip_existing:
         return True
-    raise OutputError(f"{path}: exists already", "add --overwrite to replace it, or --skip-existing to leave it")
+    raise exists_already(path)
+
+
+def exists_already(path: Path | None) -> OutputError:
+    """The error for a result that is in the way."""
+    return OutputError(f"{path}: exists already", "add --overwrite to replace it, or --skip-existing to leave it")

@@ -71,9 +71,9 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
 
 
 def stop_without_parent() -> None:
-    """In a process that `launch` started: stop, and save, when the one that started it is gone. Before training has its
-    own handler of ORPHANED there is nothing to save; a process that then waits for one that is gone, where no Python
-    runs and so no handler, is ended from here."""
+    """In a process that `launch` started: when the one that started it is gone, save and stop. Until training installs
+    its handler of ORPHANED there is nothing to save. A process that is blocked in native code, waiting for another one
+    that is gone, never runs a handler of Python: this thread ends it after GRACE seconds."""
     parent = int(os.environ.get(PARENT, 0))
     if not parent:
         return

@@ -68,7 +68,7 @@ def source_of(name: str) -> str:
     return known.source if known else name
 
 
-def embedded() -> list[str]:
+def default_weights() -> list[str]:
     """The default detectors' weights that come from the package index."""
     names = dict.fromkeys(find_detector(kind).weights for kind in DETECTORS)
     return [name for name in names if name and weights.WEIGHTS[name].file]
@@ -87,8 +87,8 @@ def pull(name: str, update: bool = False, on_bytes: Callable[[int, int], None] =
 
 
 def checkable() -> list[str]:
-    """What `verify` can say something about: models that came with the package or were fetched by it. Nobody knows what
-    others, which another program has put into the hub's cache, were."""
+    """The models that `verify` can check: those that came with the package or were fetched by it. For models that
+    another program has put into the hub's cache there are no hashes."""
     locked = hub.revisions()
     names = [row.name for row in rows() if row.here and _is_checked(row.name, locked)]
     fetched = {source_of(name) for name in names if name not in weights.WEIGHTS}

@@ -24,21 +24,12 @@ from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import recorded_name
-from controlnet.model.sampling.canvas import on_canvas, to_canvas
-from controlnet.model.sampling.generate import (
-    BATCH,
-    Encoded,
-    Request,
-    canvas_size,
-    check_memory,
-    detection_size,
-    generate,
-    trained_sizes,
-)
+from controlnet.model.sampling.canvas import canvas_size, detection_size, on_canvas, to_canvas, trained_sizes
+from controlnet.model.sampling.generate import Encoded, Request, check_memory, generate
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.training.runfolder import RunFolder
-from controlnet.model.work.batch import Wanted
+from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
     ConditionFlag,
     check_kind,
@@ -56,6 +47,7 @@ from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
+from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.metadata import dump, kind_of, load, sha256
 from controlnet.preprocessors.stage_one import MAKING, stage_one, version
 
@@ -104,8 +96,8 @@ class Prepared:
     def request(self) -> Request:
         maps = tuple(one.map for one in self.acting)
         job = self.job
-        kinds = tuple(one.entry["kind"] for one in self.acting)
-        return Request(job.prompt, self.wanted.seed, maps, kinds, job.negative, job.prompt2, job.negative2)
+        types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in self.acting)
+        return Request(job.prompt, self.wanted.seed, maps, types, job.negative, job.prompt2, job.negative2)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -155,8 +147,8 @@ class Studio:
         """Yield one image after another. `failed` is called for each job that fails, and the rest goes on. `on_step` is
         called with the number of images made, fractions included."""
         made = 0
-        together = 1 if self.low_memory else BATCH
-        for _, alike in groupby(self._prepare(wanted, failed), lambda one: one.shared):
+        together = 1 if self.low_memory else TOGETHER
+        for _, alike in groupby(self._prepare(wanted, failed), lambda one: (one.wanted.unit, one.shared)):
             while group := list(islice(alike, together)):
                 try:
                     yield from self._sample(group, partial(_tell, on_step, made))
@@ -185,6 +177,7 @@ class Studio:
             job.scheduler,
             on_step,
             first.encoded,
+            batch=TOGETHER,
             clip_skip=job.clip_skip,
             ids=first.base.size_ids(job.size or (0, 0), job.original_size, job.crop or (0, 0), job.target_size),
         )
@@ -241,7 +234,7 @@ class Studio:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
         net, net_hash = self.net(job.base, job.vae, source)
-        check_kind(flag, condition.kind, recorded_name(source), net.kinds)
+        check_kind(flag, condition.kind, recorded_name(source), net.types)
         map_ = self.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
         region, region_entry = self.region(flag.region, job.size) if flag.region else (None, {})

@@ -24,7 +24,8 @@ from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import dumps, object_or_empty
-from controlnet.preprocessors.metadata import dump, sha256
+from controlnet.preprocessors.metadata import dump, load, sha256, text_of
+from controlnet.preprocessors.shards import WHOLE, Shard
 from controlnet.preprocessors.stage_one import record, stage_one
 from controlnet.preprocessors.workers import workers
 
@@ -40,31 +41,48 @@ def build(
     resize: str = "crop",
     jobs: int | None = None,
     on_pair: Callable[[int], None] = lambda done: None,
-) -> tuple[dict, list[str]]:
+    part: Shard = WHOLE,
+) -> tuple[dict | None, list[str]]:
     """Make a data set from photos in `out`, in parallel; pairs already made there from the same photo with the same
-    options are kept. Returns the manifest and the errors. Raises InputError when no photo could be used, OutputError
-    when nothing could be written, UsageError when `out` holds another data set."""
+    options are kept. Returns the manifest and the errors. The last shard to finish writes metadata and manifest; the
+    others' manifest is None.
+
+    Raises InputError when no photo could be used, OutputError when nothing could be written, UsageError when `out`
+    holds another data set.
+    """
     names = _names(found)
     _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
 
-    # In parallel, collected as they finish; the rows are sorted below.
-    rows: dict[str, dict] = {}
-    failed: list[ControlNetError] = []
-    work = [(pair, name, out, kind, options, size, resize) for pair, name in zip(found.pairs, names, strict=True)]
+    # In parallel, in any order; the rows are sorted below.
+    work = {name: pair for name, pair in zip(names, found.pairs, strict=True) if part.holds(name)}
+    errors: dict[str, ControlNetError] = {}
     with workers(jobs) as pool:
-        for done, future in enumerate(as_completed([pool.submit(_build_pair, *one) for one in work]), 1):
+        futures = {pool.submit(_build_pair, pair, name, out, kind, options, size, resize): name
+                   for name, pair in work.items()}  # fmt: skip
+        for done, future in enumerate(as_completed(futures), 1):
             try:
-                row = future.result()
-                rows[row["file_name"]] = row
+                future.result()
             except ControlNetError as error:
-                failed.append(error)
+                errors[futures[future]] = error
             on_pair(done)
-    if not rows:
-        kind_of_error = OutputError if isinstance(failed[0], OutputError) else InputError
-        raise kind_of_error(f"{found.folder}: none of {len(work)} photos could be used; the first: {failed[0]}")
+    if len(errors) == len(names):
+        first = next(iter(errors.values()))
+        kind_of_error = OutputError if isinstance(first, OutputError) else InputError
+        raise kind_of_error(f"{found.folder}: none of {len(names)} photos could be used; the first: {first}")
+
+    # What the other shards could not use; they may not be done yet.
+    failed = {name: str(error) for name, error in errors.items()}
+    if part != WHOLE:
+        write_file(_report(out, part), (json.dumps(failed) + "\n").encode())
+        reports = [_report(out, Shard(number, part.count)) for number in range(1, part.count + 1)]
+        if not all(report.is_file() for report in reports):
+            return None, sorted(failed.values())
+        failed = {name: error for report in reports for name, error in object_or_empty(report.read_bytes()).items()}
 
     # The split, then metadata and manifest.
-    told = {f"images/{name}.png": pair.held_out for pair, name in zip(found.pairs, names, strict=True)}
+    pairs = {name: pair for name, pair in zip(names, found.pairs, strict=True) if name not in failed}
+    rows = {row["file_name"]: row for row in (_row(pair, name, out) for name, pair in pairs.items())}
+    told = {f"images/{name}.png": pair.held_out for name, pair in pairs.items()}
     _split(rows, {name: held_out for name, held_out in told.items() if held_out is not None})
     ordered = [rows[name] for name in sorted(rows)]
     lines = "".join(dumps(row) + "\n" for row in ordered)
@@ -77,11 +95,27 @@ def build(
         "resize": resize,
         "pairs": len(rows),
         "held_out": sum(row["split"] != "train" for row in ordered),
-        "failed": [str(error) for error in failed],
+        "failed": [failed[name] for name in sorted(failed)],
         "metadata_sha256": sha256(lines.encode()),
     }
     write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    return manifest, manifest["failed"]
+    return manifest, [str(errors[name]) for name in sorted(errors)]
+
+
+def _report(out: Path, part: Shard) -> Path:
+    """The file in which a shard says that it is done, and what failed."""
+    return out / f".controlnet-shard-{part.number}-of-{part.count}.json"
+
+
+def _row(pair: Pair, name: str, out: Path) -> dict:
+    """The row of a pair that is there; the photo's hash stands in the condition's PNG text."""
+    condition = f"conditions/{name}.png"
+    return {
+        "file_name": f"images/{name}.png",
+        "conditioning_image": condition,
+        "text": pair.caption,
+        "source_sha256": load(text_of(out / condition)).get("source_sha256", ""),
+    }
 
 
 def _check_same(out: Path, names: set[str], kind: str, size: tuple[int, int]) -> None:
@@ -114,29 +148,20 @@ def _names(found: Pairs) -> list[str]:
 
 def _build_pair(
     pair: Pair, name: str, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str
-) -> dict:
+) -> None:
     data = read_bytes(str(pair.image))
     image_path, condition_path = out / "images" / f"{name}.png", out / "conditions" / f"{name}.png"
     detector = find_detector(kind)
     chosen = detector.load_options()(**options)
     made = record(detector, chosen, size, resize, pair.image.name, sha256(data))
-    row = {
-        "file_name": f"images/{name}.png",
-        "conditioning_image": f"conditions/{name}.png",
-        "text": pair.caption,
-        "source_sha256": made["source_sha256"],
-    }
     if not (image_path.is_file() and condition_path.is_file() and made.items() <= _record_of(condition_path).items()):
         image, _ = read_image(data, str(pair.image))
         write_file(image_path, png_bytes(fit(image, size, resize)))
         condition = stage_one(image, detector.ready(chosen), size, resize, pair.image.name, made["source_sha256"])
         write_file(condition_path, png_bytes(condition.map, dump(condition.record)))
-    return row
 
 
 def _record_of(path: Path) -> dict:
-    from controlnet.preprocessors.metadata import load
-
     try:
         return load(read_image(path.read_bytes(), path.name)[1])
     except ControlNetError:

@@ -14,7 +14,17 @@ from controlnet.model.files.families.sd2 import SD2
 from controlnet.model.files.families.sdxl import REFINER, SDXL
 
 __all__ = [
-    "FAMILIES", "SD1", "SD2", "SDXL", "SUPPORTED", "VAE", "Encoder", "Family", "family_for", "family_name", "family_of",
+    "FAMILIES",
+    "SD1",
+    "SD2",
+    "SDXL",
+    "SUPPORTED",
+    "VAE",
+    "Encoder",
+    "Family",
+    "family_by_width",
+    "family_name",
+    "family_of_config",
     "scheduler_config",
 ]  # fmt: skip
 
@@ -22,20 +32,20 @@ FAMILIES = (SD1, SD2, SDXL, REFINER)
 SUPPORTED = tuple(family for family in FAMILIES if family.supported)
 
 
-def family_of(width: Any, added: bool) -> Family | None:
+def family_by_width(width: Any, added: bool) -> Family | None:
     """The family with text features of this width, with or without an added embedding; None if there is none."""
     return next((family for family in FAMILIES if (family.width, family.added) == (width, added)), None)
 
 
-def family_for(config: Mapping[str, Any]) -> Family:
+def family_of_config(config: Mapping[str, Any]) -> Family:
     """The family of a UNet's config, supported or not. An unknown one, such as `tiny`, gets a family with one text
     encoder."""
     width = config.get("cross_attention_dim")
-    return family_of(width, bool(config.get("addition_embed_type"))) or Family(family_name(config), 0)
+    return family_by_width(width, bool(config.get("addition_embed_type"))) or Family(family_name(config), 0)
 
 
 def family_name(config: Mapping[str, Any]) -> str:
     """The name of the family of a UNet's or ControlNet's config: SD 1.x, SD 2.x, SDXL, or the width of another."""
     width = config.get("cross_attention_dim")
-    family = family_of(width, bool(config.get("addition_embed_type")))
+    family = family_by_width(width, bool(config.get("addition_embed_type")))
     return family.name if family else f"another family (text features of width {width})"

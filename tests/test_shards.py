@@ -1,0 +1,161 @@
+"""Parts of many jobs that need not talk to each other: together they are what one command makes, byte for byte."""
+
+import json
+
+import numpy as np
+import pytest
+from controlnet.preprocessors.errors import Exit, OutputError, UsageError
+from controlnet.preprocessors.images import png_bytes
+from controlnet.preprocessors.shards import MANIFEST, WHOLE, Shard, claim, parse_shard
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(st.integers(1, 50), st.text())
+def test_every_content_is_in_one_shard(count, content):
+    holders = [i for i in range(1, count + 1) if Shard(i, count).holds(content)]
+    assert len(holders) == 1 and parse_shard(f"{holders[0]}/{count}") == Shard(holders[0], count)
+
+
+def test_shards_are_about_equal():
+    sizes = [sum(Shard(i, 4).holds(f"photo {n}") for n in range(4000)) for i in range(1, 5)]
+    assert sum(sizes) == 4000 and min(sizes) > 900
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3",
+      "SLURM_ARRAY_TASK_STEP": "2"}, Shard(3, 4)),
+    ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "2"}, Shard(1, 2)),
+    ({"RANK": "5", "WORLD_SIZE": "8"}, Shard(6, 8)),
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Shard(2, 2)),
+])  # fmt: skip
+def test_launchers(environment, expected):
+    assert parse_shard("auto", environment) == expected
+
+
+@pytest.mark.parametrize("text, environment", [
+    ("3/2", {}), ("0/2", {}), ("1", {}), ("a/b", {}), ("1/0", {}), ("-1/2", {}), ("", {}), ("auto", {}),
+    ("auto", {"RANK": "2", "WORLD_SIZE": "2"}), ("auto", {"RANK": "x", "WORLD_SIZE": "2"}),
+    ("auto", {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_STEP": "0"}),
+])  # fmt: skip
+def test_shards_that_cannot_be(text, environment):
+    with pytest.raises(UsageError):
+        parse_shard(text, environment)
+    assert parse_shard(None) == WHOLE
+
+
+def test_a_folder_belongs_to_shards_of_one_command(tmp_path):
+    claim(tmp_path, Shard(1, 3), ["a"])
+    claim(tmp_path, Shard(2, 3), ["a"])
+    claim(tmp_path, WHOLE, ["b"])
+    with pytest.raises(OutputError, match="other settings or jobs"):
+        claim(tmp_path, Shard(2, 3), ["b"])
+    with pytest.raises(OutputError, match="holds results of 3 shards"):
+        claim(tmp_path, Shard(2, 4), ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+@pytest.fixture
+def jobs(small_base_folder, tmp_path, monkeypatch):
+    """Twelve images in seven jobs: alike neighbours, other steps, several seeds, one without a seed, a bad line."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(7):
+        edges = (rng.random((64, 64)) < 0.1).astype(np.uint8) * 255
+        (tmp_path / f"{i}.canny.png").write_bytes(png_bytes(edges))
+        job = {"cond": f"{i}.canny.png,net={small_base_folder / 'net'}", "prompt": f"a cube {i}", "seed": 10 * i}
+        lines.append(job | ({"num": 3} if i in (1, 4) else {}) | ({"steps": 3} if i == 5 else {}))
+    del lines[2]["seed"]
+    lines.append({"nonsense": 1})
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--jobs", "jobs.jsonl", "--steps", 2, "--dtype", "float32", "-q", "-o"]
+    return ["generate", "--base", small_base_folder / "base", *flags]
+
+
+def images(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def test_shards_together_are_the_whole_byte_for_byte(run, jobs, tmp_path):
+    told = 0
+    for part in ("1/3", "2/3", "3/3"):
+        code, out, err = run(*jobs, "parts/", "--shard", part)
+        told += "unknown key 'nonsense'" in err
+        assert code in (Exit.OK, Exit.PARTIAL) and len(out.splitlines()) < 11
+    assert told == 1
+    run(*jobs, "whole/", "--shard", "1/1")
+    parts, whole = images(tmp_path / "parts"), images(tmp_path / "whole")
+    seeded = {name for name in whole if not name.endswith("-2.png")}  # without a seed of its own, the whole draws one
+    assert len(parts) == len(whole) == 11 and len(seeded) == 10
+    assert all(parts[name] == whole[name] for name in seeded)
+    run(*jobs, "other/", "--shard", "2/4")
+    for name, data in images(tmp_path / "other").items():
+        assert parts[name] == data  # also the one without a seed
+
+
+def test_a_shard_goes_on_where_it_was_killed(run, jobs, tmp_path):
+    for part in ("1/2", "2/2"):
+        run(*jobs, "set/", "--shard", part)
+    before = images(tmp_path / "set")
+    for name in ("11-1.png", "40-4.png", "42-4.png"):
+        (tmp_path / "set" / name).unlink()
+    for part in ("1/2", "2/2"):
+        code, out, _ = run(*jobs, "set/", "--shard", part, "--skip-existing", "--json")
+        assert all(json.loads(line).get("skipped") or "prompt" in json.loads(line) for line in out.splitlines())
+    assert images(tmp_path / "set") == before
+    codes = [run(*jobs, "set/", "--shard", part)[0] for part in ("1/2", "2/2")]
+    assert codes == [Exit.PARTIAL] * 2 and images(tmp_path / "set") == before
+    code, _, err = run(*jobs, "set/", "--shard", "1/2", "--steps", "4", "--skip-existing")
+    assert code == Exit.OUTPUT and "other settings or jobs" in err
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch, photo):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for i in range(9):
+        (tmp_path / f"photos/{i}.png").write_bytes(png_bytes(np.roll(photo, 7 * i, 1)))
+        (tmp_path / f"photos/{i}.txt").write_text(f"a disc {i}")
+    (tmp_path / "photos/8.png").write_bytes(b"not a picture")
+    return tmp_path
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")}  # fmt: skip
+
+
+def test_maps_of_shards(run, photos):
+    lines = []
+    for part in ("1/2", "2/2", "1/1"):
+        out = "whole/" if part == "1/1" else "parts/"
+        _code, said, _ = run("detect", "canny", "photos/", "-o", out, "--shard", part, "--size", 64)
+        lines += said.splitlines() if part != "1/1" else []
+    assert contents(photos / "parts") == contents(photos / "whole") and len(lines) == len(set(lines)) == 8
+    assert run("detect", "canny", "photos/", "-o", "parts/", "--shard", "1/2", "--size", 128)[0] == Exit.OUTPUT
+
+
+def test_a_data_set_of_shards(run, photos):
+    """The last one to finish writes metadata and manifest; a photo that fails is in both."""
+    args = ["dataset", "build", "photos/", "--size", 64, "-j", 1, "-o"]
+    run(*args, "whole")
+    for part in ("2/3", "1/3"):
+        _, _, err = run(*args, "parts", "--shard", part)
+        assert "the shard that finishes last" in err and not (photos / "parts/manifest.json").exists()
+    _, _, err = run(*args, "parts", "--shard", "3/3")
+    assert "8 pairs, 2 of them held out" in err
+    assert contents(photos / "parts") == contents(photos / "whole")
+    assert json.loads((photos / "parts/manifest.json").read_text())["failed"]
+
+
+def test_scores_of_shards(run, photos):
+    run("detect", "canny", "photos/", "-o", "maps/", "--size", 64)
+    rows = [{"image": f"photos/{i}.png", "cond": f"maps/{i}.canny.png"} for i in range(8)]
+    (photos / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = []
+    for part in ("1/2", "2/2"):
+        _, out, _ = run("score", "--jobs", "scores.jsonl", "--json", "--shard", part)
+        parts += [line for line in out.splitlines() if "image" in line]
+    _, out, _ = run("score", "--jobs", "scores.jsonl", "--json")
+    assert sorted(parts) == sorted(line for line in out.splitlines() if "image" in line) and len(parts) == 8
