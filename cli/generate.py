@@ -32,13 +32,13 @@ from controlnet.model.work.batch import in_units, read_jobs_file, spread, target
 from controlnet.model.work.jobs import Job, check_names, make_job
 from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
-from controlnet.preprocessors.files import is_file, read_text, write_file
+from controlnet.preprocessors.files import is_file, read_text
 from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.shards import WHOLE, Shard, claim, parse_shard
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
-    from controlnet.model.work.studio import Image, Studio
+    from controlnet.model.work.pool import Made
 
 SHOWN = 24
 """Images on a preview."""
@@ -60,6 +60,10 @@ KeepBest = Annotated[
 Preview = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also make a contact sheet of the conditions and their images.")
 ]
+Processes = Annotated[
+    int | None, typer.Option(help="So many processes on this machine, each with its own models. (default: this one)")
+]
+Devices = Annotated[str | None, typer.Option(metavar="0,1,...", help="A process for each of these devices.")]
 Jobs = Annotated[
     Path | None,
     typer.Option(
@@ -75,6 +79,7 @@ PARAMETERS = [
     parameter("skip_existing", SkipExisting, False), parameter("offline", Offline, False),
     parameter("strict", Strict, False), parameter("quiet", Quiet, False), parameter("low_memory", LowMemory, False),
     parameter("keep_best", KeepBest, None), parameter("preview", Preview, None), parameter("shard", ShardFlag, None),
+    parameter("processes", Processes, None), parameter("devices", Devices, None),
 ]  # fmt: skip
 
 
@@ -132,6 +137,8 @@ def _generate(
     keep_best,
     preview,
     shard,
+    processes,
+    devices,
     **job,
 ) -> None:
     defaults = job | {name: _from_file(f"--{name}", job[name]) for name in ("prompt", "negative")}
@@ -139,6 +146,7 @@ def _generate(
     if preview is not None:
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
+    used = _devices(processes, devices)
     failed = _Failures()
     part = parse_shard(shard)
     if part != WHOLE and is_folder(defaults["out"] or "out/"):
@@ -156,22 +164,25 @@ def _generate(
             tell({"output": str(one.path), "seed": one.seed, "skipped": True}, as_json)
         else:  # in a shard it is known only now that it is one of ours
             failed(one.name or part.name, exists_already(one.path))
-    wanted = [one for unit in units if not all(one.there for one in unit) for one in unit]
-    if as_json and any(one.path is None for one in wanted):
+    units = [unit for unit in units if not all(one.there for one in unit)]
+    count = sum(map(len, units))
+    if as_json and any(one.path is None for unit in units for one in unit):
         raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
     rows: list[list] = []
-    if wanted:
+    if units:
         # Not before: what is wrong with a job is told in a moment, and this imports torch.
-        from controlnet.model.work import best, sheets, studio
+        from controlnet.model.work import pool, sheets
 
-        maker = studio.Studio(device, dtype, offline, strict, low_memory, say)
-        with images_bar(len(wanted), quiet) as on_step:
-            for image in best.make_best(wanted, keep_best, maker, failed, say, on_step):
-                if image.wanted.there:
-                    continue
-                _write(image, as_json)
-                if preview is not None and len(rows) < SHOWN:
-                    rows.append(_row(image, maker))
+        setup = pool.Setup(device, dtype, offline, strict, low_memory, keep_best, rows=preview is not None)
+        with images_bar(count, quiet) as on_step:
+            if used:
+                images = pool.make_in_processes(units, setup, used, failed, say, on_step)
+            else:
+                images = pool.make_here(units, setup, failed, say, on_step)
+            for image in images:
+                _tell(image, as_json)
+                if len(rows) < SHOWN:
+                    rows.append(image.row)
         if preview is not None and rows:
             sheets.write_images(preview, rows)
             say(f"look at {preview}")
@@ -189,13 +200,6 @@ def _from_file(flag: str, text: str | None) -> str | None:
     if not is_file(text[1:]):
         raise UsageError(f"{flag} {text}: no such file", f'{flag} "..." for the words themselves')
     return " ".join(read_text(Path(text[1:])).split())
-
-
-def _row(image: Image, studio: Studio) -> list:
-    """A row of the preview: the conditions of an image, then the image, each with a short text."""
-    _, conditions = studio.conditions(image.wanted.job)
-    told = f"seed {image.wanted.seed}: {image.wanted.job.prompt}"
-    return [*((condition.rgb, condition.kind) for condition in conditions), (image.pixels, told)]
 
 
 def _check_keep_best(count: int, jobs: list[Job], skip_existing: bool) -> None:
@@ -230,10 +234,21 @@ def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures, part: 
     return jobs
 
 
-def _write(image: Image, as_json: bool) -> None:
-    if image.wanted.path is None:
-        sys.stdout.buffer.write(image.png())
+def _tell(image: Made, as_json: bool) -> None:
+    if image.png is not None:
+        sys.stdout.buffer.write(image.png)
         sys.stdout.flush()
     else:
-        write_file(image.wanted.path, image.png())
         tell({"output": str(image.wanted.path), **image.record}, as_json)
+
+
+def _devices(processes: int | None, devices: str | None) -> list[str | None]:
+    """A device for each process; None is for the process to choose. Empty: no process but this one."""
+    if devices is None:
+        if processes is not None and processes < 1:
+            raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
+        return [None] * processes if processes and processes > 1 else []
+    names: list[str | None] = [f"cuda:{name}" if name.isdecimal() else name for name in devices.split(",") if name]
+    if not names or (processes is not None and processes != len(names)):
+        raise UsageError(f"--devices {devices}: expected a device for each process", "--devices 0,1")
+    return names

@@ -1,4 +1,5 @@
-"""Worker processes: one per core, one thread each; they end when the process that started them is gone."""
+"""Worker processes, by default one per core and of one thread each; they end when the process that started them is
+gone."""
 
 from __future__ import annotations
 
@@ -6,24 +7,27 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 
-def workers(count: int | None = None) -> ProcessPoolExecutor:
-    """A pool of `count` new processes, by default one per core."""
-    return ProcessPoolExecutor(
-        count or os.cpu_count(), get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
-    )
+def workers(
+    count: int | None = None, threads: int = 1, initializer: Callable | None = None, initargs: tuple = ()
+) -> ProcessPoolExecutor:
+    """A pool of `count` new processes, by default one per core, of so many threads each. Each begins with
+    `initializer(*initargs)`, a function of a module."""
+    first = (os.getpid(), threads, initializer, initargs)
+    return ProcessPoolExecutor(count or os.cpu_count(), get_context("spawn"), initializer=_begin, initargs=first)
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, threads: int, initializer: Callable | None, initargs: tuple) -> None:
     import cv2
 
-    cv2.setNumThreads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, if it is imported later
+    cv2.setNumThreads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for torch, if it is imported later
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -31,3 +35,5 @@ def _begin(parent: int) -> None:
         os._exit(1)  # a parent that was killed could not stop us
 
     threading.Thread(target=watch, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)

@@ -1,9 +1,16 @@
 """Parts of many jobs that need not talk to each other: together they are what one command makes, byte for byte."""
 
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
+from controlnet.model.work import pool
+from controlnet.model.work.batch import Wanted, in_units, targets
+from controlnet.model.work.jobs import Job
+from controlnet.model.work.studio import fail
 from controlnet.preprocessors.errors import Exit, OutputError, UsageError
 from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.shards import MANIFEST, WHOLE, Shard, claim, parse_shard
@@ -159,3 +166,68 @@ def test_scores_of_shards(run, photos):
         parts += [line for line in out.splitlines() if "image" in line]
     _, out, _ = run("score", "--jobs", "scores.jsonl", "--json")
     assert sorted(parts) == sorted(line for line in out.splitlines() if "image" in line) and len(parts) == 8
+
+
+def test_several_processes_make_the_same_in_order(run, jobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    _, here, _ = run(*jobs, "here/", "--shard", "1/1", "--json")
+    code, there, said = run(*jobs, "there/", "--shard", "1/1", "--json", "--processes", 2)
+    assert code == Exit.PARTIAL and said.count("canvas 64x64") == 1 and "unknown key 'nonsense'" in said
+    seeded = {name for name in images(tmp_path / "here") if not name.endswith("-2.png")}
+    made = images(tmp_path / "there")
+    assert len(made) == 11 and all(made[name] == images(tmp_path / "here")[name] for name in seeded)
+    lines = [[json.loads(line) for line in text.splitlines()] for text in (here, there)]
+    order = [[line["seed"] for line in part if line["prompt"] != "a cube 2"] for part in lines]
+    assert order[0] == order[1] and len(order[0]) == 10
+
+
+def test_the_best_of_several_processes(run, jobs, tmp_path, monkeypatch, small_base_folder):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [*jobs[:3], "--cond", f"0.canny.png,net={small_base_folder / 'net'}", "--steps", 2, "-n", 3, "--seed", 1,
+             "-p", "a cube", "--dtype", "float32", "--keep-best", 1, "--preview"]  # fmt: skip
+    for name, more in (("a", []), ("b", ["--devices", "cpu,cpu"])):
+        code, _, err = run(*flags, f"{name}-sheet.png", "-o", f"{name}/", *more)
+        assert code == 0, err
+    assert images(tmp_path / "a") == images(tmp_path / "b") and len(images(tmp_path / "a")) == 1
+    assert (tmp_path / "a-sheet.png").read_bytes() == (tmp_path / "b-sheet.png").read_bytes()
+
+
+def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, small_base_folder):
+    """kill -9 in the middle: every image is made. A unit whose process always dies is reported, and the rest is made."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    net = small_base_folder / "net"
+    asked = [Job(f"{i % 7}.canny.png,net={net}", "x", seed=i, steps=2, base=str(small_base_folder / "base"), out="set/")
+             for i in range(12)]  # fmt: skip
+    units = in_units(targets([(f"line {i}", job) for i, job in enumerate(asked)], False, False, fail))
+    failed, made = [], []
+    for one in pool.make_in_processes(
+        units, pool.Setup(dtype="float32"), ["cpu", "cpu"], lambda *failure: failed.append(failure), print
+    ):
+        if not made:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+        made.append(one)
+    assert not failed and [one.wanted.seed for one in made] == list(range(12)) and len(images(tmp_path / "set")) == 12
+
+    died = [Wanted(f"line {i}", job, i, tmp_path / f"again/{i}.png", unit=i) for i, job in enumerate(asked)]
+    died[5] = replace(died[5], path=Dies())
+    made = list(
+        pool.make_in_processes(
+            [[one] for one in died[3:8]], pool.Setup(dtype="float32"), ["cpu"], lambda *one: failed.append(one), print
+        )
+    )
+    assert [one.wanted.seed for one in made] == [3, 4, 6, 7] and len(failed) == 1
+    assert failed[0][0] == "line 5" and "killed twice" in str(failed[0][1])
+
+
+class Dies:
+    """What kills the process that receives it."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+@pytest.mark.parametrize("flags", [["--processes", "0"], ["--devices", ","], ["--devices", "0,1", "--processes", "3"]])
+def test_processes_that_cannot_be(run, jobs, flags):
+    assert run(*jobs, "x/", *flags)[0] == Exit.USAGE

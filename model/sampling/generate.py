@@ -135,9 +135,7 @@ def generate(
         prompt = encoded.prompt(prompts, clip_skip, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, ids) if guided else None
         controls = [  # of type 0 where the requests name none
-            ActiveNet(
-                net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].types[k : k + 1]
-            )
+            ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].types[k : k + 1])
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))
         ]
 
