@@ -6,6 +6,7 @@ Everything that can be wrong without a model is checked before one is loaded.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ from controlnet.cli.options import (
     tell,
     typed,
 )
-from controlnet.model.work.batch import in_units, read_jobs_file, spread, targets
+from controlnet.model.work.batch import in_tars, in_units, read_jobs_file, spread, targets
 from controlnet.model.work.jobs import Job, check_names, make_job
 from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
@@ -40,6 +41,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from controlnet.model.work.pool import Made
 
+TEXTS = ("prompt", "negative", "prompt2", "negative2")
 SHOWN = 24
 """Images on a preview."""
 
@@ -64,6 +66,12 @@ Processes = Annotated[
     int | None, typer.Option(help="So many processes on this machine, each with its own models. (default: this one)")
 ]
 Devices = Annotated[str | None, typer.Option(metavar="0,1,...", help="A process for each of these devices.")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="On a Ray cluster; local starts one on this machine.")
+]
+TarSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Results in tar files of N images (WebDataset) with maps and records.")
+]
 Jobs = Annotated[
     Path | None,
     typer.Option(
@@ -80,6 +88,7 @@ PARAMETERS = [
     parameter("strict", Strict, False), parameter("quiet", Quiet, False), parameter("low_memory", LowMemory, False),
     parameter("keep_best", KeepBest, None), parameter("preview", Preview, None), parameter("shard", ShardFlag, None),
     parameter("processes", Processes, None), parameter("devices", Devices, None),
+    parameter("ray", RayAddress, None), parameter("tar", TarSize, None),
 ]  # fmt: skip
 
 
@@ -139,9 +148,11 @@ def _generate(
     shard,
     processes,
     devices,
+    ray,
+    tar,
     **job,
 ) -> None:
-    defaults = job | {name: _from_file(f"--{name}", job[name]) for name in ("prompt", "negative")}
+    defaults = job | {name: _from_file(f"--{name}", job[name]) for name in TEXTS}
     defaults["base"] = defaults["base"] or default_base()
     if preview is not None:
         check_png("--preview", preview)
@@ -157,28 +168,33 @@ def _generate(
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
 
     # What is asked for, in the groups that are made together, and of these the ones that are ours.
-    asked = targets(todo, overwrite, skip_existing, failed, keep_best, part != WHOLE)
-    units = [unit for unit in in_units(asked, keep_best is not None) if part.holds(unit[0].content)]
-    for one in (one for unit in units for one in unit if one.there):
+    asked = targets(todo, overwrite, skip_existing, failed, keep_best, part != WHOLE, tar is not None)
+    groups = in_units(asked, keep_best is not None)
+    if tar is not None:
+        groups = _in_tars(groups, tar, defaults["out"], overwrite, skip_existing or part != WHOLE)
+    groups = [group for group in groups if part.holds(group[0].content)]
+    for one in (one for group in groups for one in group if one.there):
         if skip_existing:
             tell({"output": str(one.path), "seed": one.seed, "skipped": True}, as_json)
         else:  # in a shard it is known only now that it is one of ours
             failed(one.name or part.name, exists_already(one.path))
-    units = [unit for unit in units if not all(one.there for one in unit)]
-    count = sum(map(len, units))
-    if as_json and any(one.path is None for unit in units for one in unit):
+    groups = [group for group in groups if not all(one.there for one in group)]
+    if as_json and any(one.path is None for group in groups for one in group):
         raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
     rows: list[list] = []
-    if units:
+    if groups:
         # Not before: what is wrong with a job is told in a moment, and this imports torch.
-        from controlnet.model.work import pool, sheets
+        from controlnet.model.work import cluster, pool, sheets
 
         setup = pool.Setup(device, dtype, offline, strict, low_memory, keep_best, rows=preview is not None)
-        with images_bar(count, quiet) as on_step:
-            if used:
-                images = pool.make_in_processes(units, setup, used, failed, say, on_step)
+        tasks = [pool.Task(group, group[0].path if tar is not None else None) for group in groups]
+        with images_bar(sum(map(len, groups)), quiet) as on_step:
+            if ray is not None:
+                images = cluster.make_on_ray(tasks, setup, ray, failed, say, on_step)
+            elif used:
+                images = pool.make_in_processes(tasks, setup, used, failed, say, on_step)
             else:
-                images = pool.make_here(units, setup, failed, say, on_step)
+                images = pool.make_here(tasks, setup, failed, say, on_step)
             for image in images:
                 _tell(image, as_json)
                 if len(rows) < SHOWN:
@@ -239,7 +255,21 @@ def _tell(image: Made, as_json: bool) -> None:
         sys.stdout.buffer.write(image.png)
         sys.stdout.flush()
     else:
-        tell({"output": str(image.wanted.path), **image.record}, as_json)
+        tell({"output": image.output, **image.record}, as_json)
+
+
+def _in_tars(groups: list, size: int, out: str | None, overwrite: bool, skip_existing: bool) -> list:
+    """Groups of the size of a tar file, each image with its tar file as its path."""
+    if size < 1:
+        raise UsageError(f"--tar {size}: expected 1 or more images a file", "--tar 1000")
+    if out is not None and not is_folder(out):
+        raise UsageError(f"--tar {size} -o {out}: expected a folder", "-o set/")
+    tars = []
+    for number, group in enumerate(in_tars(groups, size)):
+        path = Path(out or "out") / f"{number:06d}.tar"
+        there = keeps(path, overwrite, skip_existing)
+        tars.append([replace(one, path=path, there=there) for one in group])
+    return tars
 
 
 def _devices(processes: int | None, devices: str | None) -> list[str | None]:

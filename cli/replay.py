@@ -19,6 +19,7 @@ Cond = Annotated[
     list[str] | None,
     typer.Option("--cond", metavar="PATH", help="Where a condition is now, in the recorded order; repeat for several."),
 ]
+Vae = Annotated[str | None, typer.Option(metavar="FILE", help="Where the recorded VAE is now.")]
 Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the image made again.")]
 Size = Annotated[str | None, typer.Option(help="Make it in another size: needs -o, and compares nothing.")]
 Seed = Annotated[int | None, typer.Option(help="Make it with another seed: needs -o, and compares nothing.")]
@@ -32,6 +33,7 @@ def replay(
     size: Size = None,
     seed: Seed = None,
     steps: Steps = None,
+    vae: Vae = None,
     device: Device = None,
     as_json: Json = False,
     overwrite: Overwrite = False,
@@ -41,6 +43,7 @@ def replay(
 
     before = read_recorded(image)
     job = job_of(before, cond)
+    job = replace(job, vae=vae or job.vae)
 
     # What is to be made: the recorded job, or a changed one, which needs -o and is not compared.
     given: dict[str, Any] = {"size": size, "seed": seed, "steps": steps}

@@ -55,7 +55,7 @@ def score(
         keeps(overlay, overwrite, skip_existing=False)
     from controlnet.model.work import score, sheets  # torch and OpenCV
 
-    scorer = score.Scorer(offline)
+    scorer = score.Scorer(offline, say)
     if jobs is not None:
         _score_jobs(scorer, jobs, part, as_json, quiet, score.interval)
         return

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,6 +47,9 @@ def find_base(name: str, offline: bool = False) -> Stored:
     known = BASES.get(name)
     stored = open_model(hub.find(known.source if known else name, offline, "controlnet generate --base tiny"))
     if stored.path.is_dir():
+        if not (stored.path / "model_index.json").is_file() and (stored.path / "config.json").is_file():
+            what = read_json(stored.path / "config.json", "").get("_class_name")
+            raise ModelError(f"{stored.path}: a {what}, expected a base", "ls " + str(stored.path))
         read_json(stored.path / "model_index.json", "a base in diffusers' layout")
         family = family_of_config(stored.config("unet"))
         _check_supported(stored, family)
@@ -66,37 +72,39 @@ def load_base(
     # What is there, and whether it fits together, before anything large is read.
     stored = find_base(name, offline)
     known = BASES.get(name, KnownBase("", "", ""))
-    _check_fit(stored)
+    own_vae = _vae(stored, vae, offline)
+    _check_fit(stored, own_vae.config("vae"))
     words = stored.path / "tokenizer" / "words.txt"
     family = family_of_config(stored.config("unet"))
 
     # The parts, on the CPU where they wait for their turn.
     home = "cpu" if low_memory else device
-    place = hub.find(vae, offline, "--vae FILE") if vae else stored.path
-    own_vae = LoneVae(place, stored.config("vae")) if vae else stored
     base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
         unet=_load_network("unet", stored, home, dtype),
         vae=_load_network("vae", own_vae, home, dtype),
-        vae_path=place if vae else None,
+        vae_path=own_vae.path if vae else None,
         distilled=_distilled(name, stored),
         encoders=[_load_encoder(one, stored, home, dtype) for one in family.encoders],
         words=frozenset(words.read_text().split()) if words.is_file() else None,
-        guidance=known.guidance,
+        guidance=family.guidance if known.guidance is None else known.guidance,
         control_on=known.control_on,
         device=torch.device(device),
         sizes=family.sizes,
         zeros_for_none=bool(stored.index().get(NONE_IS_ZEROS, family.pipeline.get(NONE_IS_ZEROS))),
         low_memory=low_memory,
     )
+    if len({encoder.max_tokens for encoder in base.encoders}) > 1:
+        lengths = " and ".join(str(encoder.max_tokens) for encoder in base.encoders)
+        raise ModelError(f"{stored.path}: its text encoders read {lengths} tokens, expected as many tokens of each")
     if low_memory:
         base.vae.enable_tiling()
     return base
 
 
-_DISTILLED = ("turbo", "lightning", "lcm", "hyper")
+_DISTILLED = ("turbo", "lightning", "lcm", "hyper", "distilled")
 _OTHER_USES = {9: "an inpainting base", 8: "a base that edits pictures by instructions"}
 """Input channels of a UNet -> what its base is for, other than to make images from text."""
 
@@ -107,9 +115,37 @@ def _check_supported(stored: Stored, family: Family) -> None:
         raise ModelError(f"{stored.path}: is a base of {family.name}, which is not supported", f"a base of {known}")
 
 
-def _check_fit(stored: Stored) -> None:
+def with_vae(base: Base, vae: str, offline: bool = False) -> Base:
+    """The same base, its networks shared, with another VAE. Raises ModelError for one that does not fit."""
+    own_vae = _vae(open_model(base.path), vae, offline)
+    home = "cpu" if base.low_memory else base.device
+    network: Any = _load_network("vae", own_vae, home, base.vae.dtype)
+    if base.low_memory:
+        network.enable_tiling()
+    return replace(base, vae=network, vae_path=own_vae.path)
+
+
+def has_vae(name: str, offline: bool = False) -> bool:
+    """Whether a base has a VAE of its own; some single files have none."""
+    return "vae" in find_base(name, offline).parts
+
+
+def _vae(stored: Stored, vae: str | None, offline: bool) -> Stored | LoneVae:
+    """The VAE of a base, or another one in its place. Raises ModelError where there is none."""
+    own = "vae" in stored.parts
+    if vae:
+        place = hub.find(vae, offline, "--vae FILE")
+        inside = place / "vae"  # of a whole base in diffusers' layout
+        family = family_of_config(stored.config("unet"))
+        return LoneVae(inside if inside.is_dir() else place, stored.config("vae") if own else family.vae)
+    if not own:
+        raise ModelError(f"{stored.path}: holds no VAE", "--vae FILE gives it one")
+    return stored
+
+
+def _check_fit(stored: Stored, vae: Mapping[str, Any]) -> None:
     """Raises ModelError when the parts of a base do not fit each other."""
-    unet, vae = stored.config("unet"), stored.config("vae")
+    unet = stored.config("unet")
     family = family_of_config(unet)
     widths = [_width(stored, encoder.part) for encoder in family.encoders]
     _check_supported(stored, family)
@@ -135,6 +171,20 @@ def _check_fit(stored: Stored) -> None:
     ]
     if strange:
         raise ModelError(f"{stored.path}: its UNet has {strange[0]}s; expected Stable Diffusion's: {', '.join(BLOCKS)}")
+    side = unet.get("sample_size")
+    if not isinstance(side, int) or side < 1:
+        raise ModelError(f"{stored.path}: sample_size of its UNet is {side!r}, expected a number of latent cells")
+    if not vae.get("scaling_factor", 1):
+        raise ModelError(f"{stored.path}: scaling_factor of its VAE is {vae['scaling_factor']}, expected not 0")
+    if family.added:
+        # Pooled text, and six ids of size and crop.
+        pooled = stored.config(family.encoders[-1].part).get("projection_dim", 512)
+        own, per_id = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim") or 0
+        if own != pooled + 6 * per_id:
+            raise ModelError(
+                f"{stored.path}: projection_class_embeddings_input_dim of its UNet is {own}, expected {pooled} + 6 x"
+                f" {per_id}: the pooled text's width and six ids of addition_time_embed_dim"
+            )
     for key, own, what, other in pairs:
         if own != other:
             raise ModelError(
@@ -148,7 +198,8 @@ def _distilled(name: str, stored: Stored) -> str:
     scheduler = stored.scheduler()
     if scheduler.get("timestep_spacing") == "trailing" and "Ancestral" in scheduler["_class_name"]:
         return "its scheduler is a Turbo's"
-    return next((f"its name says {word}" for word in _DISTILLED if word in Path(name).name.lower()), "")
+    words = re.split(r"[^a-z]+", Path(name).name.lower())
+    return next((f"its name says {word}" for word in _DISTILLED if word in words), "")
 
 
 def _width(stored: Stored, part: str) -> int:
@@ -176,7 +227,8 @@ def _load_network(part: str, stored: Stored | LoneVae, device, dtype: torch.dtyp
     state = stored.state(part)
     if part.startswith("text_encoder"):
         state = _with_prefix(state, network)
-    check_state(network, state, stored.path / part if stored.path.is_dir() else stored.path)
+    whole = stored.path.is_dir() and not isinstance(stored, LoneVae)
+    check_state(network, state, stored.path / part if whole else stored.path)
     network.load_state_dict(state, assign=True)
     # Not the library's own `to`: diffusers' warns of types that its models keep.
     network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
@@ -211,6 +263,7 @@ def _load_scheduler(stored: Stored) -> SchedulerMixin:
             f"{stored.path}: its scheduler's prediction_type is {predicted!r}, expected epsilon or v_prediction"
         )
     try:
+        scheduler.from_config(config).set_timesteps(10)  # what is wrong with a schedule comes out here
         return scheduler.from_config(config)
     except Exception as error:  # the library raises a dozen types for a config that makes no schedule
         raise ModelError(f"{stored.path}: the config of its scheduler is not usable: {reason(error)}") from error
@@ -220,7 +273,7 @@ def reload(base: Base, *parts: str) -> None:
     """After `Base.unload`, load the VAE (`vae`) or the text encoders (`text_encoder`) of a base again, in float32."""
     stored = open_model(base.path)
     if "vae" in parts:
-        own_vae = LoneVae(base.vae_path, stored.config("vae")) if base.vae_path else stored
+        own_vae = _vae(stored, str(base.vae_path) if base.vae_path else None, offline=True)
         base.vae = _load_network("vae", own_vae, base.device, torch.float32)
     if "text_encoder" in parts:
         for encoder in base.encoders:

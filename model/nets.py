@@ -28,7 +28,10 @@ NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetL
 """The networks that control. The key is the value of `copy` in their config and in the settings of a run; a union is
 known by its class in diffusers."""
 WEIGHTS = STEMS["controlnet"]
-_FAMILY = ("cross_attention_dim", "addition_embed_type", "in_channels", "block_out_channels", "layers_per_block")
+_FAMILY = (
+    "cross_attention_dim", "addition_embed_type", "in_channels", "block_out_channels", "layers_per_block",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+)  # fmt: skip
 """Keys of the config that a base and its ControlNet must agree in. The number of attention blocks is not among them:
 small ControlNets of SDXL leave some out."""
 _UNET_KEYS = set(inspect.signature(UNet2DConditionModel.__init__).parameters)

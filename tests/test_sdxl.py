@@ -14,16 +14,20 @@ from controlnet.model.files import names
 from controlnet.model.files.convert import convert
 from controlnet.model.files.families import SDXL
 from controlnet.model.files.layouts import open_model
-from controlnet.model.load import load_base
+from controlnet.model.load import load_base, with_vae
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import canvas_size, condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
+from controlnet.model.work.batch import read_jobs
+from controlnet.model.work.jobs import Job, make_job
 from controlnet.model.work.replay import read_recorded
+from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.images import png_bytes
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 from helpers import CANVAS, NEGATIVE, PROMPT, randomise, sdxl_prompts
 from safetensors import safe_open
@@ -458,3 +462,172 @@ def test_a_net_in_a_single_file_makes_the_same_image(sdxl_folder, tmp_path, monk
         code, _, err = run(*args, "--cond", f"map.canny.png,net={net}", "-o", out)
         assert code == 0, err
     assert np.array_equal(*(read_recorded(tmp_path / name).pixels for name in ("a.png", "b.png")))
+
+
+def test_a_vae_of_another_familys_base_is_refused(sdxl_folder, small_base_folder, single, tmp_path, run):
+    """In a whole base its family is known; of a folder with a whole base, `vae` is taken."""
+    other = tmp_path / "sd.safetensors"
+    tensors = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1, 4, 3, 3),
+               "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 768),
+               "first_stage_model.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}  # fmt: skip
+    save_file(tensors, other)
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]
+    for place, said in (
+        (other, "a VAE of SD 1.x"),
+        (small_base_folder / "base", "a VAE of SD 1.x or SD 2.x"),
+        (sdxl_folder / "net", "a ControlNetModel, expected a VAE"),
+    ):
+        code, _, err = run(*args, "--vae", place, "-o", tmp_path / "x.png")
+        assert code == 5 and said in err, err
+    code, _, err = run(*args, "--vae", single, "-o", tmp_path / "a.png")
+    assert code == 0 and run(*args, "--vae", sdxl_folder / "base", "-o", tmp_path / "b.png")[0] == 0, err
+    pixels = [read_recorded(tmp_path / name).pixels for name in ("a.png", "b.png")]
+    assert np.array_equal(*pixels)
+
+
+def test_a_tiny_vae(sdxl_folder, tmp_path, run):
+    """It reads latents as the UNet has them, for every family."""
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8), num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).save_pretrained(tmp_path / "taesd")  # fmt: skip
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]
+    code, _, err = run(*args, "--vae", tmp_path / "taesd", "-o", tmp_path / "a.png")
+    assert code == 0, err
+
+
+def test_a_base_without_a_vae_takes_another(sdxl_folder, tmp_path):
+    """Its own networks are loaded once, however many VAEs there are."""
+    base = load_base(str(sdxl_folder / "base"))
+    other = with_vae(base, str(sdxl_folder / "base/vae"))
+    assert other.unet is base.unet and other.encoders is base.encoders and other.vae is not base.vae
+    assert other.vae_path == sdxl_folder / "base/vae"
+    studio = Studio(dtype="float32")
+    names = [None, str(sdxl_folder / "base/vae"), f"{sdxl_folder}/net/../base/vae"]
+    jobs = [Job((), PROMPT, base=str(sdxl_folder / "base"), vae=name) for name in names]
+    bases = [studio.base_for(job)[0] for job in jobs]
+    assert bases[0].unet is bases[1].unet and bases[1] is bases[2]
+
+
+def test_a_file_without_a_vae(single, sdxl_folder, tmp_path):
+    def without(tensors):
+        for name in [name for name in tensors if name.startswith("first_stage_model.")]:
+            del tensors[name]
+
+    place = changed(single, tmp_path / "no vae.safetensors", without)
+    with pytest.raises(ModelError, match="holds no VAE") as caught:
+        load_base(str(place))
+    assert "--vae FILE" in caught.value.hint
+    assert load_base(str(place), vae=str(sdxl_folder / "base/vae")).vae is not None
+
+
+def test_one_path_spelt_twice_is_one_model(sdxl_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20] = 255
+    (tmp_path / "a.canny.png").write_bytes(png_bytes(lines))
+    (tmp_path / "white.png").write_bytes(png_bytes(np.full((64, 64, 3), 255, np.uint8)))
+    studio = Studio(dtype="float32")
+    assert (
+        studio.net(str(sdxl_folder / "base"), whole_path(f"{sdxl_folder}/net/"))[0]
+        is (studio.net(str(sdxl_folder / "base"), whole_path(f"{sdxl_folder}/base/../net"))[0])
+    )
+    assert whole_path("white.png") == whole_path("./white.png") and whole_path("a/b") == "a/b"
+
+
+def test_converting_keeps_what_no_negative_prompt_is(sdxl_folder, tmp_path):
+    place = tmp_path / "other"
+    shutil.copytree(sdxl_folder / "base", place)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    convert(place, tmp_path / "other.safetensors", "original")
+    convert(tmp_path / "other.safetensors", tmp_path / "again", "diffusers")
+    assert open_model(tmp_path / "other.safetensors").index()["force_zeros_for_empty_prompt"] is False
+    assert json.loads((tmp_path / "again/model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
+
+
+def test_second_texts(sdxl_folder, tmp_path, monkeypatch, run):
+    """An empty one is none, as in diffusers and in CSV files; @FILE is read; what is cut is told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.txt").write_text("a person")
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64, "-o"]
+    for name, second in (("a", None), ("b", ""), ("c", "@w.txt"), ("d", "a person")):
+        more = [] if second is None else ["--prompt2", second]
+        assert run(*args, f"{name}.png", *more)[0] == 0
+    a, b, c, d = ((tmp_path / f"{name}.png").read_bytes() for name in "abcd")
+    assert a == b and c == d and a != c
+    assert run(*args, "x.png", "--prompt2", "@nofile")[0] == 2
+    assert "beyond" in run(*args, "e.png", "--prompt2", "cube " * 60)[2]
+    code, _, err = run(*args, "x.png", "--negative2", "a person")
+    assert code == 2 and "without --negative" in err
+
+
+def test_none_and_null_in_files_of_jobs():
+    defaults = {"negative": "a person", "steps": 7, "base": "tiny"}
+    job = make_job({"prompt": "x", "negative": None, "steps": None, "base": None}, defaults)
+    assert job.negative is None and job.steps == 20 and job.base == "tiny"
+    ((_, given),) = read_jobs("jobs.csv", b"prompt,negative,prompt2\na cube,,\n")
+    assert make_job(given, {}).negative is None and make_job(given, {}).prompt2 is None
+    assert make_job(given, defaults).negative == "a person"
+
+
+def test_the_guidance_is_the_familys(sdxl_folder, small_base_folder):
+    assert load_base(str(sdxl_folder / "base")).guidance == 5.0
+    assert load_base(str(small_base_folder / "base")).guidance == 7.5 and load_base("tiny").guidance == 3.0
+
+
+@pytest.mark.parametrize("part, changes, said", [
+    ("unet", {"sample_size": [8, 8]}, "sample_size"), ("unet", {"sample_size": None}, "sample_size"),
+    ("unet", {"sample_size": 0}, "sample_size"), ("unet", {"addition_time_embed_dim": 16}, "addition_time_embed_dim"),
+    ("scheduler", {"timestep_spacing": "foo"}, "scheduler"), ("vae", {"scaling_factor": 0}, "scaling_factor"),
+])  # fmt: skip
+def test_configs_that_make_no_base(sdxl_folder, tmp_path, part, changes, said):
+    with pytest.raises(ModelError, match=said):
+        load_base(str(copied(sdxl_folder, tmp_path / "base", part, **changes)))
+
+
+def test_tokenizers_that_do_not_fit(sdxl_folder, single, tmp_path):
+    place = tmp_path / "base"
+    shutil.copytree(sdxl_folder / "base", place)
+    path = place / "tokenizer_2/tokenizer_config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"model_max_length": 5}))
+    with pytest.raises(ModelError, match="as many tokens"):
+        load_base(str(place))
+    with pytest.raises(ModelError, match="knows 49408 tokens"):  # CLIP's, in the place of the small network's own
+        load_base(str(single)).encode_text([PROMPT])
+
+
+def test_a_condition_without_a_score_is_left_out(sdxl_folder, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    lines = np.zeros((64, 64), np.uint8)
+    lines[20] = lines[:, 30] = 255
+    for name in ("a.canny.png", "a.seg.png"):
+        (tmp_path / name).write_bytes(png_bytes(lines))
+    net = f"net={sdxl_folder / 'net'}"
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]
+    conditions = ["--cond", f"a.canny.png,{net}", "--cond", f"a.seg.png,{net}"]
+    assert run(*args, *conditions, "-o", "a.png")[0] == 0
+    code, out, err = run("score", "a.png")
+    assert code == 0 and "canny" in out and "kind 'seg' has no score" in err
+    assert run(*args, *conditions, "-n", 2, "--keep-best", 1, "-o", "best.png")[0] == 0
+    assert run(*args, *conditions[2:], "-o", "b.png")[0] == 0 and run("score", "b.png")[0] == 2
+
+
+def test_names_that_only_hold_a_word(sdxl_folder, tmp_path):
+    for name, distilled in (("turbine_hyperreal", False), ("xl-turbo_v2", True), ("XL Lightning 4step", True)):
+        assert bool(load_base(str(copied(sdxl_folder, tmp_path / name, "unet"))).distilled) is distilled
+
+
+def test_a_recorded_vae_that_moved(sdxl_folder, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sdxl_folder / "base/vae", tmp_path / "vae")
+    args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]
+    assert run(*args, "--vae", "vae", "-o", "a.png")[0] == 0
+    (tmp_path / "vae").rename(tmp_path / "elsewhere")
+    assert run("replay", "a.png")[0] == 2 and run("replay", "a.png", "--vae", "elsewhere")[0] == 0
+
+
+def test_offline_names_the_vae_too(run, tmp_path):
+    code, _, err = run("generate", "--base", "sdxl", "--vae", "a/vae", "-p", "x", "--offline", "-o", tmp_path / "x.png")
+    assert code == 5 and "base sdxl" in err and "VAE a/vae" in err

@@ -1,7 +1,10 @@
 """Parts of many jobs that need not talk to each other: together they are what one command makes, byte for byte."""
 
+import gc
 import json
 import os
+import tarfile
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -193,7 +196,7 @@ def test_the_best_of_several_processes(run, jobs, tmp_path, monkeypatch, small_b
 
 
 def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, small_base_folder):
-    """kill -9 in the middle: every image is made. A unit whose process always dies is reported, and the rest is made."""
+    """kill -9 in the middle: every image is made. A unit whose process always dies is reported; the rest is made."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     net = small_base_folder / "net"
     asked = [Job(f"{i % 7}.canny.png,net={net}", "x", seed=i, steps=2, base=str(small_base_folder / "base"), out="set/")
@@ -231,3 +234,69 @@ class Dies:
 @pytest.mark.parametrize("flags", [["--processes", "0"], ["--devices", ","], ["--devices", "0,1", "--processes", "3"]])
 def test_processes_that_cannot_be(run, jobs, flags):
     assert run(*jobs, "x/", *flags)[0] == Exit.USAGE
+
+
+def members(folder):
+    """Of all tar files in a folder: name of the file and of the member -> bytes."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {(path.name, member.name): tar.extractfile(member).read() for member in tar}
+    return found
+
+
+def test_results_in_tar_files(run, jobs, tmp_path):
+    """The same pictures and records as in files, with their maps; whole or not there; the same in shards."""
+    code, out, _ = run(*jobs, "tars/", "--shard", "1/1", "--tar", 5, "--json")
+    assert code == Exit.PARTIAL
+    inside = members(tmp_path / "tars")
+    assert sorted({tar for tar, _ in inside}) == ["000000.tar", "000001.tar", "000002.tar"]
+    run(*jobs, "files/", "--shard", "1/1")
+    pictures = {name.split("-", 1)[1]: data for (_, name), data in inside.items() if name.count(".") == 1}
+    for name, data in images(tmp_path / "files").items():
+        if not name.endswith("-2.png"):
+            assert pictures[name] == data and json.loads(pictures[name.replace("png", "json")])["steps"]
+    assert sum(name.endswith(".0.canny.png") for _, name in inside) == len(out.splitlines()) == 11
+    assert json.loads(out.splitlines()[0])["output"] == "tars/000000.tar#00000000-0-0"
+    for part in ("1/2", "2/2"):
+        run(*jobs, "parts/", "--shard", part, "--tar", 5)
+    parts = members(tmp_path / "parts")
+    kept = {key for key in inside if "-2." not in key[1]}
+    assert len(parts) == len(inside) and all(parts.get(key) == inside[key] for key in kept if "-2" not in key[1])
+    (tmp_path / "parts/000001.tar").unlink()
+    for part in ("1/2", "2/2"):
+        run(*jobs, "parts/", "--shard", part, "--tar", 5, "--skip-existing")
+    assert members(tmp_path / "parts") == parts
+    assert run(*jobs, "x.png", "--tar", 5)[0] == run(*jobs, "x/", "--tar", 0)[0] == Exit.USAGE
+
+
+def test_tar_files_are_read_by_webdataset(run, jobs, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    run(*jobs, "tars/", "--tar", 5, "--processes", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
+        dataset = webdataset.WebDataset(str(tmp_path / "tars/{000000..000002}.tar"), shardshuffle=False)
+        samples = list(dataset.decode("rgb"))
+        gc.collect()
+    assert len(samples) == 11 and all(sample["png"].shape == (64, 64, 3) for sample in samples)
+    assert samples[0]["json"]["prompt"] == "a cube 0" and samples[0]["0.canny.png"].shape == (64, 64, 3)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_makes_the_same_in_order(ray, run, jobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    absolute = [str(tmp_path / word) if word == "jobs.jsonl" else word for word in jobs]
+    _, here, _ = run(*absolute, f"{tmp_path}/here/", "--shard", "1/1", "--json")
+    code, there, said = run(*absolute, f"{tmp_path}/there/", "--shard", "1/1", "--json", "--ray", "local")
+    assert code == Exit.PARTIAL and "unknown key 'nonsense'" in said
+    made, seeded = images(tmp_path / "there"), {n for n in images(tmp_path / "here") if not n.endswith("-2.png")}
+    assert len(made) == 11 and all(made[name] == images(tmp_path / "here")[name] for name in seeded)
+    seeds = [[json.loads(line)["seed"] for line in text.splitlines()] for text in (here, there)]
+    assert seeds[0] == seeds[1]

@@ -1,7 +1,9 @@
 """The way through the UNet: equal to diffusers' own, and nothing of it is computed twice."""
 
+import controlnet.model.control.attention as module
 import pytest
 import torch
+from controlnet.model.control.attention import in_blocks
 from controlnet.model.control.controlnet import Control
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise, embed_times, encode, predict
@@ -138,3 +140,33 @@ def test_the_layout_stays():
     with torch.no_grad():
         out = denoise(unet, z.contiguous(memory_format=torch.channels_last), t, Prompt(text))
     assert len(seen) > 40 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (*seen, out))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 700, 40, 512), (1, 2, 256, 64, 256), (2, 1, 1030, 8, 300)])
+def test_attention_in_blocks_is_attention(shape):
+    """In float64 to rounding; in bfloat16 within some of its own."""
+    batch, heads, queries, width, keys = shape
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, n, heads * width, dtype=torch.float64).unflatten(2, (heads, width)).transpose(1, 2)
+               for n in (queries, keys, keys))  # fmt: skip
+    true = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    with torch.no_grad():
+        assert (in_blocks(q, k, v) - true).abs().max() <= 1e-12
+        rounded = in_blocks(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        assert rounded.transpose(1, 2).flatten(2).is_contiguous()
+        assert (rounded.double() - true).square().mean().sqrt() <= 0.01 * true.std()
+
+
+def test_blocks_are_for_large_products_of_bfloat16_alone(monkeypatch):
+    """On whatever processor: the way is chosen by type, size and gradients, so the same job gives the same bits."""
+    taken = []
+    monkeypatch.setattr(module, "in_blocks", lambda q, k, v: taken.append(q.shape) or q)
+    q = torch.zeros(1, 1, 512, 8, dtype=torch.bfloat16)
+    for has in (True, False):
+        monkeypatch.setattr(module, "_has_products", lambda has=has: has)
+        with torch.no_grad():
+            module.attention(q, q, q)
+            module.attention(q, q[:, :, :77], q[:, :, :77])
+            module.attention(q.float(), q.float(), q.float())
+        module.attention(q, q, q)
+    assert len(taken) == 1

@@ -126,7 +126,9 @@ class SingleFile:
         if part not in self.parts:
             raise ModelError(
                 f"{self.path}: holds no {in_words(part, '')}, only: {', '.join(map(in_words, self.parts))}",
-                "a whole model in one file, or a folder in diffusers' layout",
+                "a ControlNet is expected here"
+                if part == "controlnet"
+                else "a whole base, or a folder in diffusers' layout",
             )
         if part in self._written:
             config = self._written[part]
@@ -222,7 +224,7 @@ class SingleFile:
         return spare
 
     def index(self) -> dict[str, Any]:
-        return self.family.index
+        return self.family.index | self._written.get("index", {})
 
     def predicting(self, prediction: str) -> SingleFile:
         return replace(self, prediction_given=prediction)
@@ -251,6 +253,7 @@ def write_single(stored: Stored, out: Path) -> None:
     if "unet" in configs:
         _check_base(stored, configs)
         configs["scheduler"] = stored.scheduler()
+        configs["index"] = {key: value for key, value in stored.index().items() if isinstance(value, bool)}
     family = family_of_config(configs.get("unet") or configs["controlnet"])
     for part in stored.parts:
         tensors |= _renamed(family, part, configs[part], stored.state(part))

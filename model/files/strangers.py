@@ -21,9 +21,9 @@ STRANGERS = {
 }
 """Mark -> what the file is."""
 PARTS = {
+    "decoder.conv_in.weight": "a VAE: give it as --vae",
     "conditioner.embedders.": "a part of an SDXL base",
     "down_blocks.0.resnets.": "the UNet of a base in diffusers' names, without its config",
-    "decoder.conv_in.weight": "a VAE: give it as --vae",
 }
 """The same for parts of bases. Checked only in files that hold no base and no ControlNet, since those have such names
 too."""

@@ -21,6 +21,8 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
         raise ModelError(f"{folder}: cannot be loaded: {reason(error)}", f"ls {folder}") from error
     if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 3:
         raise ModelError(f"{folder}: model_max_length is {tokenizer.model_max_length!r}, expected a number of tokens")
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder}: has no pad_token", f"ls {folder}")
     return tokenizer
 
 

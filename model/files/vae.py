@@ -12,6 +12,7 @@ from controlnet.model.files import names
 from controlnet.model.files.configs import completed
 from controlnet.model.files.families import SUPPORTED
 from controlnet.model.files.folder import renewed
+from controlnet.model.files.single import SingleFile
 from controlnet.model.files.stored import STEMS
 from controlnet.model.files.tensors import read_header, read_json, read_tensors, read_weights
 from controlnet.preprocessors.errors import ModelError
@@ -35,9 +36,14 @@ class LoneVae:
         made for other bases."""
         if self.path.is_dir():
             config = read_json(self.path / "config.json", "the config of a VAE in diffusers' layout")
-            config = completed(config, str(config.get("_class_name")), self.path)
+            name = str(config.get("_class_name"))
+            if not name.startswith("Autoencoder"):
+                raise ModelError(f"{self.path}: a {name}, expected a VAE", "controlnet models show " + str(self.path))
+            config = completed({key: value for key, value in config.items() if value is not None}, name, self.path)
         else:
-            config = dict(self.of_base) | {"latent_channels": read_header(self.path)[0][self._prefix() + MARK].shape[1]}
+            config = self._file_config()
+        if config.get("_class_name") == "AutoencoderTiny":
+            return config  # it reads latents as the UNet has them, of whichever family it was made for
         for key in ("latent_channels", "scaling_factor", "shift_factor"):
             own, other = config.get(key) or 0, self.of_base.get(key) or 0
             if own != other:
@@ -47,6 +53,14 @@ class LoneVae:
                     "a VAE that was made for this base",
                 )
         return config
+
+    def _file_config(self) -> dict[str, Any]:
+        """In a whole base its family says the config; a VAE alone does not say which family it is of."""
+        headers = read_header(self.path)[0]
+        channels = headers[self._prefix() + MARK].shape[1]
+        if any(name.startswith("model.diffusion_model.") for name in headers):
+            return SingleFile(self.path).config("vae") | {"latent_channels": channels}
+        return dict(self.of_base) | {"latent_channels": channels}
 
     def state(self, part: str = "vae") -> dict[str, Tensor]:
         """Its tensors under diffusers' names."""

@@ -42,7 +42,7 @@ class TrainConfig(LoopConfig):
     """What is trained, on what, and how. The first defaults suit Stable Diffusion; `tiny` has its own (registry)."""
 
     base: str = "tiny"
-    """A name (tiny, sd15), a folder in diffusers' layout or a hub id."""
+    """A name (tiny, sd15), a folder in diffusers' layout, a single file or a hub id."""
     kind: str = ""
     """Kind of condition; any word for your own kind. Empty: taken from the data."""
     seed: int = 0
@@ -70,7 +70,7 @@ class TrainConfig(LoopConfig):
     flip: bool = False
     """Mirror half of the pairs, with left and right exchanged in captions and in poses with key points exchanged."""
     start_from: str = "base"
-    """`base`, or the folder of a ControlNet to continue training."""
+    """`base`, or a ControlNet to continue training: a folder, a single file, a hub id or a name of `models list`."""
     copy: str = "full"
     """`lite` replaces each block of the trainable copy by a single convolution (the paper's ablation)."""
     convolutions: str = "zero"

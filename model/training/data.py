@@ -21,6 +21,7 @@ from controlnet.preprocessors.kinds import kind_named
 
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
+    "gradient_checkpointing",
 }  # fmt: skip
 """Settings that a resumed run may change, since the optimisation does not depend on them. If the learning rate decays,
 it also depends on the length of the run, which may then not change."""

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from controlnet.model.base import Base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.hint import SD_WIDTHS
 from controlnet.model.control.lite import gaussian_convolutions_
+from controlnet.model.files import hub
 from controlnet.model.nets import NETWORKS, load_controlnet
-from controlnet.model.registry import TINY_HINT_WIDTHS
+from controlnet.model.registry import NETS, TINY_HINT_WIDTHS
 from controlnet.model.training.config import CHOICES, TrainConfig
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.kinds import union_kinds
 
 
-def make_controlnet(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
+def make_controlnet(base: Base, config: TrainConfig, offline: bool = False) -> tuple[ControlNet, TrainConfig]:
     """A fresh ControlNet of the form that the settings name, or the one in `start_from`; and the settings, changed to
     that one's form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained
     on."""
-    net, config = (_fresh(base, config), config) if config.start_from == "base" else _existing(base, config)
+    net, config = (_fresh(base, config), config) if config.start_from == "base" else _existing(base, config, offline)
     net = net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
     return net, config
 
@@ -39,8 +39,10 @@ def _fresh(base: Base, config: TrainConfig) -> ControlNet:
     return gaussian_convolutions_(net) if config.convolutions == "gaussian" else net
 
 
-def _existing(base: Base, config: TrainConfig) -> tuple[ControlNet, TrainConfig]:
-    net = load_controlnet(Path(config.start_from), torch.float32, base.unet.config, base.name)
+def _existing(base: Base, config: TrainConfig, offline: bool) -> tuple[ControlNet, TrainConfig]:
+    known = NETS.get(config.start_from)
+    path = hub.find(known.source if known else config.start_from, offline, "--set start_from=DIR")
+    net = load_controlnet(path, torch.float32, base.unet.config, base.name)
     if net.types is not None:
         raise ModelError(
             f"{config.start_from}: a union of {', '.join(union_kinds(net.types))}, which is not trained here",

@@ -73,7 +73,7 @@ def train(
         # In low memory until the training begins: encoders and VAE are on the device only while they work.
         base = load_base(config.base, device, torch.float32, offline, low_memory=True)
         base.vae.disable_tiling()
-        net, config = make_controlnet(base, config)
+        net, config = make_controlnet(base, config, offline)
         base_hash = model_hash(base.path)
 
         # The data, checked before anything is computed from it.

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | Us
                 yield where, UsageError(f"{many} values than keys in the first line", ",".join(rows.fieldnames or []))
                 continue
             given: dict[str, Any] = {k.strip(): v for k, v in row.items()}
+            if given.get("negative") == "":  # an empty cell: not given
+                del given["negative"]
             if given.get("cond"):
                 given["cond"] = [part.strip() for part in given["cond"].split("|")]
             yield where, given
@@ -130,6 +132,8 @@ class Wanted:
     path: Path | None
     there: bool = False
     """Whether it is there already, and stays."""
+    number: int = 0
+    """Its place among all that are asked for."""
     unit: int = 0
     """Images of one unit are made by one process, those that agree in everything shared at once (see `in_units`)."""
 
@@ -149,7 +153,18 @@ def in_units(wanted: list[Wanted], by_job: bool = False) -> list[list[Wanted]]:
         images = list(alike)
         size = len(images) if by_job else TOGETHER
         units += [images[i : i + size] for i in range(0, len(images), size)]
-    return [[replace(one, unit=number) for one in unit] for number, unit in enumerate(units)]
+    counter = count()
+    return [[replace(one, unit=i, number=next(counter)) for one in unit] for i, unit in enumerate(units)]
+
+
+def in_tars(units: list[list[Wanted]], size: int) -> list[list[Wanted]]:
+    """Units in the groups of about `size` images that go into a tar file each; a unit is not divided."""
+    tars: list[list[Wanted]] = [[]]
+    for unit in units:
+        if len(tars[-1]) + len(unit) > size and tars[-1]:
+            tars.append([])
+        tars[-1] += unit
+    return tars
 
 
 def targets(
@@ -159,10 +174,12 @@ def targets(
     failed: Callable[[str, ControlNetError], None],
     keep_best: int | None = None,
     sharded: bool = False,
+    in_tars: bool = False,
 ) -> list[Wanted]:
     """The images that are asked for, also those that are there already and stay. A job fails if its output path is
     taken. `keep_best` of a job's images are written, by default all; a single one may have a file name of its own. Of
-    `sharded` jobs others make images meanwhile, and seeds that are not given follow from the job."""
+    `sharded` jobs others make images meanwhile, and seeds that are not given follow from the job. Images that go into
+    tar files have no path yet."""
     wanted: list[Wanted] = []
     taken: dict[Path | None, str] = {}
     several = sum(keep_best or job.num for _, job in jobs) > 1
@@ -170,6 +187,9 @@ def targets(
         try:
             seeded = job.seeded(fixed=sharded)
             assert seeded.seed is not None
+            if in_tars:  # the files inside have names of their own
+                wanted += [Wanted(name, seeded, seed, None) for seed in range(seeded.seed, seeded.seed + job.num)]
+                continue
             images: list[Wanted] = []
             for seed in range(seeded.seed, seeded.seed + job.num):
                 default = Path("out") / f"{seed}-{job.stem}.png"

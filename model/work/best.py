@@ -9,7 +9,9 @@ from itertools import groupby
 from controlnet.model.work.batch import Wanted
 from controlnet.model.work.score import Scorer
 from controlnet.model.work.studio import Image, Studio
+from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.errors import ControlNetError
+from controlnet.preprocessors.kinds import kind_named
 
 Failed = Callable[[str, ControlNetError], None]
 """Called with the name of a job and why it failed."""
@@ -36,12 +38,18 @@ def scorable(wanted: list[Wanted], studio: Studio, failed: Failed) -> list[Wante
     bad: set[int] = set()
     for job, name in {id(one.job): (one.job, one.name) for one in wanted}.values():
         try:
-            for condition in studio.conditions(job)[1]:
+            conditions = studio.conditions(job)[1]
+            for condition in with_score(conditions) or conditions:
                 Scorer.check(condition)
         except ControlNetError as error:
             bad.add(id(job))
             failed(name, error)
     return [one for one in wanted if id(one.job) not in bad]
+
+
+def with_score(conditions: list[Condition]) -> list[Condition]:
+    """The conditions of kinds that have a score."""
+    return [condition for condition in conditions if kind_named(condition.kind).score]
 
 
 def best(
@@ -53,7 +61,8 @@ def best(
 
     def scored(image: Image) -> Image:
         _, conditions = studio.conditions(image.wanted.job)
-        scores = [scorer.compare(image.pixels, condition, "the image").main for condition in conditions]
+        shown = with_score(conditions)
+        scores = [scorer.compare(image.pixels, condition, "the image").main for condition in shown]
         return replace(image, record=image.record | {"score": round(sum(scores) / len(scores), 4)})
 
     for _, group in groupby(images, lambda image: id(image.wanted.job)):

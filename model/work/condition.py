@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 KEYS = ("detect", "kind", "net", "scale", "start", "end", "weighting", "region")
 
+OWN = "own"
+"""The kind of a map of which nothing says what it is, for a ControlNet of one's own."""
+
 
 @dataclass(frozen=True)
 class ConditionFlag:
@@ -125,10 +128,14 @@ def check_kind(flag: ConditionFlag, kind: str, net: str, types: int | None) -> N
     kinds = union_kinds(types or 0)
     if types is None or kind in kinds:
         return
+    if kind == OWN:
+        raise UsageError(
+            f"--cond {flag.path}: which kind is it? {net} knows {', '.join(kinds)}", f"kind={kinds[0]}, ..."
+        )
     near = difflib.get_close_matches(kind, kinds, 1)
     raise UsageError(
         f"--cond {flag.path}: kind {kind!r} is not one of those that {net} knows: {', '.join(kinds)}",
-        f"kind={(near or kinds)[0]}, if the map is one; or a net for {kind} alone",
+        f"kind={near[0]}" if near else f"a net for {kind} alone: net=...",
     )
 
 

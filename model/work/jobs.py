@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -86,24 +85,26 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 
 def _told_size(name: str, value: Any) -> tuple[int, int]:
     """A size that is only told to the base, not made: any."""
-    texts = re.split("[x,]", value) if isinstance(value, str) else value
-    texts = [texts] if isinstance(texts, int) else texts
-    if not isinstance(texts, (list, tuple)) or len(texts) not in (1, 2):
-        raise UsageError(f"{name}: {value!r}, expected WIDTHxHEIGHT or one number", f"{name}=1024x1024")
-    width, height = _whole(name, texts[0]), _whole(name, texts[-1])
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise UsageError(f"{name}: {width}x{height}, expected pixels from 1 to {MAX_SIDE}", f"{name}=1024x1024")
-    return width, height
+    texts = value.split("x") if isinstance(value, str) else value
+    texts = texts if isinstance(texts, (list, tuple)) else [texts]
+    texts = texts * 2 if len(texts) == 1 else texts
+    return _pair(name, value, texts, "WIDTHxHEIGHT or one number", 1, f"--{name.replace('_', '-')} 1024x1024")
 
 
 def _point(name: str, value: Any) -> tuple[int, int]:
     texts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or len(texts) != 2:
-        raise UsageError(f"{name}: {value!r}, expected LEFT,TOP", f"{name}=0,0")
-    left, top = (_whole(name, text) for text in texts)
-    if not (0 <= left <= MAX_SIDE and 0 <= top <= MAX_SIDE):
-        raise UsageError(f"{name}: {left},{top}, expected pixels from 0 to {MAX_SIDE}", f"{name}=0,0")
-    return left, top
+    return _pair(name, value, texts, "LEFT,TOP, in pixels", 0, f"--{name} 0,0")
+
+
+def _pair(name: str, value: Any, texts: Any, what: str, least: int, hint: str) -> tuple[int, int]:
+    """Two whole numbers from `least` to MAX_SIDE."""
+    try:
+        a, b = (_whole(name, text) for text in texts)
+        if not (least <= a <= MAX_SIDE and least <= b <= MAX_SIDE):
+            raise ValueError
+    except (UsageError, ValueError, TypeError):
+        raise UsageError(f"--{name.replace('_', '-')} {value}: expected {what}", hint) from None
+    return a, b
 
 
 def _conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
@@ -137,7 +138,7 @@ class Job:
     negative2: str | None = option(None, _text, shared=False)
     """What it reads as the negative prompt. (default: the negative prompt)"""
     clip_skip: int = option(0, _whole, int)
-    """How many layers to leave out at the end of the text encoders (A1111's number minus 1)."""
+    """How many layers to leave out at the end of the text encoders, for both prompts (A1111's number minus 1)."""
     out: str | None = option(None, _text, str, "-o", recorded=False, shared=False)
     """Where the result goes: a .png, a folder (any other name), or - for standard output."""
     num: int = option(1, _whole, int, "-n", recorded=False, shared=False)
@@ -156,7 +157,7 @@ class Job:
     size: tuple[int, int] | None = option(None, _size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
     original_size: tuple[int, int] | None = option(None, _told_size)
-    """What SDXL is told of the original picture's size. (default: the canvas)"""
+    """What SDXL is told of the original picture's size, WIDTHxHEIGHT. (default: the canvas)"""
     crop: tuple[int, int] | None = option(None, _point, str, metavar="LEFT,TOP")
     """What SDXL is told of the crop's corner. (default: 0,0)"""
     target_size: tuple[int, int] | None = option(None, _told_size)
@@ -177,6 +178,10 @@ class Job:
         for name, option in OPTIONS.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, option.read(name, value))
+
+        for name in ("prompt2", "negative2", "vae"):  # as diffusers has it, and empty cells of CSV files
+            if getattr(self, name) == "":
+                object.__setattr__(self, name, None)
 
         # What each value must be.
         if not self.cond and not self.prompt:
@@ -220,7 +225,7 @@ class Job:
     def settled(self, base: Any, size: tuple[int, int]) -> Job:
         """The job with the defaults that depend on base and conditions filled in: guidance, canvas, halves of the
         guidance, the negative prompt."""
-        empty = None if base.zeros_for_none and self.negative2 is None else ""
+        empty = None if base.zeros_for_none else ""
         return replace(
             self,
             negative=empty if self.negative is None else self.negative,
@@ -286,6 +291,9 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
             raise UsageError(f"unknown key {name!r}, expected one of {', '.join(KEYS)}", (near or KEYS)[0])
+        if value is None and key != "base":  # the field's own default, not the flag's
+            values.pop(key, None)
+            continue
         if value is None or (value == "" and key not in ("prompt", "negative")):
             continue
         values[key] = value

@@ -1,30 +1,43 @@
 """Images made and written: here, or by several processes on one machine, each with a device and models of its own.
 
-Processes take whole units (`batch.in_units`), so an image is the same whoever makes it; results come in order. A unit
-whose process dies is tried once more, its images one by one, and then reported.
+Processes take whole tasks, so an image is the same whoever makes it; results come in order. A task whose process dies
+is tried once more, its images one by one, and then reported.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import signal
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from controlnet.model.work.batch import Wanted
 from controlnet.preprocessors.errors import ControlNetError, Exit, ModelError
-from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.files import beside, write_file
+from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.workers import workers
 
 Failed = Callable[[str, ControlNetError], None]
 """Told the name of a job and why it failed."""
 AHEAD = 2
-"""Units that wait for each process, so that none is idle and memory does not grow with their number."""
+"""Tasks that wait for each process, so that none is idle and memory does not grow with their number."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images for one process: those that are made together, or those of a tar file."""
+
+    wanted: list[Wanted]
+    tar: Path | None = None
+    """Where all of them go, instead of to their paths."""
 
 
 @dataclass(frozen=True)
@@ -46,99 +59,140 @@ class Made:
     """An image that was made and, if it has a path, written."""
 
     wanted: Wanted
+    output: str | None
+    """Its file, or its tar file and its name in it; None for standard output."""
     record: dict[str, Any]
     png: bytes | None
-    """The file, if it has no path."""
+    """The file, for standard output."""
     row: list[tuple[np.ndarray, str]] = field(default_factory=list)
     """For a preview: the conditions and the image, each with a short text."""
 
 
 def make_here(
-    units: list[list[Wanted]],
+    tasks: list[Task],
     setup: Setup,
     failed: Failed,
     say: Callable[[str], None],
     on_step: Callable[[float], None] = lambda images: None,
     studio: Any = None,
 ) -> Iterator[Made]:
-    """Make the images of units in this process. `on_step` is called with the number of images made, fractions
-    included."""
-    from controlnet.model.work.best import make_best
+    """Do tasks in this process. `on_step` is called with the number of images made, fractions included."""
     from controlnet.model.work.studio import Studio
 
     studio = studio or Studio(setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory, say)
-    wanted = [one for unit in units for one in unit]
+    if any(task.tar for task in tasks):
+        done = 0
+        for task in tasks:
+            yield from _make_tar(task, setup, studio, failed, say, lambda images, done=done: on_step(done + images))
+            done += len(task.wanted)
+        return
+    for image, row in _images([one for task in tasks for one in task.wanted], setup, studio, failed, say, on_step):
+        path = image.wanted.path
+        if path is not None:
+            write_file(path, image.png())
+        yield Made(image.wanted, path and str(path), image.record, image.png() if path is None else None, row)
+
+
+def _images(
+    wanted: list[Wanted], setup: Setup, studio: Any, failed: Failed, say, on_step
+) -> Iterator[tuple[Any, list]]:
+    """Each image that is not there yet, and its row of a preview."""
+    from controlnet.model.work.best import make_best
+
     for image in make_best(wanted, setup.keep_best, studio, failed, say, on_step):
         if image.wanted.there:
             continue
-        png = image.png()
-        if image.wanted.path is not None:
-            write_file(image.wanted.path, png)
         row = []
         if setup.rows:
             _, conditions = studio.conditions(image.wanted.job)
             row = [(condition.rgb, condition.kind) for condition in conditions]
             row.append((image.pixels, f"seed {image.wanted.seed}: {image.wanted.job.prompt}"))
-        yield Made(image.wanted, image.record, png if image.wanted.path is None else None, row)
+        yield image, row
+
+
+def _make_tar(task: Task, setup: Setup, studio: Any, failed: Failed, say, on_step) -> list[Made]:
+    """The images of a task in one tar file as WebDataset reads it, whole or not there: NAME.png, its record NAME.json,
+    and its conditions as they were read, NAME.0.KIND.png."""
+    assert task.tar is not None
+    made = []
+    with beside(task.tar) as temporary, tarfile.open(temporary, "w") as tar:
+        for image, row in _images(task.wanted, setup, studio, failed, say, on_step):
+            name = f"{image.wanted.number:08d}-{image.wanted.seed}-{image.wanted.job.stem}".replace(".", "_")
+            _, conditions = studio.conditions(image.wanted.job)
+            files = {"png": image.png(), "json": dumps(image.record).encode()}
+            files |= {f"{i}.{one.kind}.png": one.png() for i, one in enumerate(conditions)}
+            for ending, data in files.items():
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            made.append(Made(image.wanted, f"{task.tar}#{name}", image.record, None, row))
+    return made
 
 
 def make_in_processes(
-    units: list[list[Wanted]],
+    tasks: list[Task],
     setup: Setup,
     devices: list[str | None],
     failed: Failed,
     say: Callable[[str], None],
     on_step: Callable[[float], None] = lambda images: None,
 ) -> Iterator[Made]:
-    """The same in a process for each device; None is the best one there is, in turn if there are several. Each line of
-    talk is said once."""
-    told: set[str] = set()
+    """The same in a process for each device; None is the best one there is, in turn if there are several."""
+    yield from told(_in_order(tasks, setup, devices), failed, say, on_step)
+
+
+def told(
+    outcomes: Iterable[tuple[int, Outcome]],
+    failed: Failed,
+    say: Callable[[str], None],
+    on_step: Callable[[float], None],
+) -> Iterator[Made]:
+    """The images of pairs (number of images asked for, outcome). Failures and talk are reported, each line once."""
+    seen: set[str] = set()
     done = 0
-    for unit, outcome in _in_order(units, setup, devices):
-        for line in (line for line in outcome.said if line not in told):
-            told.add(line)
+    for count, outcome in outcomes:
+        for line in (line for line in outcome.said if line not in seen):
+            seen.add(line)
             say(line)
         for name, error in outcome.failed:
             failed(name, error)
         yield from outcome.made
-        done += len(unit)
+        done += count
         on_step(done)
 
 
 @dataclass
-class _Outcome:
-    """What became of a unit."""
+class Outcome:
+    """What became of a task."""
 
     made: list[Made] = field(default_factory=list)
     failed: list[tuple[str, ControlNetError]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
 
-def _in_order(
-    units: list[list[Wanted]], setup: Setup, devices: list[str | None]
-) -> Iterator[tuple[list[Wanted], _Outcome]]:
+def _in_order(tasks: list[Task], setup: Setup, devices: list[str | None]) -> Iterator[tuple[int, Outcome]]:
     waiting: dict[int, Future] = {}
-    suspects: set[int] = set()  # units that were at work when a process died
+    suspects: set[int] = set()  # tasks that were at work when a process died
     begun = given = 0
     pool = _pool(setup, devices)
     try:
-        while given < len(units):
-            while begun < len(units) and len(waiting) < AHEAD * len(devices) and not suspects:
-                waiting[begun] = pool.submit(_make, units[begun])
+        while given < len(tasks):
+            while begun < len(tasks) and len(waiting) < AHEAD * len(devices) and not suspects:
+                waiting[begun] = pool.submit(do, tasks[begun])
                 begun += 1
             try:
-                outcome = waiting[given].result() if given not in suspects else _alone(pool, units[given])
+                outcome = waiting[given].result() if given not in suspects else _alone(pool, tasks[given])
             except BrokenProcessPool:
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = _pool(setup, devices)
                 if given in suspects:
-                    outcome = _Outcome(failed=[_died(units[given])])
+                    outcome = Outcome(failed=[_died(tasks[given])])
                 else:
                     suspects = {i for i, future in waiting.items() if not future.done() or future.exception()}
                     continue
             suspects.discard(given)
             waiting.pop(given, None)
-            yield units[given], outcome
+            yield len(tasks[given].wanted), outcome
             given += 1
     except BaseException:  # Ctrl-C: files are whole or not there, so nobody is waited for
         pool.shutdown(wait=False, cancel_futures=True)
@@ -146,21 +200,23 @@ def _in_order(
     pool.shutdown()
 
 
-def _alone(pool, unit: list[Wanted]) -> _Outcome:
-    """A unit once more, its images one by one: less memory. Raises BrokenProcessPool."""
-    whole = _Outcome()
-    for one in unit:
-        part: _Outcome = pool.submit(_make, [one]).result()
+def _alone(pool, task: Task) -> Outcome:
+    """A task once more, its images one by one if they are files of their own: less memory. Raises BrokenProcessPool."""
+    if task.tar is not None:
+        return pool.submit(do, task).result()
+    whole = Outcome()
+    for one in task.wanted:
+        part: Outcome = pool.submit(do, Task([one])).result()
         whole.made += part.made
         whole.failed += part.failed
         whole.said += part.said
     return whole
 
 
-def _died(unit: list[Wanted]) -> tuple[str, ControlNetError]:
+def _died(task: Task) -> tuple[str, ControlNetError]:
     error = ModelError("the process that made it was killed twice, as the system does when memory runs out",
                        "--low-memory, fewer --processes, or a smaller --size")  # fmt: skip
-    return unit[0].name or str(unit[0].path), error
+    return task.wanted[0].name or str(task.tar or task.wanted[0].path), error
 
 
 _studio: Any = None
@@ -177,24 +233,31 @@ def _pool(setup: Setup, devices: list[str | None]):
 
 def _begin(queue, setup: Setup) -> None:
     """In a process: take a device from the queue, and load nothing yet."""
-    global _studio, _setup
     import torch
-    from controlnet.model.work.studio import Studio
 
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(Exit.INTERRUPTED))
     number, device = queue.get()
     if device is None and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
+    begin(replace(setup, device=device or setup.device))
+
+
+def begin(setup: Setup) -> None:
+    """Make this process one that can `do` tasks."""
+    global _studio, _setup
+    from controlnet.model.work.studio import Studio
+
     _setup = setup
-    _studio = Studio(device or setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory)
+    _studio = Studio(setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory)
 
 
-def _make(unit: list[Wanted]) -> _Outcome:
-    outcome = _Outcome()
+def do(task: Task) -> Outcome:
+    """Do a task in a process that has begun."""
+    outcome = Outcome()
     _studio.say = outcome.said.append
     noted = lambda name, error: outcome.failed.append((name, error))  # noqa: E731
     try:
-        outcome.made += make_here([unit], _setup, noted, outcome.said.append, studio=_studio)
+        outcome.made += make_here([task], _setup, noted, outcome.said.append, studio=_studio)
     except ControlNetError as error:
-        outcome.failed.append((unit[0].name, error))
+        outcome.failed.append((task.wanted[0].name, error))
     return outcome

@@ -59,8 +59,8 @@ class Scored:
 class Scorer:
     """Detects conditions again on images; each detector is loaded once."""
 
-    def __init__(self, offline: bool = False):
-        self.offline = offline
+    def __init__(self, offline: bool = False, say: Callable[[str], None] = lambda text: None):
+        self.offline, self.say = offline, say
         self.ready = cache(self._ready)
 
     def of_file(self, path: str, conditions: Sequence[str] = ()) -> list[tuple[str, Scored]]:
@@ -76,7 +76,11 @@ class Scorer:
             )
         if not entries:
             raise InputError(f"{path}: its record names no condition", f"controlnet score {path} --cond MAP")
-        return [self.of_record(image, path, entry) for entry in entries]
+        scored = [entry for entry in entries if kind_named(str(entry.get("kind"))).score]
+        for entry in entries:
+            if entry not in scored and scored:
+                self.say(f"warning: {path}: kind {entry.get('kind')!r} has no score; {entry.get('path')} is left out")
+        return [self.of_record(image, path, entry) for entry in scored or entries]
 
     def of_record(self, image: np.ndarray, name: str, entry: dict) -> tuple[str, Scored]:
         """The scores for a condition in the image's own record. If it was made from a photo, it is made again."""
@@ -115,7 +119,8 @@ class Scorer:
         path, kind = condition.name, kind_named(condition.kind)
         if kind.score is None:
             raise UsageError(
-                f"{path}: kind {kind.name!r} has no score; expected {', '.join(SCORED)}", f"{path},kind=canny"
+                f"{path}: kind {kind.name!r} has no score; expected {', '.join(SCORED)}",
+                "another condition; or kind=..., if the map is of another kind",
             )
         if kind.form == PEOPLE and "keypoints" not in condition.record:
             raise InputError(

@@ -53,6 +53,8 @@ class Sources:
         absent = hub.is_hub_id(base) and not exists(base) and not hub.kept(base)
         if absent:
             lacking[job.base] = f"base {job.base}"
+        if job.vae and hub.is_hub_id(job.vae) and not exists(job.vae) and not hub.kept(job.vae):
+            lacking[job.vae] = f"VAE {job.vae}"
         for flag in job.cond:
             kind = flag.kind or flag.detect or ""
             if flag.detect and (weights := find_detector(flag.detect).weights) and not kept(weights):

@@ -21,7 +21,7 @@ import transformers
 from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
-from controlnet.model.load import load_base
+from controlnet.model.load import has_vae, load_base, with_vae
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import recorded_name
 from controlnet.model.sampling.canvas import canvas_size, detection_size, on_canvas, to_canvas, trained_sizes
@@ -31,6 +31,7 @@ from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
+    OWN,
     ConditionFlag,
     check_kind,
     check_weighting,
@@ -45,6 +46,7 @@ from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
+from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
 from controlnet.preprocessors.kinds import kind_named
@@ -127,7 +129,7 @@ class Studio:
         self.dtype = choose_dtype(dtype, self.device)
         self.offline, self.strict, self.low_memory, self.say = offline, strict, low_memory, say
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
-        self.base = cache(self._base)
+        self.bases: dict[tuple[str, str | None], tuple[Base, Encoded]] = {}
         self.net = cache(self._net)
         self.sources = Sources(offline)
         self.detector = cache(self._detector)
@@ -233,11 +235,12 @@ class Studio:
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
-        net, net_hash = self.net(job.base, job.vae, source)
+        net, net_hash = self.net(job.base, whole_path(source))
         check_kind(flag, condition.kind, recorded_name(source), net.types)
         map_ = self.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
-        region, region_entry = self.region(flag.region, job.size) if flag.region else (None, {})
+        region, region_hash = self.region(whole_path(flag.region), job.size) if flag.region else (None, "")
+        region_entry = {"region": flag.region, "region_sha256": region_hash} if flag.region else {}
         strength = Strength(flag.scale, flag.start, flag.end, weighting, job.control_on, region)
         check_weighting(flag, strength, net.connections)
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
@@ -263,7 +266,7 @@ class Studio:
             self.sources.check_here(job, self.kind)
         for flag in job.cond:
             self.sources.fits(job.base, self.sources.source(job.base, flag, self.kind(flag)))
-        return self.base(job.base, job.vae)
+        return self.base(job.base, job.vae and whole_path(job.vae))
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
         """The canvas of a job (width, height), and its conditions: as read, or detected at the canvas's aspect."""
@@ -286,15 +289,29 @@ class Studio:
             return flag.kind or flag.detect
         return _kind_of(flag, self.picture(flag.path)[1])
 
+    def base(self, name: str, vae: str | None) -> tuple[Base, Encoded]:
+        """A base that is loaded once."""
+        if (name, vae) not in self.bases:
+            self.bases[name, vae] = self._base(name, vae)
+        return self.bases[name, vae]
+
     def _base(self, name: str, vae: str | None) -> tuple[Base, Encoded]:
+        """A base, with another VAE if one is named: everything else of it is loaded once."""
+        if vae is not None and has_vae(name, self.offline):
+            base, encoded = self.base(name, None)
+            return with_vae(base, vae, self.offline), encoded
         base = load_base(name, self.device, self.dtype, self.offline, self.low_memory, vae)
         dtype = str(self.dtype).removeprefix("torch.")
         self.say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
         return base, Encoded()
 
-    def _net(self, base_name: str, vae: str | None, source: str) -> tuple[Any, str]:
+    def _plain_base(self, name: str) -> tuple[Base, Encoded]:
+        """A loaded base of this name, whichever VAE it has."""
+        return next((pair for (known, _), pair in self.bases.items() if known == name), None) or self.base(name, None)
+
+    def _net(self, base_name: str, source: str) -> tuple[Any, str]:
         """A ControlNet that fits the base, and its hash."""
-        base, _ = self.base(base_name, vae)
+        base, _ = self._plain_base(base_name)
         path = self.sources.find(source)
         net = load_controlnet(path, base.dtype, base.unet.config, base.name)
         return net if self.low_memory else net.to(base.device), model_hash(path)
@@ -321,15 +338,15 @@ class Studio:
             self._warn(f"{flag.path}: {doubt.text}; {doubt.cure}")
         return on_canvas(condition, size).map
 
-    def _region(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, dict]:
-        """(H, W) float32 in [0, 1] on the canvas, and its entry in the record."""
+    def _region(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+        """(H, W) float32 in [0, 1] on the canvas, and the sha256 of its file."""
         image, _, digest = self.picture(path)
         if (image.shape[1], image.shape[0]) != size:
             self.say(f"{path}: region of {image.shape[1]}x{image.shape[0]} brought to the canvas {size[0]}x{size[1]}")
         mask = to_canvas(image, "region", size).mean(2, dtype=np.float32) / 255
         if not mask.any():
             self._warn(f"{path}: the region is black everywhere, so its ControlNet does not act")
-        return mask, {"region": path, "region_sha256": digest}
+        return mask, digest
 
     def _say_distilled(self, job: Job, base: Base) -> None:
         """Warn of settings that do not suit a base that was distilled for few steps."""
@@ -356,7 +373,7 @@ class Studio:
                 self.say(f"{base.name} was not trained on {size[0]}x{size[1]}; the nearest is {near[0]}x{near[1]}")
 
     def _check_words(self, base: Base, job: Job) -> None:
-        for text in filter(None, (job.prompt, job.negative)):
+        for text in filter(None, (job.prompt, job.negative, job.prompt2, job.negative2)):
             if text in self.told:
                 continue
             self.told.add(text)
@@ -377,6 +394,8 @@ def _check_options(base: Base, job: Job) -> None:
     for flag in ("prompt2", "negative2"):
         if getattr(job, flag) is not None and len(base.encoders) == 1:
             raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")
+    if job.negative2 is not None and job.negative is None and base.zeros_for_none:
+        raise UsageError("--negative2: without --negative, both encoders' features are zeros", '--negative ""')
     layers = min(encoder.layers for encoder in base.encoders)
     if job.clip_skip >= layers:
         raise UsageError(f"--clip-skip {job.clip_skip}: the text encoder has {layers} layers", "--clip-skip 1")
@@ -396,7 +415,7 @@ def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
         return kind_of(flag.path, text, flag.kind)
     except UsageError:
         if flag.net:
-            return trained or "own"
+            return trained or OWN
         raise
 
 

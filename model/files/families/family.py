@@ -92,6 +92,8 @@ class Family:
     """What its bases may predict. If there are several, a single file must say which."""
     sizes: tuple[tuple[int, int], ...] = ()
     """The canvases (width, height) its bases were trained on. Empty if they were trained on one size."""
+    guidance: float = 7.5
+    """The default scale of the guidance, as in diffusers' pipeline."""
     vae: Mapping[str, Any] = field(default_factory=lambda: VAE)
     scheduler: Callable[[str], dict[str, Any]] = scheduler_config
     """Function from what a base predicts to the config of its scheduler."""

@@ -62,6 +62,7 @@ SDXL = Family(
         ),
     ),
     vae={**VAE, "scaling_factor": 0.13025, "sample_size": 1024, "force_upcast": True},
+    guidance=5.0,
     scheduler=euler,
     sizes=_SIZES,
     pipeline={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
