@@ -29,7 +29,7 @@ from controlnet.cli.options import (
     tell,
     typed,
 )
-from controlnet.model.work.batch import in_tars, in_units, read_jobs_file, spread, targets
+from controlnet.model.work.batch import Wanted, in_tars, in_units, read_jobs_file, spread, targets
 from controlnet.model.work.jobs import Job, check_names, make_job
 from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
@@ -167,18 +167,7 @@ def _generate(
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
 
-    # What is asked for, in the groups that are made together, and of these the ones that are ours.
-    asked = targets(todo, overwrite, skip_existing, failed, keep_best, part != WHOLE, tar is not None)
-    groups = in_units(asked, keep_best is not None)
-    if tar is not None:
-        groups = _in_tars(groups, tar, defaults["out"], overwrite, skip_existing or part != WHOLE)
-    groups = [group for group in groups if part.holds(group[0].content)]
-    for one in (one for group in groups for one in group if one.there):
-        if skip_existing:
-            tell({"output": str(one.path), "seed": one.seed, "skipped": True}, as_json)
-        else:  # in a shard it is known only now that it is one of ours
-            failed(one.name or part.name, exists_already(one.path))
-    groups = [group for group in groups if not all(one.there for one in group)]
+    groups = _groups(todo, part, failed, overwrite, skip_existing, keep_best, tar, defaults["out"], as_json)
     if as_json and any(one.path is None for group in groups for one in group):
         raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
     rows: list[list] = []
@@ -189,13 +178,7 @@ def _generate(
         setup = pool.Setup(device, dtype, offline, strict, low_memory, keep_best, rows=preview is not None)
         tasks = [pool.Task(group, group[0].path if tar is not None else None) for group in groups]
         with images_bar(sum(map(len, groups)), quiet) as on_step:
-            if ray is not None:
-                images = cluster.make_on_ray(tasks, setup, ray, failed, say, on_step)
-            elif used:
-                images = pool.make_in_processes(tasks, setup, used, failed, say, on_step)
-            else:
-                images = pool.make_here(tasks, setup, failed, say, on_step)
-            for image in images:
+            for image in cluster.make(tasks, setup, used, ray, failed, say, on_step):
                 _tell(image, as_json)
                 if len(rows) < SHOWN:
                     rows.append(image.row)
@@ -256,6 +239,32 @@ def _tell(image: Made, as_json: bool) -> None:
         sys.stdout.flush()
     else:
         tell({"output": image.output, **image.record}, as_json)
+
+
+def _groups(
+    jobs: list[tuple[str, Job]],
+    part: Shard,
+    failed: _Failures,
+    overwrite: bool,
+    skip_existing: bool,
+    keep_best: int | None,
+    tar: int | None,
+    out: str | None,
+    as_json: bool,
+) -> list[list[Wanted]]:
+    """The images that are to be made here, in the groups that are made together, or go into a tar file. Those that are
+    there already are told, or are errors."""
+    asked = targets(jobs, overwrite, skip_existing, failed, keep_best, part != WHOLE, tar is not None)
+    groups = in_units(asked, keep_best is not None)
+    if tar is not None:
+        groups = _in_tars(groups, tar, out, overwrite, skip_existing or part != WHOLE)
+    groups = [group for group in groups if part.holds(group[0].content)]
+    for one in (one for group in groups for one in group if one.there):
+        if skip_existing:
+            tell({"output": str(one.path), "seed": one.seed, "skipped": True}, as_json)
+        else:  # in a shard it is known only now that it is one of ours
+            failed(one.name or part.name, exists_already(one.path))
+    return [group for group in groups if not all(one.there for one in group)]
 
 
 def _in_tars(groups: list, size: int, out: str | None, overwrite: bool, skip_existing: bool) -> list:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import sys
 import tarfile
 import warnings
 from dataclasses import replace
@@ -10,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-from controlnet.model.work import pool
+from controlnet.model.work import cluster, pool
 from controlnet.model.work.batch import Wanted, in_units, targets
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.studio import fail
@@ -300,3 +301,28 @@ def test_ray_makes_the_same_in_order(ray, run, jobs, tmp_path, monkeypatch):
     assert len(made) == 11 and all(made[name] == images(tmp_path / "here")[name] for name in seeded)
     seeds = [[json.loads(line)["seed"] for line in text.splitlines()] for text in (here, there)]
     assert seeds[0] == seeds[1]
+
+
+def test_a_killed_actor_loses_nothing(ray, jobs, tmp_path, monkeypatch, small_base_folder):
+    """kill -9 in the middle: Ray starts another one, and every row is done."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = {"base": str(small_base_folder / "base"), "out": f"{tmp_path}/set/", "steps": 2}
+    asked = [Job(f"{tmp_path}/{i % 7}.canny.png,net={small_base_folder / 'net'}", "x", seed=i, **flags)
+             for i in range(24)]  # fmt: skip
+    units = in_units(targets([(f"line {i}", job) for i, job in enumerate(asked)], False, False, fail))
+    failed, seeds = [], []
+    tasks = [pool.Task(unit) for unit in units]
+    for one in cluster.make_on_ray(tasks, pool.Setup(), "local", lambda *failure: failed.append(failure), print):
+        if not seeds:
+            actors = [p for p in psutil.process_iter() if p.name().startswith("ray::MapWorker")]
+            actors[0].kill()
+        seeds.append(one.wanted.seed)
+    assert actors and not failed and seeds == list(range(24)) and len(images(tmp_path / "set")) == 24
+
+
+def test_clusters_that_cannot_be_reached(run, jobs, monkeypatch):
+    code, _, err = run(*jobs, "x/", "--ray", "127.0.0.1:1")
+    assert code == Exit.MODEL and err.count("--ray 127.0.0.1:1") == 1, err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = run(*jobs, "x/", "--ray", "local")
+    assert code == Exit.USAGE and "pip install 'controlnet-toolkit[ray]'" in err

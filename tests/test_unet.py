@@ -1,6 +1,6 @@
 """The way through the UNet: equal to diffusers' own, and nothing of it is computed twice."""
 
-import controlnet.model.control.attention as module
+import controlnet.model.control.attention as ways
 import pytest
 import torch
 from controlnet.model.control.attention import in_blocks
@@ -160,13 +160,13 @@ def test_attention_in_blocks_is_attention(shape):
 def test_blocks_are_for_large_products_of_bfloat16_alone(monkeypatch):
     """On whatever processor: the way is chosen by type, size and gradients, so the same job gives the same bits."""
     taken = []
-    monkeypatch.setattr(module, "in_blocks", lambda q, k, v: taken.append(q.shape) or q)
+    monkeypatch.setattr(ways, "in_blocks", lambda q, k, v: taken.append(q.shape) or q)
     q = torch.zeros(1, 1, 512, 8, dtype=torch.bfloat16)
     for has in (True, False):
-        monkeypatch.setattr(module, "_has_products", lambda has=has: has)
+        monkeypatch.setattr(ways, "_has_products", lambda has=has: has)
         with torch.no_grad():
-            module.attention(q, q, q)
-            module.attention(q, q[:, :, :77], q[:, :, :77])
-            module.attention(q.float(), q.float(), q.float())
-        module.attention(q, q, q)
+            ways.attend(q, q, q)
+            ways.attend(q, q[:, :, :77], q[:, :, :77])
+            ways.attend(q.float(), q.float(), q.float())
+        ways.attend(q, q, q)
     assert len(taken) == 1

@@ -2,8 +2,8 @@
 
 torch's fused kernel multiplies bfloat16 on a CPU without AMX at the speed of float32, while plain matrix products use
 AVX-512's bfloat16. So there each head is computed in blocks of queries: 2.2 to 2.7 times as quick from 256 keys on
-(benchmarks/LOG.md). The scores are rounded to bfloat16 before the softmax, which the fused kernel does not do: the error
-is 0.0045 of the result's deviation instead of 0.0022.
+(benchmarks/LOG.md). The scores are rounded to bfloat16 before the softmax, which the fused kernel does not do: the
+error is 0.0045 of the result's deviation instead of 0.0022.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST = 256
 """Fewer queries or keys are left to the fused kernel."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax of q k^T over v: q (B, heads, N, C), k and v (B, heads, M, C) -> (B, heads, N, C)."""
     small = min(q.shape[2], k.shape[2]) < LEAST
     if small or q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or not _has_products():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from controlnet.model.control.attention import attention
+from controlnet.model.control.attention import attend
 from controlnet.model.control.control import Control, add, grow
 from controlnet.model.control.prompt import Prompt
 from torch import Tensor
@@ -146,7 +146,7 @@ def _to_features(module: Any, tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 def _attention(module: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of queries from x (B, N, C) over k and v (B, heads, N or T, C / heads)."""
-    mixed = attention(_heads(module.to_q(x), module.heads), k, v)
+    mixed = attend(_heads(module.to_q(x), module.heads), k, v)
     return module.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 

@@ -8,10 +8,27 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from controlnet.model.work.pool import Failed, Made, Outcome, Setup, Task, begin, do, told
+from controlnet.model.work.pool import Failed, Made, Outcome, Setup, Task, begin, do, make_here, make_in_processes, told
 from controlnet.preprocessors.errors import ModelError, UsageError
 
 INSTALL = "pip install 'controlnet-toolkit[ray]'"
+
+
+def make(
+    tasks: list[Task],
+    setup: Setup,
+    devices: list[str | None],
+    ray: str | None,
+    failed: Failed,
+    say: Callable[[str], None],
+    on_step: Callable[[float], None] = lambda images: None,
+) -> Iterator[Made]:
+    """Do tasks on the Ray cluster at this address, else in a process for each device, else here."""
+    if ray is not None:
+        return make_on_ray(tasks, setup, ray, failed, say, on_step)
+    if devices:
+        return make_in_processes(tasks, setup, devices, failed, say, on_step)
+    return make_here(tasks, setup, failed, say, on_step)
 
 
 def make_on_ray(

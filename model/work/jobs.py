@@ -250,10 +250,9 @@ class Job:
     def looks(self) -> str:
         """What tells, without a model, which images can be made together: flags, and the size of the first condition's
         picture where it decides the canvas."""
-        acts = [(flag.net, flag.kind, flag.detect, flag.scale, flag.start, flag.end, str(flag.weighting), flag.region)
-                for flag in self.cond]  # fmt: skip
+        acts = [replace(flag, path="", weighting=str(flag.weighting)) for flag in self.cond]
         size = size_of(self.cond[0].path) if self.cond and self.size is None else None
-        return self.shared() + json.dumps([acts, self.mode, str(self.weighting), size])
+        return self.shared() + repr([acts, self.mode, self.weighting, size])
 
     def seeded(self, fixed: bool = False) -> Job:
         """The job with a seed if it has none: random, or `fixed` by what is asked for."""

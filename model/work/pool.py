@@ -214,8 +214,10 @@ def _alone(pool, task: Task) -> Outcome:
 
 
 def _died(task: Task) -> tuple[str, ControlNetError]:
-    error = ModelError("the process that made it was killed twice, as the system does when memory runs out",
-                       "--low-memory, fewer --processes, or a smaller --size")  # fmt: skip
+    error = ModelError(
+        "the process that made it was killed twice, as the system does when memory runs out",
+        "--low-memory, fewer --processes, or a smaller --size",
+    )
     return task.wanted[0].name or str(task.tar or task.wanted[0].path), error
 
 

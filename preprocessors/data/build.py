@@ -57,8 +57,9 @@ def build(
     work = {name: pair for name, pair in zip(names, found.pairs, strict=True) if part.holds(name)}
     errors: dict[str, ControlNetError] = {}
     with workers(jobs) as pool:
-        futures = {pool.submit(_build_pair, pair, name, out, kind, options, size, resize): name
-                   for name, pair in work.items()}  # fmt: skip
+        futures = {}
+        for name, pair in work.items():
+            futures[pool.submit(_build_pair, pair, name, out, kind, options, size, resize)] = name
         for done, future in enumerate(as_completed(futures), 1):
             try:
                 future.result()
@@ -70,36 +71,43 @@ def build(
         kind_of_error = OutputError if isinstance(first, OutputError) else InputError
         raise kind_of_error(f"{found.folder}: none of {len(names)} photos could be used; the first: {first}")
 
-    # What the other shards could not use; they may not be done yet.
-    failed = {name: str(error) for name, error in errors.items()}
-    if part != WHOLE:
-        write_file(_report(out, part), (json.dumps(failed) + "\n").encode())
-        reports = [_report(out, Shard(number, part.count)) for number in range(1, part.count + 1)]
-        if not all(report.is_file() for report in reports):
-            return None, sorted(failed.values())
-        failed = {name: error for report in reports for name, error in object_or_empty(report.read_bytes()).items()}
-
-    # The split, then metadata and manifest.
+    # Metadata and manifest, when all shards are done.
+    failed = _failed_in_all(out, part, {name: str(error) for name, error in errors.items()})
+    told = [str(errors[name]) for name in sorted(errors)]
+    if failed is None:
+        return None, told
     pairs = {name: pair for name, pair in zip(names, found.pairs, strict=True) if name not in failed}
+    settings = {"kind": kind, "detector": find_detector(kind).name, "options": options, "size": list(size)}
+    return _write_manifest(out, pairs, settings | {"resize": resize}, [failed[name] for name in sorted(failed)]), told
+
+
+def _failed_in_all(out: Path, part: Shard, failed: dict[str, str]) -> dict[str, str] | None:
+    """Name -> error of the photos that failed in any shard; None while others are at work."""
+    if part == WHOLE:
+        return failed
+    write_file(_report(out, part), (json.dumps(failed) + "\n").encode())
+    reports = [_report(out, Shard(number, part.count)) for number in range(1, part.count + 1)]
+    if not all(report.is_file() for report in reports):
+        return None
+    return {name: error for report in reports for name, error in object_or_empty(report.read_bytes()).items()}
+
+
+def _write_manifest(out: Path, pairs: dict[str, Pair], settings: dict[str, Any], failed: list[str]) -> dict[str, Any]:
+    """Write metadata.jsonl and manifest.json for the pairs that are there."""
     rows = {row["file_name"]: row for row in (_row(pair, name, out) for name, pair in pairs.items())}
     told = {f"images/{name}.png": pair.held_out for name, pair in pairs.items()}
     _split(rows, {name: held_out for name, held_out in told.items() if held_out is not None})
     ordered = [rows[name] for name in sorted(rows)]
     lines = "".join(dumps(row) + "\n" for row in ordered)
     write_file(out / "metadata.jsonl", lines.encode())
-    manifest = {
-        "kind": kind,
-        "detector": find_detector(kind).name,
-        "options": options,
-        "size": list(size),
-        "resize": resize,
+    manifest = settings | {
         "pairs": len(rows),
         "held_out": sum(row["split"] != "train" for row in ordered),
-        "failed": [failed[name] for name in sorted(failed)],
+        "failed": failed,
         "metadata_sha256": sha256(lines.encode()),
     }
     write_file(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
-    return manifest, [str(errors[name]) for name in sorted(errors)]
+    return manifest
 
 
 def _report(out: Path, part: Shard) -> Path:
