@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from controlnet.preprocessors.errors import InputError, reason
 from controlnet.preprocessors.files import exists, is_dir
+from controlnet.preprocessors.tars import read_member, split
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 RUN_LENGTHS = 3
@@ -57,9 +58,12 @@ def why_skipped(path: Path) -> str:
 
 
 def read_bytes(source: str) -> bytes:
-    """The bytes of a file, or of standard input for `-`. Raises InputError naming what is wrong."""
+    """The bytes of a file, of one in a tar file (tars.py), or of standard input for `-`. Raises InputError naming what
+    is wrong."""
     if source == "-":
         data = sys.stdin.buffer.read()
+    elif inside := split(source):
+        data = read_member(*inside)
     else:
         path = Path(source)
         if not exists(path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from pathlib import Path
 
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.jsons import dumps, object_or_empty
 from controlnet.preprocessors.kinds import KINDS
+from controlnet.preprocessors.tars import read_member, split
 
 KEY = "controlnet"
 """Name of the PNG text chunk; its value is one JSON object."""
@@ -44,7 +46,8 @@ def text_of(path: Path) -> dict[str, str]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        inside = split(str(path))
+        with Image.open(io.BytesIO(read_member(*inside)) if inside else path) as image:
             return {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
     except Exception:  # Pillow raises a dozen types for broken data; decoding it reports the error
         return {}

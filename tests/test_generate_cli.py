@@ -319,3 +319,24 @@ def test_a_canvas_beyond_the_memory(run, common, monkeypatch):
     monkeypatch.setattr("controlnet.model.sampling.generate.free_memory", lambda device: 2 * 10**6)
     code, _, err = run(*common, "-p", "x", "--size", "1024")
     assert code == Exit.USAGE and "size 1024x1024: needs about" in err and "--size " in err
+
+
+@pytest.mark.parametrize("most, code, said", [(2, 0, "made one by one"), (0, Exit.MODEL, "out of memory at 64x64")])
+def test_memory_that_runs_out(run, common, tmp_path, monkeypatch, most, code, said):
+    """Too much at once is made one by one, and gives the same images up to rounding; too much alone is an error."""
+    import controlnet.model.sampling.generate as module
+
+    assert run(*common, "-p", "x", "--seed", 1, "-n", 4, "-o", "whole/", "--dtype", "float32")[0] == 0
+    sample = module.sample
+
+    def limited(unet, scheduler, start, *args, **more):
+        if len(start.noise) > most:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+        return sample(unet, scheduler, start, *args, **more)
+
+    monkeypatch.setattr(module, "sample", limited)
+    found, _, err = run(*common, "-p", "x", "--seed", 1, "-n", 4, "-o", "parts/", "--dtype", "float32")
+    assert found == code and said in err, err
+    for seed in range(1, 5) if code == 0 else ():
+        a, b = (pixels(tmp_path / place / f"{seed}-map.png").astype(int) for place in ("whole", "parts"))
+        assert np.abs(a - b).max() <= 1

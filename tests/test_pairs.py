@@ -1,10 +1,13 @@
 """Training data as people have it: every form is recognised, every fault is told."""
 
 import csv
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
+from controlnet.cli.main import main
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.data.build import _names
 from controlnet.preprocessors.data.mirror import flip_condition, flip_words
@@ -424,3 +427,55 @@ def test_build_keeps_the_split_of_the_photos(tmp_path, capsys):
     assert {row["file_name"].startswith("images/val"): row["split"] for row in rows} == {
         True: "held_out", False: "train",
     }  # fmt: skip
+
+
+def packed(folder, out, size=3):
+    """The pairs of a folder with images/ and conditions/ as tar files."""
+    found = find_pairs(folder)
+    out.mkdir()
+    for number in range(0, len(found.pairs), size):
+        with tarfile.open(out / f"{number // size:06d}.tar", "w") as tar:
+            for pair in found.pairs[number : number + size]:
+                files = {"png": pair.image.read_bytes(), "txt": pair.caption.encode()}
+                files |= {"conditioning_image.png": pair.condition.read_bytes()} if pair.condition else {}
+                for ending, data in files.items():
+                    member = tarfile.TarInfo(f"{pair.image.stem}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return out
+
+
+def test_pairs_in_tar_files(tmp_path, capsys):
+    photos(tmp_path / "photos")
+    with pytest.raises(SystemExit):
+        main(["dataset", "build", str(tmp_path / "photos"), "-o", str(tmp_path / "data"), "--size", "64", "-j", "1"])
+    found, inside = find_pairs(tmp_path / "data"), find_pairs(packed(tmp_path / "data", tmp_path / "tars"))
+    assert inside.form == "webdataset" and len(inside.pairs) == len(found.pairs)
+    for a, b in zip(found.pairs, inside.pairs, strict=True):
+        assert a.caption == b.caption and np.array_equal(a.picture(), b.picture())
+        assert np.array_equal(a.read_condition("canny").rgb, b.read_condition("canny").rgb)
+    assert kind_of_pairs(inside)[0] == "canny"  # from the conditions' own text
+    with pytest.raises(SystemExit) as stop:
+        main(["dataset", "check", str(tmp_path / "tars")])
+    assert stop.value.code == 0 and "form webdataset, kind canny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda data: data[: len(data) // 2], "cut off|not a whole tar"), (lambda data: b"", "not a whole tar"),
+    (lambda data: b"x" * 2000, "not a whole tar"),
+])  # fmt: skip
+def test_tar_files_that_are_not_whole(tmp_path, spoil, said):
+    photos(tmp_path / "photos")
+    tars = packed(tmp_path / "photos", tmp_path / "tars")
+    first = tars / "000000.tar"
+    first.write_bytes(spoil(first.read_bytes()))
+    with pytest.raises(InputError, match=said) as caught:
+        find_pairs(tars)
+    assert "000000.tar" in str(caught.value)
+
+
+def test_a_missing_tar_file_is_named(tmp_path):
+    photos(tmp_path / "photos")
+    tars = packed(tmp_path / "photos", tmp_path / "tars", 1)
+    (tars / "000001.tar").unlink()
+    assert find_pairs(tars).missing == ("000001.tar",)

@@ -469,6 +469,7 @@ def test_a_vae_of_another_familys_base_is_refused(sdxl_folder, small_base_folder
     other = tmp_path / "sd.safetensors"
     tensors = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1, 4, 3, 3),
                "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 768),
+               "first_stage_model.encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
                "first_stage_model.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}  # fmt: skip
     save_file(tensors, other)
     args = ["generate", "--base", sdxl_folder / "base", "--steps", 1, "--seed", 1, "-p", PROMPT, "--size", 64]

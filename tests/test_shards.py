@@ -68,7 +68,7 @@ def test_a_folder_belongs_to_shards_of_one_command(tmp_path):
 
 @pytest.fixture
 def jobs(small_base_folder, tmp_path, monkeypatch):
-    """Twelve images in seven jobs: alike neighbours, other steps, several seeds, one without a seed, a bad line."""
+    """Eleven images in seven jobs: alike neighbours, other steps, several seeds; and a bad line."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     lines = []
@@ -77,7 +77,6 @@ def jobs(small_base_folder, tmp_path, monkeypatch):
         (tmp_path / f"{i}.canny.png").write_bytes(png_bytes(edges))
         job = {"cond": f"{i}.canny.png,net={small_base_folder / 'net'}", "prompt": f"a cube {i}", "seed": 10 * i}
         lines.append(job | ({"num": 3} if i in (1, 4) else {}) | ({"steps": 3} if i == 5 else {}))
-    del lines[2]["seed"]
     lines.append({"nonsense": 1})
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--jobs", "jobs.jsonl", "--steps", 2, "--dtype", "float32", "-q", "-o"]
@@ -96,13 +95,13 @@ def test_shards_together_are_the_whole_byte_for_byte(run, jobs, tmp_path):
         assert code in (Exit.OK, Exit.PARTIAL) and len(out.splitlines()) < 11
     assert told == 1
     run(*jobs, "whole/", "--shard", "1/1")
-    parts, whole = images(tmp_path / "parts"), images(tmp_path / "whole")
-    seeded = {name for name in whole if not name.endswith("-2.png")}  # without a seed of its own, the whole draws one
-    assert len(parts) == len(whole) == 11 and len(seeded) == 10
-    assert all(parts[name] == whole[name] for name in seeded)
-    run(*jobs, "other/", "--shard", "2/4")
-    for name, data in images(tmp_path / "other").items():
-        assert parts[name] == data  # also the one without a seed
+    assert images(tmp_path / "parts") == images(tmp_path / "whole") and len(images(tmp_path / "whole")) == 11
+
+
+def test_a_seed_that_is_not_given_follows_from_the_job():
+    job = Job("a.canny.png", "x")
+    assert job.seeded(fixed=True).seed == job.seeded(fixed=True).seed != Job("b.canny.png", "x").seeded(fixed=True).seed
+    assert job.seeded().seed != job.seeded().seed and Job("a.canny.png", "x", seed=3).seeded(fixed=True).seed == 3
 
 
 def test_a_shard_goes_on_where_it_was_killed(run, jobs, tmp_path):
@@ -177,12 +176,9 @@ def test_several_processes_make_the_same_in_order(run, jobs, tmp_path, monkeypat
     _, here, _ = run(*jobs, "here/", "--shard", "1/1", "--json")
     code, there, said = run(*jobs, "there/", "--shard", "1/1", "--json", "--processes", 2)
     assert code == Exit.PARTIAL and said.count("canvas 64x64") == 1 and "unknown key 'nonsense'" in said
-    seeded = {name for name in images(tmp_path / "here") if not name.endswith("-2.png")}
-    made = images(tmp_path / "there")
-    assert len(made) == 11 and all(made[name] == images(tmp_path / "here")[name] for name in seeded)
-    lines = [[json.loads(line) for line in text.splitlines()] for text in (here, there)]
-    order = [[line["seed"] for line in part if line["prompt"] != "a cube 2"] for part in lines]
-    assert order[0] == order[1] and len(order[0]) == 10
+    assert images(tmp_path / "there") == images(tmp_path / "here")
+    seeds = [[json.loads(line)["seed"] for line in text.splitlines()] for text in (here, there)]
+    assert seeds[0] == seeds[1] and len(seeds[0]) == 11
 
 
 def test_the_best_of_several_processes(run, jobs, tmp_path, monkeypatch, small_base_folder):
@@ -203,9 +199,9 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
     asked = [Job(f"{i % 7}.canny.png,net={net}", "x", seed=i, steps=2, base=str(small_base_folder / "base"), out="set/")
              for i in range(12)]  # fmt: skip
     units = in_units(targets([(f"line {i}", job) for i, job in enumerate(asked)], False, False, fail))
-    failed, made = [], []
+    failed, made, tasks = [], [], [pool.Task(unit) for unit in units]
     for one in pool.make_in_processes(
-        units, pool.Setup(dtype="float32"), ["cpu", "cpu"], lambda *failure: failed.append(failure), print
+        tasks, pool.Setup(dtype="float32"), ["cpu", "cpu"], lambda *failure: failed.append(failure), print
     ):
         if not made:
             for child in psutil.Process().children():
@@ -216,11 +212,9 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
 
     died = [Wanted(f"line {i}", job, i, tmp_path / f"again/{i}.png", unit=i) for i, job in enumerate(asked)]
     died[5] = replace(died[5], path=Dies())
-    made = list(
-        pool.make_in_processes(
-            [[one] for one in died[3:8]], pool.Setup(dtype="float32"), ["cpu"], lambda *one: failed.append(one), print
-        )
-    )
+    lonely = [pool.Task([one]) for one in died[3:8]]
+    noted = lambda *failure: failed.append(failure)  # noqa: E731
+    made = list(pool.make_in_processes(lonely, pool.Setup(dtype="float32"), ["cpu"], noted, print))
     assert [one.wanted.seed for one in made] == [3, 4, 6, 7] and len(failed) == 1
     assert failed[0][0] == "line 5" and "killed twice" in str(failed[0][1])
 
@@ -255,19 +249,16 @@ def test_results_in_tar_files(run, jobs, tmp_path):
     run(*jobs, "files/", "--shard", "1/1")
     pictures = {name.split("-", 1)[1]: data for (_, name), data in inside.items() if name.count(".") == 1}
     for name, data in images(tmp_path / "files").items():
-        if not name.endswith("-2.png"):
-            assert pictures[name] == data and json.loads(pictures[name.replace("png", "json")])["steps"]
+        assert pictures[name] == data and json.loads(pictures[name.replace("png", "json")])["steps"]
     assert sum(name.endswith(".0.canny.png") for _, name in inside) == len(out.splitlines()) == 11
     assert json.loads(out.splitlines()[0])["output"] == "tars/000000.tar#00000000-0-0"
     for part in ("1/2", "2/2"):
         run(*jobs, "parts/", "--shard", part, "--tar", 5)
-    parts = members(tmp_path / "parts")
-    kept = {key for key in inside if "-2." not in key[1]}
-    assert len(parts) == len(inside) and all(parts.get(key) == inside[key] for key in kept if "-2" not in key[1])
+    assert members(tmp_path / "parts") == inside
     (tmp_path / "parts/000001.tar").unlink()
     for part in ("1/2", "2/2"):
         run(*jobs, "parts/", "--shard", part, "--tar", 5, "--skip-existing")
-    assert members(tmp_path / "parts") == parts
+    assert members(tmp_path / "parts") == inside
     assert run(*jobs, "x.png", "--tar", 5)[0] == run(*jobs, "x/", "--tar", 0)[0] == Exit.USAGE
 
 
@@ -281,6 +272,14 @@ def test_tar_files_are_read_by_webdataset(run, jobs, tmp_path):
         gc.collect()
     assert len(samples) == 11 and all(sample["png"].shape == (64, 64, 3) for sample in samples)
     assert samples[0]["json"]["prompt"] == "a cube 0" and samples[0]["0.canny.png"].shape == (64, 64, 3)
+
+
+def test_clusters_that_cannot_be_reached(run, jobs, monkeypatch):
+    code, _, err = run(*jobs, "x/", "--ray", "127.0.0.1:1")
+    assert code == Exit.MODEL and err.count("--ray 127.0.0.1:1") == 1, err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = run(*jobs, "x/", "--ray", "local")
+    assert code == Exit.USAGE and "pip install 'controlnet-toolkit[ray]'" in err
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +296,7 @@ def test_ray_makes_the_same_in_order(ray, run, jobs, tmp_path, monkeypatch):
     _, here, _ = run(*absolute, f"{tmp_path}/here/", "--shard", "1/1", "--json")
     code, there, said = run(*absolute, f"{tmp_path}/there/", "--shard", "1/1", "--json", "--ray", "local")
     assert code == Exit.PARTIAL and "unknown key 'nonsense'" in said
-    made, seeded = images(tmp_path / "there"), {n for n in images(tmp_path / "here") if not n.endswith("-2.png")}
-    assert len(made) == 11 and all(made[name] == images(tmp_path / "here")[name] for name in seeded)
+    assert images(tmp_path / "there") == images(tmp_path / "here")
     seeds = [[json.loads(line)["seed"] for line in text.splitlines()] for text in (here, there)]
     assert seeds[0] == seeds[1]
 
@@ -318,11 +316,3 @@ def test_a_killed_actor_loses_nothing(ray, jobs, tmp_path, monkeypatch, small_ba
             actors[0].kill()
         seeds.append(one.wanted.seed)
     assert actors and not failed and seeds == list(range(24)) and len(images(tmp_path / "set")) == 24
-
-
-def test_clusters_that_cannot_be_reached(run, jobs, monkeypatch):
-    code, _, err = run(*jobs, "x/", "--ray", "127.0.0.1:1")
-    assert code == Exit.MODEL and err.count("--ray 127.0.0.1:1") == 1, err
-    monkeypatch.setitem(sys.modules, "ray", None)
-    code, _, err = run(*jobs, "x/", "--ray", "local")
-    assert code == Exit.USAGE and "pip install 'controlnet-toolkit[ray]'" in err

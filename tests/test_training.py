@@ -1,5 +1,6 @@
 """What a run does: what moves, what resumes, what the files are."""
 
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -156,3 +157,16 @@ def test_an_explosion_keeps_the_good_state(data, config, tmp_path):
     assert all(float(p.abs().max()) < 10 * largest for p in state["parameters"])
     assert read_run(tmp_path / "run").state == "exploded"
     assert all(p.isfinite().all() for p in load_controlnet(tmp_path / "run").parameters())
+
+
+def test_tar_files_train_as_their_folder_does(data, config, tmp_path):
+    """The same losses to the bit: samples, order and noise do not depend on where the pictures lie."""
+    (tmp_path / "tars").mkdir()
+    for number, half in enumerate((sorted(data.glob("*.png"))[:6], sorted(data.glob("*.png"))[6:])):
+        with tarfile.open(tmp_path / f"tars/{number:06d}.tar", "w") as tar:
+            for picture in half:
+                for path in (picture, picture.with_suffix(".txt")):
+                    tar.add(path, path.name)
+    train(find_pairs(data), config, tmp_path / "a", CPU)
+    train(find_pairs(tmp_path / "tars"), config, tmp_path / "b", CPU)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")

@@ -18,6 +18,7 @@ import numpy as np
 from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import object_or_empty
+from controlnet.preprocessors.tars import mark_of, read_member, split
 
 
 def key_of(*parts: object) -> str:
@@ -57,13 +58,14 @@ class Cache:
 
     def file_hash(self, path: Path) -> str:
         """sha256 of a file, remembered until its size or modification time changes."""
-        stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns]
+        inside = split(str(path))
+        mark = mark_of(*inside) if inside else [path.stat().st_size, path.stat().st_mtime_ns]
         known = self._known().get(str(path.absolute()))
-        if known is None or known[:2] != mark:
-            known = [*mark, hashlib.sha256(path.read_bytes()).hexdigest()]
+        if known is None or known[:-1] != mark:
+            data = read_member(*inside) if inside else path.read_bytes()
+            known = [*mark, hashlib.sha256(data).hexdigest()]
             self._known()[str(path.absolute())] = known
-        return known[2]
+        return known[-1]
 
     def _known(self) -> dict[str, list]:
         if self._hashes is None:

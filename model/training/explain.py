@@ -6,11 +6,11 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from controlnet.model.registry import BASES
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.loop import ExplodedError
 from controlnet.model.training.runfolder import RunFolder
+from controlnet.model.work.machine import is_out_of_memory
 from controlnet.preprocessors.errors import OutputError, TrainingError
 
 
@@ -29,7 +29,7 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         ) from error
     # Memory: the remedy that halves it and changes nothing comes first.
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         ways = ["--set gradient_checkpointing=true", "--set precision=bfloat16", "--set size=... (smaller pictures)"]
         if config.batch_size > 1:
@@ -46,11 +46,3 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
             f"{error.filename or run.path}: cannot be written ({error.strerror}){whole}",
             "free some disk, then the same command with --resume",
         ) from error
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )

@@ -3,14 +3,19 @@ actor that dies is started again, and its task is done again."""
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from controlnet.model.work.pool import Failed, Made, Outcome, Setup, Task, begin, do, make_here, make_in_processes, told
 from controlnet.preprocessors.errors import ModelError, UsageError
 
+PATIENCE = 5.0
+"""Seconds that a cluster gets to answer."""
 INSTALL = "pip install 'controlnet-toolkit[ray]'"
 
 
@@ -58,7 +63,10 @@ def make_on_ray(
 
 def _connect(ray: Any, address: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error"}
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), PATIENCE).close()  # Ray itself asks for minutes
         if address == "local":
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
@@ -69,6 +77,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _in_order(ray: Any, tasks: list[Task], setup: Setup) -> Iterator[tuple[int, Outcome]]:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells its plans and counts
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -77,7 +86,7 @@ def _in_order(ray: Any, tasks: list[Task], setup: Setup) -> Iterator[tuple[int, 
     rows = [{"count": len(task.wanted), "task": pickle.dumps(task)} for task in tasks]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Actor,
-        fn_constructor_args=(pickle.dumps(setup),),
+        fn_constructor_args=(str(Path.cwd()), pickle.dumps(setup)),
         batch_size=1,
         num_gpus=1 if gpus else None,
         num_cpus=None if gpus else 1,
@@ -90,8 +99,8 @@ def _in_order(ray: Any, tasks: list[Task], setup: Setup) -> Iterator[tuple[int, 
 class Actor:
     """A process of the cluster, with models of its own."""
 
-    def __init__(self, setup: bytes):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    def __init__(self, folder: str, setup: bytes):
+        os.chdir(folder)  # relative paths are those of the command
         begin(pickle.loads(setup))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

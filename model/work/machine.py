@@ -48,3 +48,11 @@ def choose_dtype(name: str | None, device):
     if name not in ("float32", "float16", "bfloat16"):
         raise UsageError(f"--dtype {name}: expected float32, float16 or bfloat16", "--dtype float32")
     return getattr(torch, name)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the machine or of its device is full."""
+    import torch
+
+    words = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)

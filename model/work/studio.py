@@ -40,12 +40,12 @@ from controlnet.model.work.condition import (
     weighting_text,
 )
 from controlnet.model.work.jobs import Job, check_names
-from controlnet.model.work.machine import choose_device, choose_dtype, silence_libraries
+from controlnet.model.work.machine import choose_device, choose_dtype, is_out_of_memory, silence_libraries
 from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
 from controlnet.preprocessors.doubts import doubts
-from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, UsageError
 from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
@@ -153,7 +153,7 @@ class Studio:
         for _, alike in groupby(self._prepare(wanted, failed), lambda one: (one.wanted.unit, one.shared)):
             while group := list(islice(alike, together)):
                 try:
-                    yield from self._sample(group, partial(_tell, on_step, made))
+                    yield from self._sample_or_split(group, partial(_tell, on_step, made))
                 except ControlNetError as error:
                     for name in dict.fromkeys(one.wanted.name for one in group):
                         failed(name, error)
@@ -166,6 +166,28 @@ class Studio:
         seeded = job.seeded()
         first = seeded.seed or 0
         yield from self.make([Wanted("", seeded, seed, None) for seed in range(first, first + job.num)])
+
+    def _sample_or_split(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
+        """The images of a group; if memory runs out, those that are left one by one. Raises ModelError if one image
+        alone is too much."""
+        done = 0
+        try:
+            for image in self._sample(group, on_step):
+                yield image
+                done += 1
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(group) == 1:
+                width, height = group[0].job.size or (0, 0)
+                raise ModelError(
+                    f"out of memory at {width}x{height} in {self.dtype}", "--low-memory, or a smaller --size"
+                ) from error
+        torch.cuda.empty_cache()
+        self._warn(f"out of memory for {len(group)} images at once; they are made one by one")
+        for one in group[done:]:
+            yield from self._sample_or_split([one], on_step)
 
     def _sample(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
         first, job = group[0], group[0].job

@@ -13,8 +13,10 @@ from controlnet.preprocessors.data.pair import Pair, Pairs
 from controlnet.preprocessors.data.rows import caption_of, json_lines, metadata_of, rows_of
 from controlnet.preprocessors.data.walk import look
 from controlnet.preprocessors.errors import InputError
-from controlnet.preprocessors.files import is_dir, is_file, read_text
+from controlnet.preprocessors.files import decoded, is_dir, is_file, read_text
+from controlnet.preprocessors.images import suffixes
 from controlnet.preprocessors.jsons import read_object
+from controlnet.preprocessors.tars import members, name_of, read_member
 
 CONDITION_COLUMNS = ("conditioning_image", "conditioning_image_file_name", "conditioning_image_path")
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -93,6 +95,53 @@ class Folders:
         return next((folder / name for name in CONDITION_FOLDERS if is_dir(folder / name)), None)
 
 
+class Tars:
+    """Tar files as WebDataset has them: files whose names are equal up to the first dot are a sample, a picture (.jpg,
+    .png, ...), its caption (.txt, or .json with text, prompt or caption) and a condition (.condition.png,
+    .conditioning_image.png, .canny.png, .0.canny.png)."""
+
+    name = "webdataset"
+
+    def is_in(self, folder: Path) -> bool:
+        return any(folder.glob("*.tar"))
+
+    def read(self, folder: Path, leave: tuple[Path, ...]) -> Pairs:
+        pairs, extra = [], []
+        tars = sorted(folder.glob("*.tar"))
+        for tar in tars:
+            samples: dict[str, dict[str, str]] = {}
+            for member in members(tar):
+                place, _, name = member.rpartition("/")
+                key, _, ending = name.partition(".")
+                samples.setdefault(f"{place}/{key}", {})[ending.lower()] = member
+            for sample in samples.values():
+                pair = self._pair(tar, sample)
+                extra += [str(name_of(tar, next(iter(sample.values()))))] * (pair is None)
+                pairs += [pair] if pair is not None else []
+        return Pairs(folder, self.name, tuple(pairs), _absent(tars), tuple(extra), _manifest(folder))
+
+    @staticmethod
+    def _pair(tar: Path, sample: dict[str, str]) -> Pair | None:
+        pictures = {ending: member for ending, member in sample.items() if f".{ending.split('.')[-1]}" in suffixes()}
+        image = next((member for ending, member in pictures.items() if "." not in ending), None)
+        if image is None:
+            return None
+        condition = next((member for ending, member in pictures.items() if "." in ending), None)
+        row = read_object(read_member(tar, sample["json"]), f"{tar}#{sample['json']}") if "json" in sample else {}
+        caption = caption_of(row, f"{tar}#{image}")
+        if "txt" in sample:
+            caption = decoded(read_member(tar, sample["txt"]), f"{tar}#{sample['txt']}").strip()
+        held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
+        return Pair(name_of(tar, image), name_of(tar, condition) if condition else None, caption, held_out)
+
+
+def _absent(tars: list[Path]) -> tuple[str, ...]:
+    """Tar files that lack in a row of numbers, 000000.tar, 000001.tar, ..."""
+    numbers = {int(tar.stem) for tar in tars if tar.stem.isdecimal()}
+    width = len(tars[0].stem)
+    return tuple(f"{n:0{width}d}.tar" for n in range(max(numbers, default=-1)) if n not in numbers)
+
+
 class Photos:
     """Pictures, with captions in files beside them or in metadata."""
 
@@ -122,7 +171,7 @@ class Photos:
         return Pairs(folder, "photos", pairs, missing, skipped=(*seen.skipped, *unused))
 
 
-FORMS: tuple[Form, ...] = (PromptJson(), ImageFolder(), Folders(), Photos())
+FORMS: tuple[Form, ...] = (PromptJson(), ImageFolder(), Folders(), Tars(), Photos())
 
 
 def is_data(folder: Path) -> bool:

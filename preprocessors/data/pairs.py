@@ -3,6 +3,7 @@
     photos          pictures; captions in .txt or .caption files beside them, or in metadata.jsonl / .csv / .parquet
     imagefolder     metadata with a `conditioning_image` column (datasets' imagefolder)
     prompt.json     JSON lines with source (the condition), target (the picture), prompt
+    webdataset      tar files with samples of equal names up to the first dot
     images          `images/` and `conditions/` (or `conditioning_images/`) with equal names
 
 Folders named for a split (`train/`, `validation/`, `test/`, ...) hold one of these forms each; all but the training

@@ -1,0 +1,80 @@
+"""Files inside tar files, by names of the form `data/000000.tar#0001.png`: indexed once, read without unpacking."""
+
+from __future__ import annotations
+
+import tarfile
+from functools import lru_cache
+from pathlib import Path
+
+from controlnet.preprocessors.errors import InputError, reason
+
+MARK = ".tar#"
+
+
+def split(name: str) -> tuple[Path, str] | None:
+    """The tar file and the member that a name means; None for the name of a file on disk."""
+    before, mark, member = name.partition(MARK)
+    return (Path(before + mark[:-1]), member) if mark else None
+
+
+def name_of(tar: Path, member: str) -> Path:
+    """The name of a member."""
+    return Path(f"{tar}#{member}")
+
+
+def members(tar: Path) -> list[str]:
+    """The names of the files in a tar file, in their order. Raises InputError for one that cannot be read or is cut
+    off."""
+    return list(_index_of(tar))
+
+
+def read_member(tar: Path, member: str) -> bytes:
+    """Raises InputError naming what is wrong."""
+    offset, size = _place(tar, member)
+    try:
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise InputError(f"{tar}: cannot be read ({error.strerror})") from error
+
+
+def mark_of(tar: Path, member: str) -> list[int]:
+    """Numbers that change when the member may have changed: size, the tar file's time of change, place."""
+    offset, size = _place(tar, member)
+    return [size, tar.stat().st_mtime_ns, offset]
+
+
+def _place(tar: Path, member: str) -> tuple[int, int]:
+    try:
+        return _index_of(tar)[member]
+    except KeyError:
+        raise InputError(f"{tar}: holds no {member}", f"tar tf {tar}") from None
+
+
+def _index_of(tar: Path) -> dict[str, tuple[int, int]]:
+    try:
+        stat = tar.stat()
+    except OSError as error:
+        raise InputError(f"{tar}: no such file", f"ls {tar.parent}") from error
+    return _index(str(tar), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(4096)
+def _index(tar: str, length: int, changed: int) -> dict[str, tuple[int, int]]:
+    """Name -> offset and size of each file in a tar file."""
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                if member.isfile():
+                    found[member.name] = member.offset_data, member.size
+    except (tarfile.TarError, EOFError, OSError) as error:
+        last = next(reversed(found), "none of its files")
+        raise InputError(
+            f"{tar}: not a whole tar file ({reason(error)}); the last that was read: {last}", "make or fetch it again"
+        ) from error
+    for name, (offset, size) in found.items():
+        if offset + size > length:
+            raise InputError(f"{tar}: is cut off in {name}", "make or fetch it again")
+    return found
