@@ -28,8 +28,6 @@ from controlnet.preprocessors.errors import ModelError, reason
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-NONE_IS_ZEROS = "force_zeros_for_empty_prompt"
-"""The key of model_index.json that says whether the features of no prompt are zeros."""
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -93,7 +91,7 @@ def load_base(
         control_on=known.control_on,
         device=torch.device(device),
         sizes=family.sizes,
-        zeros_for_none=bool(stored.index().get(NONE_IS_ZEROS, family.pipeline.get(NONE_IS_ZEROS))),
+        zeros_for_none=stored.none_is_zeros,
         low_memory=low_memory,
     )
     if len({encoder.max_tokens for encoder in base.encoders}) > 1:

@@ -9,6 +9,8 @@ from pathlib import Path
 from controlnet.preprocessors.errors import InputError, reason
 
 MARK = ".tar#"
+BLOCK = 512
+"""Bytes of a tar file's blocks."""
 
 
 def split(name: str) -> tuple[Path, str] | None:
@@ -74,7 +76,7 @@ def _index(tar: str, length: int, changed: int) -> dict[str, tuple[int, int]]:
         raise InputError(
             f"{tar}: not a whole tar file ({reason(error)}); the last that was read: {last}", "make or fetch it again"
         ) from error
-    for name, (offset, size) in found.items():
-        if offset + size > length:
-            raise InputError(f"{tar}: is cut off in {name}", "make or fetch it again")
+    last, (offset, size) = next(reversed(found.items()), ("", (0, 0)))
+    if offset + size + BLOCK > length:  # a whole one ends in blocks of zeros
+        raise InputError(f"{tar}: is cut off after {last or 'its beginning'}", "make or fetch it again")
     return found

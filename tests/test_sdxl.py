@@ -632,3 +632,20 @@ def test_a_recorded_vae_that_moved(sdxl_folder, tmp_path, monkeypatch, run):
 def test_offline_names_the_vae_too(run, tmp_path):
     code, _, err = run("generate", "--base", "sdxl", "--vae", "a/vae", "-p", "x", "--offline", "-o", tmp_path / "x.png")
     assert code == 5 and "base sdxl" in err and "VAE a/vae" in err
+
+
+@pytest.mark.parametrize("flags", [
+    ["--crop", "1,2"], ["--prompt2", "x"], ["--clip-skip", "9"], ["--weighting", "1/1"],
+])  # fmt: skip
+def test_what_configs_tell_is_told_before_weights_are_read(small_base_folder, tmp_path, monkeypatch, run, flags):
+    """Loading a real base takes a while."""
+    from controlnet.model.work import studio
+
+    def load(*args):
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr(studio, "load_base", load)
+    (tmp_path / "a.canny.png").write_bytes(png_bytes(np.zeros((64, 64), np.uint8)))
+    cond = f"{tmp_path / 'a.canny.png'},net={small_base_folder / 'net'}"
+    args = ["generate", "--base", small_base_folder / "base", "--cond", cond, "-p", "x", "-o", tmp_path / "x.png"]
+    assert run(*args, *flags)[0] == 2

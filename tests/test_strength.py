@@ -193,9 +193,9 @@ def test_twelve_weights_instead_of_thirteen(nets):
     assert n == len(nets[0].controlnet_down_blocks) + 1
     flag = ConditionFlag("a.png")
     with pytest.raises(UsageError, match=f"{n - 1} weights, expected {n}: one for each of the {n - 1} skip") as caught:
-        check_weighting(flag, Strength(weighting=(1.0,) * (n - 1)), n)
+        check_weighting(flag, (1.0,) * (n - 1), n)
     assert caught.value.hint == "weighting=" + "/".join("1" * n)
-    check_weighting(flag, Strength(weighting=(1.0,) * n), n), check_weighting(flag, Strength(weighting="soft"), n)
+    check_weighting(flag, (1.0,) * n, n), check_weighting(flag, "soft", n)
 
 
 @pytest.mark.parametrize("strength", [

@@ -150,7 +150,7 @@ def test_sigterm_before_the_first_step(data, config, tmp_path):
 def test_an_error_of_one_or_all_processes_is_told_once(data, config, tmp_path):
     process = start(data, config, tmp_path / "run", "--processes", "2", "--set=start_from=nowhere")
     _, err = process.communicate(timeout=240)
-    assert process.returncode == Exit.MODEL and err.count("error:") == 1 and "Traceback" not in err, err
+    assert process.returncode == Exit.USAGE and err.count("error:") == 1 and "Traceback" not in err, err
     assert not (tmp_path / "run").exists()
 
 

@@ -48,10 +48,6 @@ class Strength:
         everywhere = replace(self, region=None)
         return not wanted or any(everywhere.at(i, evaluations) for i in range(evaluations))
 
-    def fits(self, connections: int) -> bool:
-        """Whether a weighting given as numbers has one per connection."""
-        return isinstance(self.weighting, str) or len(self.weighting) == connections
-
     def _inside(self, i: int, evaluations: int) -> bool:
         return i / evaluations >= self.start and (i + 1) / evaluations <= self.end
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import family_of_config
+from controlnet.model.files.families import NONE_IS_ZEROS, family_of_config
 from controlnet.model.files.stored import (
     BASE_PARTS,
     NET_CLASS,
@@ -112,6 +112,11 @@ class Folder:
 
     def index(self) -> dict[str, Any]:
         return read_json(self.path / "model_index.json", "a base in diffusers' layout")
+
+    @property
+    def none_is_zeros(self) -> bool:
+        family = family_of_config(self.config("unet"))
+        return bool(self.index().get(NONE_IS_ZEROS, family.pipeline.get(NONE_IS_ZEROS)))
 
     def predicting(self, prediction: str) -> Folder:
         return replace(self, prediction_given=prediction)

@@ -11,7 +11,15 @@ from typing import Any
 
 from controlnet.model.files import names
 from controlnet.model.files.configs import completed
-from controlnet.model.files.families import SDXL, SUPPORTED, Family, family_by_width, family_name, family_of_config
+from controlnet.model.files.families import (
+    NONE_IS_ZEROS,
+    SDXL,
+    SUPPORTED,
+    Family,
+    family_by_width,
+    family_name,
+    family_of_config,
+)
 from controlnet.model.files.stored import (
     CONFIGS,
     NET_CLASS,
@@ -225,6 +233,10 @@ class SingleFile:
 
     def index(self) -> dict[str, Any]:
         return self.family.index | self._written.get("index", {})
+
+    @property
+    def none_is_zeros(self) -> bool:
+        return bool(self.index().get(NONE_IS_ZEROS))
 
     def predicting(self, prediction: str) -> SingleFile:
         return replace(self, prediction_given=prediction)

@@ -61,6 +61,10 @@ class Stored(Protocol):
         """The folder of a tokenizer (`tokenizer`, `tokenizer_2`): the model's own, else CLIP's, written into
         `spare`."""
 
+    @property
+    def none_is_zeros(self) -> bool:
+        """Whether the features of no prompt at all are zeros, and not those of the empty text."""
+
     def index(self) -> dict[str, Any]:
         """The content of model_index.json, without the scheduler."""
 

@@ -139,11 +139,11 @@ def check_kind(flag: ConditionFlag, kind: str, net: str, types: int | None) -> N
     )
 
 
-def check_weighting(flag: ConditionFlag, strength: Strength, connections: int) -> None:
+def check_weighting(flag: ConditionFlag, weighting: str | tuple[float, ...], connections: int) -> None:
     """Raises UsageError when a weighting by numbers does not fit a network of so many connections."""
-    if not strength.fits(connections):
+    if not isinstance(weighting, str) and len(weighting) != connections:
         raise UsageError(
-            f"--cond {flag.path}: weighting has {len(strength.weighting)} weights, expected {connections}: one for each"
+            f"--cond {flag.path}: weighting has {len(weighting)} weights, expected {connections}: one for each"
             f" of the {connections - 1} skip connections, then the middle's",
             "weighting=" + "/".join(["1"] * connections),
         )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from controlnet.model.work.condition import ConditionFlag
+from controlnet.model.work.condition import ConditionFlag, check_kind, check_weighting
 from controlnet.model.work.jobs import Job, no_net
-from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.files import exists
+
+if TYPE_CHECKING:
+    from controlnet.model.files.stored import Stored
 
 
 class Sources:
@@ -18,6 +22,8 @@ class Sources:
     def __init__(self, offline: bool):
         self.offline = offline
         self.source = cache(self._source)
+        self.base = cache(self._base)
+        self.check = lru_cache(1024)(self._check)
         self.fits = cache(self._fits)
         self._checked: set[Job] = set()
 
@@ -34,12 +40,11 @@ class Sources:
 
     def _family(self, base_name: str) -> str:
         from controlnet.model.files.families import family_name
-        from controlnet.model.load import find_base
         from controlnet.model.registry import BASES
 
         if base_name in BASES:
             return BASES[base_name].family
-        return family_name(find_base(base_name, self.offline).config("unet"))
+        return family_name(self.base(base_name).config("unet"))
 
     def missing(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> list[tuple[str, str]]:
         """(name to pull, what it is) of all that a job needs and this machine lacks."""
@@ -84,11 +89,53 @@ class Sources:
 
         return find(source, self.offline, "--cond map.png,net=FOLDER")
 
-    def _fits(self, base_name: str, source: str) -> None:
-        """Raises ModelError when a ControlNet is made for another family of bases, before weights are read."""
-        from controlnet.model.files.layouts import open_model
+    def _base(self, name: str) -> Stored:
+        """A base on disk, of which no weights are read."""
         from controlnet.model.load import find_base
+
+        return find_base(name, self.offline)
+
+    def _fits(self, base_name: str, source: str) -> dict[str, Any]:
+        """The config of a ControlNet. Raises ModelError when it is made for another family of bases, before weights are
+        read."""
+        from controlnet.model.files.layouts import open_model
         from controlnet.model.nets import check_family
 
         stored = open_model(self.find(source))
-        check_family(stored, find_base(base_name, self.offline).config("unet"), base_name)
+        check_family(stored, self.base(base_name).config("unet"), base_name)
+        return stored.config("controlnet")
+
+    def _check(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> None:
+        """Check a job against the configs of its models, before any of them is loaded. Raises ModelError for models
+        that do not fit together, UsageError for options that they do not have."""
+        from controlnet.model.control.controlnet import skip_channels
+        from controlnet.model.files.stored import UNION_CLASS
+        from controlnet.model.registry import recorded_name
+
+        check_options(self.base(job.base), job)
+        for flag in job.cond:
+            kind = kind_of(flag)
+            source = self.source(job.base, flag, kind)
+            config = self.fits(job.base, source)
+            types = config["num_control_type"] if config["_class_name"] == UNION_CLASS else None
+            check_kind(flag, kind, recorded_name(source), types)
+            check_weighting(flag, job.weighting_of(flag), len(skip_channels(config)) + 1)
+
+
+def check_options(base: Stored, job: Job) -> None:
+    """Raises UsageError for options that a base does not have."""
+    from controlnet.model.files.families import family_of_config
+
+    unet = base.config("unet")
+    family = family_of_config(unet)
+    for flag in ("original_size", "crop", "target_size"):
+        if getattr(job, flag) is not None and not unet.get("addition_embed_type"):
+            raise UsageError(f"--{flag.replace('_', '-')}: base {job.base} is not told of sizes", "--base sdxl")
+    for flag in ("prompt2", "negative2"):
+        if getattr(job, flag) is not None and len(family.encoders) == 1:
+            raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")
+    if job.negative2 is not None and job.negative is None and base.none_is_zeros:
+        raise UsageError("--negative2: without --negative, both encoders' features are zeros", '--negative ""')
+    layers = min(base.config(one.part).get("num_hidden_layers", 12) - one.skipped for one in family.encoders)
+    if job.clip_skip >= layers:
+        raise UsageError(f"--clip-skip {job.clip_skip}: the text encoder has {layers} layers", "--clip-skip 1")

@@ -33,8 +33,6 @@ from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
     OWN,
     ConditionFlag,
-    check_kind,
-    check_weighting,
     check_window,
     scale_text,
     weighting_text,
@@ -226,7 +224,6 @@ class Studio:
         size, conditions = self.conditions(one.job)
         self._say_canvas(one, size, base)
         self._say_distilled(one.job, base)
-        _check_options(base, one.job)
         self._check_words(base, one.job)
         check_memory(base, size, self.low_memory)
         evaluations = count_evaluations(scheduler, one.job.steps)
@@ -258,13 +255,11 @@ class Studio:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
         net, net_hash = self.net(job.base, whole_path(source))
-        check_kind(flag, condition.kind, recorded_name(source), net.types)
         map_ = self.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
         region, region_hash = self.region(whole_path(flag.region), job.size) if flag.region else (None, "")
         region_entry = {"region": flag.region, "region_sha256": region_hash} if flag.region else {}
         strength = Strength(flag.scale, flag.start, flag.end, weighting, job.control_on, region)
-        check_weighting(flag, strength, net.connections)
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
         entry = self._origin(flag, condition) | acts | region_entry
@@ -286,8 +281,7 @@ class Studio:
         together."""
         if self.offline:
             self.sources.check_here(job, self.kind)
-        for flag in job.cond:
-            self.sources.fits(job.base, self.sources.source(job.base, flag, self.kind(flag)))
+        self.sources.check(job, self.kind)
         return self.base(job.base, job.vae and whole_path(job.vae))
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
@@ -406,21 +400,6 @@ class Studio:
 
     def _warn(self, text: str) -> None:
         self.say(f"warning: {text}")
-
-
-def _check_options(base: Base, job: Job) -> None:
-    """Raises UsageError for options that the base does not have."""
-    for flag in ("original_size", "crop", "target_size"):
-        if getattr(job, flag) is not None and not base.has_size_ids:
-            raise UsageError(f"--{flag.replace('_', '-')}: base {job.base} is not told of sizes", "--base sdxl")
-    for flag in ("prompt2", "negative2"):
-        if getattr(job, flag) is not None and len(base.encoders) == 1:
-            raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")
-    if job.negative2 is not None and job.negative is None and base.zeros_for_none:
-        raise UsageError("--negative2: without --negative, both encoders' features are zeros", '--negative ""')
-    layers = min(encoder.layers for encoder in base.encoders)
-    if job.clip_skip >= layers:
-        raise UsageError(f"--clip-skip {job.clip_skip}: the text encoder has {layers} layers", "--clip-skip 1")
 
 
 def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from controlnet.model.files.families.family import VAE, Encoder, Family, scheduler_config
+from controlnet.model.files.families.family import NONE_IS_ZEROS, VAE, Encoder, Family, scheduler_config
 from controlnet.model.files.families.sd1 import SD1
 from controlnet.model.files.families.sd2 import SD2
 from controlnet.model.files.families.sdxl import REFINER, SDXL
 
 __all__ = [
     "FAMILIES",
+    "NONE_IS_ZEROS",
     "SD1",
     "SD2",
     "SDXL",

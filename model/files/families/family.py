@@ -56,6 +56,8 @@ PIPELINE: Mapping[str, Any] = {
     "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, "safety_checker": (None, None),
     "feature_extractor": (None, None),
 }  # fmt: skip
+NONE_IS_ZEROS = "force_zeros_for_empty_prompt"
+"""The key of model_index.json that says whether the features of no prompt are zeros."""
 
 
 @dataclass(frozen=True)

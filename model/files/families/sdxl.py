@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from controlnet.model.files.families.family import TEXT, UNET, VAE, Encoder, Family
+from controlnet.model.files.families.family import NONE_IS_ZEROS, TEXT, UNET, VAE, Encoder, Family
 
 _UNET = UNET | {
     "sample_size": 128, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -65,6 +65,6 @@ SDXL = Family(
     guidance=5.0,
     scheduler=euler,
     sizes=_SIZES,
-    pipeline={"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    pipeline={"_class_name": "StableDiffusionXLPipeline", NONE_IS_ZEROS: True},
 )
 REFINER = Family("SDXL's refiner", 1280, added=True, supported=False)
