@@ -87,6 +87,8 @@ def build(
     if found.form != "photos":
         raise UsageError(f"{photos}: holds pairs already ({found.form})", f"controlnet train {photos}")
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
+
+    # Our part of it, and what came of it.
     part = parse_shard(shard)
     claim(out, part, [kind, options, size, resize, [str(pair.image) for pair in found.pairs]])
     with count_bar("building", len(found.pairs), quiet) as on_pair:
