@@ -136,6 +136,9 @@ def check_options(base: Stored, job: Job) -> None:
             raise UsageError(f"--{flag}: base {job.base} has one text encoder", "--base sdxl, or --prompt alone")
     if job.negative2 is not None and job.negative is None and base.none_is_zeros:
         raise UsageError("--negative2: without --negative, both encoders' features are zeros", '--negative ""')
-    layers = min(base.config(one.part).get("num_hidden_layers", 12) - one.skipped for one in family.encoders)
-    if job.clip_skip >= layers:
-        raise UsageError(f"--clip-skip {job.clip_skip}: the text encoder has {layers} layers", "--clip-skip 1")
+    for encoder in family.encoders:
+        count = base.config(encoder.part).get("num_hidden_layers", 12)
+        if not isinstance(count, int):
+            raise ModelError(f"{base.path}: num_hidden_layers of its {encoder.part} is {count!r}, expected a number")
+        if job.clip_skip >= (layers := count - encoder.skipped):
+            raise UsageError(f"--clip-skip {job.clip_skip}: the text encoder has {layers} layers", "--clip-skip 1")
