@@ -30,7 +30,6 @@ from controlnet.model.training.runfolder import RunFolder, claimed, next_run
 from controlnet.model.work.machine import choose_device, silence_libraries
 from controlnet.model.work.outputs import keeps
 from controlnet.model.work.processes import ORPHANED, launch, stop_without_parent
-from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.weights import cache_folder
@@ -99,6 +98,8 @@ def train(
     quiet: Quiet = False,
     settings: Settings = False,
 ) -> None:
+    from controlnet.preprocessors.data.pairs import find_pairs
+
     if processes < 1:
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
@@ -149,9 +150,10 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     silence_libraries()
     from controlnet.model.tiny.world import shards
     from controlnet.model.training import run as training
+    from controlnet.preprocessors.data import pairs
 
-    found = found or find_pairs(shards.world_photos(cache_folder() / "world" / WORLD_SCENES, report=say))
-    kind, reason = kind_of_pairs(found, config.kind)
+    found = found or pairs.find_pairs(shards.world_photos(cache_folder() / "world" / WORLD_SCENES, report=say))
+    kind, reason = pairs.kind_of_pairs(found, config.kind)
     reason = "the run's" if resume else reason
     config = replace(config, kind=kind)
     main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that talks

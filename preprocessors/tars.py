@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,6 +64,8 @@ def _index_of(tar: Path) -> dict[str, tuple[int, int]]:
 @lru_cache(4096)
 def _index(tar: str, length: int, changed: int) -> dict[str, tuple[int, int]]:
     """Name -> offset and size of each file in a tar file."""
+    import tarfile  # here: other commands need not wait for it
+
     found: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(tar, "r:") as file:
