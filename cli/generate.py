@@ -158,11 +158,14 @@ def _generate(
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
     used = _devices(processes, devices)
+    if used and ray is not None:
+        raise UsageError("--ray has processes of its own: without --processes and --devices", f"--ray {ray}")
     failed = _Failures()
     part = parse_shard(shard)
     if part != WHOLE and is_folder(defaults["out"] or "out/"):
         lines = jobs.read_bytes() if jobs is not None and is_file(jobs) else b""
-        claim(Path(defaults["out"] or "out"), part, [defaults, sha256(lines), keep_best])
+        settings = {name: value for name, value in defaults.items() if name != "out"}
+        claim(Path(defaults["out"] or "out"), part, [settings, sha256(lines), keep_best, tar, dtype, low_memory])
     todo = _jobs(jobs, defaults, failed, part)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)

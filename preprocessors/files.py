@@ -68,7 +68,9 @@ def write_new(path: Path, data: bytes) -> bool:
         _sweep(path.parent)
         temporary.write_bytes(data)
         os.link(temporary, path)  # fails if there is one, where a rename would replace it
-    except FileExistsError:
+    except FileExistsError as error:
+        if not exists(path):  # a file stands where a folder should be
+            raise not_written(path, error) from error
         return False
     except OSError as error:
         raise not_written(path, error) from error

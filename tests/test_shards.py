@@ -199,7 +199,7 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
     asked = [Job(f"{i % 7}.canny.png,net={net}", "x", seed=i, steps=2, base=str(small_base_folder / "base"), out="set/")
              for i in range(12)]  # fmt: skip
     units = in_units(targets([(f"line {i}", job) for i, job in enumerate(asked)], False, False, fail))
-    failed, made, tasks = [], [], [pool.Task(unit) for unit in units]
+    failed, made, tasks = [], [], [pool.Task([one]) for unit in units for one in unit]  # more than wait at once
     for one in pool.make_in_processes(
         tasks, pool.Setup(dtype="float32"), ["cpu", "cpu"], lambda *failure: failed.append(failure), print
     ):
@@ -213,8 +213,8 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
     died = [Wanted(f"line {i}", job, i, tmp_path / f"again/{i}.png", unit=i) for i, job in enumerate(asked)]
     died[5] = replace(died[5], path=Dies())
     lonely = [pool.Task([one]) for one in died[3:8]]
-    noted = lambda *failure: failed.append(failure)  # noqa: E731
-    made = list(pool.make_in_processes(lonely, pool.Setup(dtype="float32"), ["cpu"], noted, print))
+    setup = pool.Setup(dtype="float32")
+    made = list(pool.make_in_processes(lonely, setup, ["cpu"], lambda *failure: failed.append(failure), print))
     assert [one.wanted.seed for one in made] == [3, 4, 6, 7] and len(failed) == 1
     assert failed[0][0] == "line 5" and "killed twice" in str(failed[0][1])
 
@@ -226,9 +226,24 @@ class Dies:
         return os._exit, (9,)
 
 
-@pytest.mark.parametrize("flags", [["--processes", "0"], ["--devices", ","], ["--devices", "0,1", "--processes", "3"]])
+@pytest.mark.parametrize("flags", [
+    ["--processes", "0"], ["--devices", ","], ["--devices", "0,1", "--processes", "3"],
+    ["--ray", "local", "--processes", "2"],
+])  # fmt: skip
 def test_processes_that_cannot_be(run, jobs, flags):
     assert run(*jobs, "x/", *flags)[0] == Exit.USAGE
+
+
+def test_a_device_that_is_not_there_is_named(run, jobs):
+    """And not taken for a process that was killed."""
+    code, _, err = run(*jobs, "x/", "--devices", "nonsense")
+    assert code == Exit.PARTIAL and "--device nonsense: expected one of" in err and "killed" not in err
+
+
+def test_shards_of_other_tar_files_are_not_mixed(run, jobs):
+    assert run(*jobs, "x/", "--shard", "1/2", "--tar", 5)[0] in (Exit.OK, Exit.PARTIAL)
+    assert run(*jobs, "x", "--shard", "2/2", "--tar", 5)[0] in (Exit.OK, Exit.PARTIAL)  # the same folder
+    assert run(*jobs, "x/", "--shard", "2/2", "--tar", 6)[0] == Exit.OUTPUT
 
 
 def members(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.model.work.pool import Failed, Made, Outcome, Setup, Task, begin, do, make_here, make_in_processes, told
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.errors import ModelError, UsageError, reason
 
 PATIENCE = 5.0
 """Seconds that a cluster gets to answer."""
@@ -56,6 +56,8 @@ def make_on_ray(
         _connect(ray, address)
     try:
         yield from told(_in_order(ray, tasks, setup), failed, say, on_step)
+    except ray.exceptions.RayError as error:
+        raise ModelError(f"--ray {address}: {reason(error)}", "ray status; or --ray local") from error
     finally:
         if here:
             ray.shutdown()
@@ -72,8 +74,7 @@ def _connect(ray: Any, address: str) -> None:
         else:
             ray.init(address=address, **quiet)
     except Exception as error:  # Ray raises a dozen types for a cluster that is gone, or of another version
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"--ray {address}: {first}", "ray status; or --ray local") from error
+        raise ModelError(f"--ray {address}: {reason(error)}", "ray status; or --ray local") from error
 
 
 def _in_order(ray: Any, tasks: list[Task], setup: Setup) -> Iterator[tuple[int, Outcome]]:

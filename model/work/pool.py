@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from controlnet.model.work.batch import Wanted
 from controlnet.preprocessors.errors import ControlNetError, Exit, ModelError
-from controlnet.preprocessors.files import beside, write_file
+from controlnet.preprocessors.files import beside, not_written, write_file
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.workers import workers
 
@@ -114,9 +115,20 @@ def _make_tar(task: Task, setup: Setup, studio: Any, failed: Failed, say, on_ste
     """The images of a task in one tar file as WebDataset reads it, whole or not there: NAME.png, its record NAME.json,
     and its conditions as they were read, NAME.0.KIND.png."""
     assert task.tar is not None
+    images = _images(task.wanted, setup, studio, failed, say, on_step)
+    first = next(images, None)
+    if first is None:  # all of them failed
+        return []
+    try:
+        return _write_tar(task.tar, chain([first], images), studio)
+    except OSError as error:
+        raise not_written(task.tar, error) from error
+
+
+def _write_tar(path: Path, images: Iterable[tuple[Any, list]], studio: Any) -> list[Made]:
     made = []
-    with beside(task.tar) as temporary, tarfile.open(temporary, "w") as tar:
-        for image, row in _images(task.wanted, setup, studio, failed, say, on_step):
+    with beside(path) as temporary, tarfile.open(temporary, "w") as tar:
+        for image, row in images:
             name = f"{image.wanted.number:08d}-{image.wanted.seed}-{image.wanted.job.stem}".replace(".", "_")
             _, conditions = studio.conditions(image.wanted.job)
             files = {"png": image.png(), "json": dumps(image.record).encode()}
@@ -125,7 +137,7 @@ def _make_tar(task: Task, setup: Setup, studio: Any, failed: Failed, say, on_ste
                 member = tarfile.TarInfo(f"{name}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-            made.append(Made(image.wanted, f"{task.tar}#{name}", image.record, None, row))
+            made.append(Made(image.wanted, f"{path}#{name}", image.record, None, row))
     return made
 
 
@@ -177,10 +189,10 @@ def _in_order(tasks: list[Task], setup: Setup, devices: list[str | None]) -> Ite
     pool = _pool(setup, devices)
     try:
         while given < len(tasks):
-            while begun < len(tasks) and len(waiting) < AHEAD * len(devices) and not suspects:
-                waiting[begun] = pool.submit(do, tasks[begun])
-                begun += 1
             try:
+                while begun < len(tasks) and len(waiting) < AHEAD * len(devices) and not suspects:
+                    waiting[begun] = pool.submit(do, tasks[begun])
+                    begun += 1
                 outcome = waiting[given].result() if given not in suspects else _alone(pool, tasks[given])
             except BrokenProcessPool:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -245,21 +257,26 @@ def _begin(queue, setup: Setup) -> None:
 
 
 def begin(setup: Setup) -> None:
-    """Make this process one that can `do` tasks."""
+    """Make this process one that can `do` tasks. Its studio is made with the first one, so that what is wrong with a
+    device is an error of that task."""
     global _studio, _setup
-    from controlnet.model.work.studio import Studio
-
-    _setup = setup
-    _studio = Studio(setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory)
+    _studio, _setup = None, setup
 
 
 def do(task: Task) -> Outcome:
     """Do a task in a process that has begun."""
+    global _studio
+    from controlnet.model.work.studio import Studio
+
     outcome = Outcome()
-    _studio.say = outcome.said.append
-    noted = lambda name, error: outcome.failed.append((name, error))  # noqa: E731
+
+    def failed(name: str, error: ControlNetError) -> None:
+        outcome.failed.append((name, error))
+
     try:
-        outcome.made += make_here([task], _setup, noted, outcome.said.append, studio=_studio)
+        _studio = _studio or Studio(_setup.device, _setup.dtype, _setup.offline, _setup.strict, _setup.low_memory)
+        _studio.say = outcome.said.append
+        outcome.made += make_here([task], _setup, failed, outcome.said.append, studio=_studio)
     except ControlNetError as error:
-        outcome.failed.append((task.wanted[0].name, error))
+        failed(task.wanted[0].name, error)
     return outcome
