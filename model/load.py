@@ -178,7 +178,7 @@ def _check_fit(stored: Stored, vae: Mapping[str, Any]) -> None:
         # Pooled text, and six ids of size and crop.
         pooled = stored.config(family.encoders[-1].part).get("projection_dim", 512)
         own, per_id = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim") or 0
-        if own != pooled + 6 * per_id:
+        if not isinstance(pooled, int) or own != pooled + 6 * per_id:
             raise ModelError(
                 f"{stored.path}: projection_class_embeddings_input_dim of its UNet is {own}, expected {pooled} + 6 x"
                 f" {per_id}: the pooled text's width and six ids of addition_time_embed_dim"

@@ -329,6 +329,7 @@ def test_converting_keeps_what_no_negative_prompt_is(sdxl_folder, tmp_path):
     ("unet", {"sample_size": [8, 8]}, "sample_size"), ("unet", {"sample_size": None}, "sample_size"),
     ("unet", {"sample_size": 0}, "sample_size"), ("unet", {"addition_time_embed_dim": 16}, "addition_time_embed_dim"),
     ("scheduler", {"timestep_spacing": "foo"}, "scheduler"), ("vae", {"scaling_factor": 0}, "scaling_factor"),
+    ("text_encoder_2", {"projection_dim": "x"}, "expected x [+] 6 x 8"),
 ])  # fmt: skip
 def test_configs_that_make_no_base(sdxl_folder, tmp_path, part, changes, said):
     with pytest.raises(ModelError, match=said):
