@@ -104,11 +104,14 @@ def train(
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
     found = None if world else find_pairs(Path(data))
+    main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes
+    if out is None and not resume and "RANK" in os.environ:
+        raise UsageError("several processes, and each would number the run's folder", "-o runs/NAME names it")
     folder = out or next_run(Path(data), resume)
     run = RunFolder(folder)
     if resume and not run.holds_run:
         raise InputError(f"{folder}: no run to go on with", f"controlnet train {data}")
-    if not resume and run.holds_run:
+    if main and not resume and run.holds_run:
         raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
     keeps(run.record, overwrite=True, skip_existing=False)
     silence_libraries()

@@ -48,7 +48,8 @@ def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | N
         config["hint_encoder"] = controlnet.hint
     if "copy" in controlnet.config:
         config["copy"] = controlnet.config["copy"]
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in controlnet.state_dict().items()}
+    # A ControlNet has no buffers; its state_dict would be shards where training has gathered them.
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in controlnet.named_parameters()}
     write_file(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     write_tensors(folder / f"{WEIGHTS}.safetensors", tensors)
 

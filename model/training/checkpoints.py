@@ -1,20 +1,45 @@
-"""The checkpoints of a run: one file per state, whole or not there; the last ones and the best one are kept."""
+"""The checkpoints of a run: one state each, whole or not there; the last ones and the best one are kept.
+
+A state is a file, `step-0000100.pt`. If several processes shard it, it is a folder of that name in the form of
+torch.distributed.checkpoint, to which each of them writes its part. Either is read by any number of processes.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.files import beside
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+if TYPE_CHECKING:
+    from controlnet.model.training.state import State
+
+TENSORS = ("parameters", "ema")
+REST = "rest.pt"
+"""In a folder, what is not sharded: settings of the optimiser, progress."""
 
 
 def save_atomic(obj: object, path: Path) -> None:
     """torch.save under a temporary name, then rename: the file is whole or not there, even on a full disk."""
-    with beside(path) as temporary, open(temporary, "wb") as file:
+    with beside(path) as temporary:
+        _save(obj, temporary, path)
+
+
+def _save(obj: object, to: Path, path: Path) -> None:
+    with open(to, "wb") as file:
         try:
             torch.save(obj, file)
         except RuntimeError as error:  # how torch's writer reports a full disk
@@ -24,42 +49,126 @@ def save_atomic(obj: object, path: Path) -> None:
 
 
 class Checkpoints:
-    """`step-0000100.pt` files in a folder. `keep` is how many of the last ones stay."""
+    """`step-0000100.pt` files or folders in a folder. `keep` is how many of the last ones stay."""
 
     def __init__(self, folder: Path, keep: int = 1):
         self.folder, self.keep = Path(folder), keep
 
     def steps(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.pt"))
+        found = [re.fullmatch(r"step-(\d+)\.pt", path.name) for path in self.folder.glob("step-*.pt")]
+        return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}.pt"
 
-    def save(self, state: dict[str, Any], step: int, best: int | None = None) -> None:
-        """Write the state of `step`, then remove the ones that are neither among the last nor `best`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomic(state, self.path(step))
+    def save(self, state: State, step: int, best: int | None = None) -> None:
+        """Write the state of `step`, then remove the ones that are neither among the last nor `best`. Several processes
+        call it together."""
+        if state.parallel.is_sharded:
+            self._save_sharded(state, step)
+        if not state.parallel.is_main:
+            return
+        if not state.parallel.is_sharded:
+            save_atomic(state.saved(), self.path(step))
         for old in self.steps()[: -self.keep]:
             if old != best:
-                self.path(old).unlink()
+                _remove(self.path(old))
 
-    def load(self, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-        """The last undamaged state; None when there is none. A damaged file gets the ending `.damaged`. Raises
-        ModelError where all are damaged."""
+    def _save_sharded(self, state: State, step: int) -> None:
+        from torch.distributed import checkpoint
+
+        saved, parallel = state.saved(), state.parallel
+        temporary = self.folder / f".{self.path(step).name}.tmp"
+        if parallel.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        parallel.wait()
+        with _quiet():
+            checkpoint.save(_tensors(saved), checkpoint_id=temporary)
+        if parallel.is_main:
+            _save(_rest(saved), temporary / REST, self.path(step))
+            _remove(self.path(step))
+            temporary.rename(self.path(step))
+        parallel.wait()
+
+    def load(self, state: State | None = None) -> dict[str, Any] | None:
+        """The last undamaged state, on the device of `state`, and sharded as `state` is; None when there is none. A
+        damaged one gets the ending `.damaged`. Raises ModelError where all are damaged. Several processes
+        call it together."""
         damaged = False
-        for step in reversed(self.steps()):
+        once: Callable[[Callable[[], Any]], Any] = state.parallel.once if state else lambda make: make()
+        for step in reversed(once(self.steps)):
+            saved, good = None, True
             try:
-                state = torch.load(self.path(step), weights_only=True)
-            except Exception:  # damaged bytes fail in a dozen ways
-                damaged = True
-                self.path(step).rename(self.path(step).with_suffix(".damaged"))
-                continue
-            return _to(state, device)
+                saved = self._read(step, state)
+            except (Exception, CheckpointException):  # damaged bytes fail in a dozen ways
+                good = False
+            if state:
+                good = not state.parallel.any(not good)
+            if good:
+                return saved
+            damaged = True
+            path = self.path(step)
+            once(partial(path.rename, path.with_suffix(".damaged")))
         if damaged:
             raise ModelError(
                 f"{self.folder}: no checkpoint in it can be read", "start anew, from its network: --set start_from=RUN"
             )
         return None
+
+    def _read(self, step: int, state: State | None) -> dict[str, Any]:
+        path, device = self.path(step), state.device if state else torch.device("cpu")
+        if not path.is_dir():
+            return _to(torch.load(path, weights_only=True), device)
+        from torch.distributed import checkpoint
+
+        rest = _to(torch.load(path / REST, weights_only=True), device)
+        if state is None:
+            tensors = _read_whole(path)
+        else:
+            tensors = _tensors(state.with_moments())
+            with _quiet():
+                checkpoint.load(tensors, checkpoint_id=path, no_dist=state.parallel.count == 1)
+        moments = {int(number): values for number, values in tensors.pop("moments").items()}
+        lists = {key: [tensors[key][str(i)] for i in range(len(tensors[key]))] for key in TENSORS}
+        return rest | lists | {"optimizer": rest["optimizer"] | {"state": moments}}
+
+
+def _tensors(saved: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state that is sharded: names in nested dictionaries, and tensors."""
+    named = {key: {str(i): value.detach() for i, value in enumerate(saved[key])} for key in TENSORS}
+    return named | {"moments": {str(k): v for k, v in saved["optimizer"]["state"].items()}}
+
+
+def _rest(saved: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in saved.items() if key not in TENSORS} | {
+        "optimizer": {"param_groups": saved["optimizer"]["param_groups"]}
+    }
+
+
+def _read_whole(path: Path) -> dict[str, Any]:
+    """The tensors of a sharded state, on the CPU, in one process."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        file = Path(folder, "whole.pt")
+        dcp_to_torch_save(path, file)
+        return torch.load(file, weights_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of what we mean: that a single process reads or writes a sharded state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _to(state: Any, device: torch.device | str) -> Any:
@@ -68,4 +177,4 @@ def _to(state: Any, device: torch.device | str) -> Any:
         return {key: _to(value, device) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(_to(value, device) for value in state)
-    return state.to(device) if isinstance(state, torch.Tensor) else state
+    return state.to(device) if isinstance(state, Tensor) else state

@@ -13,6 +13,9 @@ from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.work.machine import is_out_of_memory
 from controlnet.preprocessors.errors import OutputError, TrainingError
 
+GONE = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "NCCL", "Socket Timeout")
+"""What the libraries say when a process no longer answers."""
+
 
 @contextmanager
 def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
@@ -29,6 +32,9 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
         ) from error
     # Memory: the remedy that halves it and changes nothing comes first.
     except RuntimeError as error:
+        if any(word in str(error) for word in GONE):
+            goes_on = f"--resume -o {run.path} goes on from the last checkpoint" if run.has_checkpoints else ""
+            raise TrainingError("another process of this run is gone, or cannot be reached", goes_on) from error
         if not is_out_of_memory(error):
             raise
         ways = ["--set gradient_checkpointing=true", "--set precision=bfloat16", "--set size=... (smaller pictures)"]

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.log import Log
 from controlnet.model.training.optimizers import OPTIMIZERS
+from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.precision import PRECISIONS
 from controlnet.model.training.signals import Stop
 from controlnet.model.training.state import Progress, State
@@ -47,7 +46,7 @@ class LoopConfig:
     accumulation: int = 1
     """Batches whose gradients are averaged in one optimiser step."""
     optimizer: str = "adamw"
-    """adamw, or muon for matrices and adamw for the rest."""
+    """adamw, adamw8bit (moments in 8 bits), or muon for matrices and adamw for the rest."""
     learning_rate: float = 1e-4
     """After the warm-up."""
     warmup_steps: int = 100
@@ -103,6 +102,7 @@ def fit(
     validate: Callable[[Progress], dict[str, Any]] | None = None,
     on_validated: Callable[[Progress], None] = lambda progress: None,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    pairs: int = 0,
 ) -> Progress:
     """Train `module` in place and leave its exponential moving average in it.
 
@@ -110,37 +110,60 @@ def fit(
     checkpoint in `folder/checkpoints`. `validate` is called with the averaged weights in the module before the first
     step, every `validate_every` steps and at the end. It returns fields for the log; the step with the lowest
     `validation_loss` is the best one. `on_validated` is called when the fields are written. The log's last line says
-    how the loop ended: finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. With several processes
-    (Accelerate's environment variables), each computes its own part of batch k, gradients are averaged, and only the
-    first process writes.
+    how the loop ended: finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. `pairs` is the number of
+    samples in a step, for the throughput in the log. With several processes (parallel.py), each computes its own part
+    of batch k, and gradients are averaged; the first one validates and writes, and all know what it found.
 
-    Raises ExplodedError when the loss stops being finite or explodes, OSError when a checkpoint cannot be written;
-    earlier checkpoints stay in both cases.
+    Raises UsageError for settings that several processes cannot have, ExplodedError when the loss stops being finite
+    or explodes, OSError when a checkpoint cannot be written; earlier checkpoints stay in both cases.
     """
-    return _Loop(module, loss_of, config, folder, report, validate, on_validated, on_step).run()
+    return _Loop(module, loss_of, config, folder, report, validate, on_validated, on_step, pairs).run()
+
+
+class _Loss(nn.Module):
+    """A module whose forward pass is the loss of batch k: what DDP and FSDP2 must see called."""
+
+    def __init__(self, module: nn.Module, loss_of: Callable[[int], Tensor]):
+        super().__init__()
+        self.module, self.loss_of = module, loss_of
+
+    def forward(self, k: int) -> Tensor:
+        return self.loss_of(k)
 
 
 class _Loop:
     """One call of `fit`."""
 
-    def __init__(self, module, loss_of, config: LoopConfig, folder: Path, report, validate, on_validated, on_step):
-        self.module, self.loss_of, self.config, self.folder, self.report = module, loss_of, config, folder, report
-        self.validate, self.on_validated, self.on_step = validate, on_validated, on_step
-        self.state = State(module, config.optimizer, config.learning_rate, config.weight_decay, config.precision)
-        self.processes = PartialState(cpu=self.state.device.type == "cpu")
-        self.writes = self.processes.is_main_process
+    def __init__(
+        self, module, loss_of, config: LoopConfig, folder: Path, report, validate, on_validated, on_step, pairs: int
+    ):
+        self.module, self.config, self.folder, self.report = module, config, folder, report
+        self.validate, self.on_validated, self.on_step, self.pairs = validate, on_validated, on_step, pairs
+        self.parallel = Parallel(next(module.parameters()).device)
+        self.parallel.check(config.optimizer, config.precision)
+        self.state = State(
+            _Loss(module, loss_of),
+            config.optimizer,
+            config.learning_rate,
+            config.weight_decay,
+            config.precision,
+            self.parallel,
+        )
+        self.writes = self.parallel.is_main
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self.log = Log(folder / "log.jsonl", write=self.writes)
         self.looked_at: int | None = None
         self.last_save, self.save_due = time.perf_counter(), False
+        self.busy, self.logged = 0.0, (0, 0.0)
 
     @property
     def progress(self) -> Progress:
         return self.state.progress
 
     def run(self) -> Progress:
-        if saved := self.checkpoints.load(self.state.device):
+        if saved := self.checkpoints.load(self.state):
             self.state.load(saved)
+            self.logged = self.progress.step, self.progress.seconds
             self.report(f"{self.folder.name}: goes on at step {self.progress.step}")
         self.log.trim(self.progress.step if saved else -1)
         saved = None  # its tensors have been copied
@@ -151,7 +174,7 @@ class _Loop:
         try:
             with Stop() as stop:
                 ended = self.train(stop)
-                self.processes.wait_for_everyone()
+                self.parallel.wait()
         except ExplodedError:
             ended = "exploded"
             raise
@@ -165,21 +188,23 @@ class _Loop:
         if stop.agreed:
             self.report(f"stopped at step {self.progress.step}, saved")
         self.state.keep_average()
+        self.parallel.gather(self.state.module)
         return self.progress
 
     def train(self, stop: Stop) -> str:
         """Run all steps; returns how they ended."""
         last_tick = time.perf_counter()
-        while self.done() < 1 and not stop.asked(self.processes):
+        while self.done() < 1 and not stop.asked(self.parallel):
             rate = self.step()
             now = time.perf_counter()
             self.progress.seconds, last_tick = self.progress.seconds + now - last_tick, now
             if self.progress.step % self.config.log_every == 0:
                 self.write_losses(rate)
             better = self.progress.step % self.config.validate_every == 0 and self.look()
-            self.save_due = self.save_due or better or now - self.last_save > self.config.save_every
+            due = better or now - self.last_save > self.config.save_every
+            self.save_due = self.save_due or self.parallel.agree(due)
             self.on_step(self.progress)
-        is_saved = self.checkpoints.path(self.progress.step).exists()
+        is_saved = self.progress.step in self.parallel.once(self.checkpoints.steps)
         if self.done() >= 1 and self.looked_at != self.progress.step and not is_saved:
             self.look()
         if not self.state.is_finite:
@@ -194,13 +219,16 @@ class _Loop:
         rate = self.rate()
         # The mean loss of the step's batches, and its gradient over all processes.
         loss = torch.zeros((), device=state.device)
-        for k in range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation):
-            part = self.loss_of(k) / config.accumulation
-            state.backward(part)
+        numbers = range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation)
+        for k in numbers:
+            with self.parallel.accumulating(state.module, last=k == numbers[-1]):
+                began = time.perf_counter()
+                part = state.module(k) / config.accumulation
+                self.busy += time.perf_counter() - began
+                state.backward(part)
             loss += part.detach()
-        average_gradients(state.parameters, self.processes)  # before the search for infinities: all must see the same
         norm = state.clip(config.clip_norm)
-        value = float(reduce(loss, "mean")) if self.processes.num_processes > 1 else float(loss)
+        value = self.parallel.mean(loss)
         # Weights are saved only once their loss is known to be good.
         if math.isnan(progress.first_loss):
             progress.first_loss = value
@@ -229,13 +257,13 @@ class _Loop:
 
     def look(self) -> bool:
         """Validate the averaged weights; returns whether they are the best so far."""
-        if self.validate is None or not self.writes:
+        if self.validate is None:
             return False
-        progress = self.progress
+        validate, progress = self.validate, self.progress
         self.looked_at = progress.step
         with self.state.averaged():
             self.module.eval()
-            fields = self.validate(progress)
+            fields = self.parallel.once(lambda: validate(progress))
             self.log.write({"step": progress.step, **fields})
             if progress.step == 0:
                 progress.first_loss = fields.get("validation_loss", math.nan)
@@ -243,20 +271,32 @@ class _Loop:
             better = fields.get("validation_loss", math.inf) < progress.best_loss
             if better:
                 progress.best_loss, progress.best_step = fields["validation_loss"], progress.step
-            self.on_validated(progress)
+            if self.writes:
+                self.on_validated(progress)
             self.module.train()
         return better
 
     def save(self) -> None:
-        if self.writes:
-            self.checkpoints.save(self.state.saved(), self.progress.step, self.progress.best_step)
+        self.checkpoints.save(self.state, self.progress.step, self.progress.best_step)
 
     def write_losses(self, rate: float) -> None:
         progress = self.progress
         progress.loss = sum(progress.window) / len(progress.window)
         progress.window.clear()
-        seconds = round(progress.seconds, 1)
-        self.log.write({"step": progress.step, "seconds": seconds, "loss": progress.loss, "lr": rate})
+        (step, since), self.logged = self.logged, (progress.step, progress.seconds)
+        fields: dict[str, Any] = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 1),
+            "loss": progress.loss,
+            "lr": rate,
+        }
+        # How quick they are together; what each spends on its own batches and forward passes shows who is slow.
+        if self.pairs and progress.seconds > since:
+            fields["pairs_per_second"] = round((progress.step - step) * self.pairs / (progress.seconds - since), 3)
+        if self.parallel.count > 1:
+            fields["forward_seconds"] = self.parallel.all_of(round(self.busy / (progress.step - step), 4))
+        self.busy = 0.0
+        self.log.write(fields)
 
 
 def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
@@ -267,14 +307,3 @@ def _judge(progress: Progress, loss: float | None, what: str = "loss") -> None:
     first = progress.first_loss
     if not math.isfinite(loss) or loss > EXPLODED_AT_ONCE * first or recent > EXPLODED * first:
         raise ExplodedError(f"the {what} is {max(loss, recent):.3g} at step {progress.step}, it began at {first:.3g}")
-
-
-def average_gradients(parameters: list[nn.Parameter], processes: PartialState) -> None:
-    """Average the gradients over the processes, in one message."""
-    if processes.num_processes == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    torch._foreach_copy_(
-        gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
-    )

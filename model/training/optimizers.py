@@ -1,6 +1,6 @@
-"""The optimisers of training: AdamW, and Muon, which learns faster per step (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon). Muon takes AdamW's learning rates by the rule of Liu et al. 2025 (arXiv 2502.16982,
-2.2)."""
+"""The optimisers of training: AdamW, the same with moments in 8 bits, and Muon, which learns faster per step (Jordan et
+al. 2024, kellerjordan.github.io/posts/muon). Muon takes AdamW's learning rates by the rule of Liu et al. 2025 (arXiv
+2502.16982, 2.2)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,40 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from controlnet.preprocessors.errors import UsageError
 from torch import Tensor, nn
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 BETAS = (0.9, 0.99)
 MOMENTUM = 0.95
 SMALLEST = 16
 """Matrices with fewer rows or columns (the first and last convolutions, say) are left to AdamW."""
 
 
-def make_optimizer(module: nn.Module, name: str, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """The optimiser with this name (OPTIMIZERS), for a module's parameters that require gradients."""
+def make_optimizer(module: nn.Module, name: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimiser with this name (OPTIMIZERS), for a module's parameters that require gradients. Raises UsageError if
+    the package that it needs is missing."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     options: dict[str, Any] = {"lr": learning_rate, "betas": BETAS, "weight_decay": weight_decay, "fused": True}
     if name == "adamw":
         return torch.optim.AdamW(parameters, **options)
+    if name == "adamw8bit":
+        del options["fused"]
+        return adamw_of_8_bits()(parameters, **options)
     matrices = [p for p in parameters if p.ndim in (2, 4) and min(_matrix(p).shape) >= SMALLEST]
     return Muon(parameters, matrices, **options)
+
+
+def adamw_of_8_bits() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW, whose moments take 2 bytes per parameter in place of 8 (Dettmers et al. 2021, arXiv
+    2110.02861); tensors under 4096 numbers keep theirs in float32. Raises UsageError if it is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UsageError(
+            "optimizer=adamw8bit needs bitsandbytes, which is not installed", "pip install 'controlnet-toolkit[8bit]'"
+        ) from None
+    return AdamW8bit
 
 
 class Muon(torch.optim.AdamW):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from controlnet.model.base import Base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.files.hashes import model_hash
@@ -25,6 +24,8 @@ from controlnet.model.training.explain import explained
 from controlnet.model.training.loop import Progress, fit
 from controlnet.model.training.network import make_controlnet
 from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
+from controlnet.model.training.optimizers import adamw_of_8_bits
+from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.pictures import draw, draw_strip
 from controlnet.model.training.precision import PRECISIONS, attention_kernels, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
@@ -65,8 +66,8 @@ def train(
     loss explodes or memory runs out.
     """
     watcher = watcher or Watcher()
-    processes = PartialState(cpu=device.type == "cpu")
-    _check_settings(config, processes.num_processes)
+    processes = Parallel(device)
+    _check_settings(config, processes)
     torch.manual_seed(config.seed)
     run = RunFolder(folder)
     with explained(config, run):
@@ -88,8 +89,8 @@ def train(
         record = _record(found, config, base_hash, samples, validation, facts)
         if resume:
             _check_resume(run, record, config, force, watcher)
-        new = not resume and processes.is_main_process
-        if processes.is_main_process:
+        new = not resume and processes.is_main
+        if processes.is_main:
             run.begin(record, to_toml(config))
         with run.forgotten(new):
             prepare(samples, validation, processes, watcher)
@@ -105,18 +106,23 @@ def train(
             base.unet.enable_gradient_checkpointing()
         work = _Training(net, base, samples, validation, config, run, device, processes, watcher)
         with work.pool, attention_kernels(device, config.precision, samples.size <= 256):
-            return fit(net, work.loss_of, config, folder, watcher.say, work.validate, work.show, watcher.on_step)
+            report = watcher.say, work.validate, work.show, watcher.on_step
+            return fit(net, work.loss_of, config, folder, *report, pairs=config.batch_size * config.accumulation)
 
 
-def _check_settings(config: TrainConfig, processes: int) -> None:
-    """Raises UsageError for settings that do not fit this machine or the number of processes."""
-    if config.batch_size % processes:
+def _check_settings(config: TrainConfig, processes: Parallel) -> None:
+    """Raises UsageError for settings that do not fit this machine or the processes."""
+    count = processes.count
+    if config.batch_size % count:
         raise UsageError(
-            f"batch_size={config.batch_size} over {processes} processes: expected a multiple",
-            f"--set batch_size={processes * max(1, config.batch_size // processes)}",
+            f"batch_size={config.batch_size} over {count} processes: expected a multiple",
+            f"--set batch_size={count * max(1, config.batch_size // count)}",
         )
-    if config.minutes != float("inf") and processes > 1:
+    if config.minutes != float("inf") and count > 1:
         raise UsageError("minutes ends a run of one process only", "--set max_steps=2000")
+    processes.check(config.optimizer, config.precision)
+    if config.optimizer == "adamw8bit":
+        adamw_of_8_bits()
     if config.tensorboard:
         _tensorboard()
 
@@ -148,14 +154,14 @@ def _check_resume(run: RunFolder, record: dict[str, Any], config: TrainConfig, f
         watcher.say("no checkpoint yet: begins at step 0")
 
 
-def prepare(samples: Samples, validation: Samples, processes: PartialState, watcher: Watcher) -> None:
+def prepare(samples: Samples, validation: Samples, processes: Parallel, watcher: Watcher) -> None:
     """Fill the cache; each process makes its part."""
     if samples.cache.folder is not None:
         watcher.say(f"preparing {len(samples.pairs) + len(validation.pairs):,} pairs; what is in the cache is quick")
         for what, one in (("pairs", samples), ("held-out pairs", validation)):
-            rows = range(processes.process_index, len(one.pairs), processes.num_processes)
+            rows = range(processes.index, len(one.pairs), processes.count)
             one.prepare(rows, partial(watcher.on_item, what, len(rows)))
-    processes.wait_for_everyone()
+    processes.wait()
 
 
 class _Training:
@@ -170,7 +176,7 @@ class _Training:
         config: TrainConfig,
         run: RunFolder,
         device: torch.device,
-        processes: PartialState,
+        processes: Parallel,
         watcher: Watcher,
     ):
         self.net, self.base, self.samples, self.validation = net, base, samples, validation
@@ -180,12 +186,12 @@ class _Training:
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
         self.held_out: list[tuple[Batch, Tensor]] = []
-        writes = config.tensorboard and processes.is_main_process
+        writes = config.tensorboard and processes.is_main
         self.board = _tensorboard()(str(run.tensorboard)) if writes else None
 
     def _batch(self, k: int) -> Batch:
         """Batch k; the next one is prepared in the background."""
-        part = self.processes.process_index, self.processes.num_processes
+        part = self.processes.index, self.processes.count
         future = self.next[1] if self.next[0] == k else self.pool.submit(self.samples.batch, k, *part)
         batch = future.result()
         self.next = k + 1, self.pool.submit(self.samples.batch, k + 1, *part)

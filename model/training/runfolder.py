@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from controlnet.model.work.processes import PARENT
 from controlnet.preprocessors.files import is_file, write_file
 from controlnet.preprocessors.lock import locked
 
@@ -106,7 +107,7 @@ def claimed(folder: Path, numbered: bool) -> Iterator[tuple[Path, int]]:
     """The folder of a run, and the handle of its lock: while inside, it belongs to this command alone. A new folder
     that stays empty is removed again. If another command was quicker to take a `numbered` folder, the next number is
     taken."""
-    if "RANK" in os.environ:  # one of several processes whose command holds the folder
+    if PARENT in os.environ or os.environ.get("RANK", "0") != "0":  # another process holds it for us
         yield folder, -1
         return
     folder, new = _made(folder, numbered)

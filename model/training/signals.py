@@ -5,9 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
+from controlnet.model.training.parallel import Parallel
 from controlnet.preprocessors.lock import ORPHANED
 
 
@@ -35,9 +33,6 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = self.signal or number
 
-    def asked(self, processes: PartialState) -> bool:
-        self.agreed = self.signal is not None
-        if processes.num_processes > 1:
-            flag = reduce(torch.tensor(float(self.agreed), device=processes.device), "sum")
-            self.agreed = bool(flag > 0)
+    def asked(self, parallel: Parallel) -> bool:
+        self.agreed = parallel.any(self.signal is not None)
         return self.agreed

@@ -67,6 +67,9 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
             error.seek(0)
             sys.stderr.write(error.read().decode(errors="replace"))
     code = children[failed].returncode
+    if code < 0:
+        print(f"error: process {failed} of {processes} was killed by signal {-code}", file=sys.stderr)
+        print("hint: the system does that when memory runs out; --resume goes on", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
