@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,11 @@ import typer
 from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Quiet, ShardFlag, say, warn
 from controlnet.model.work.outputs import keeps
-from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, find_pairs
+from controlnet.preprocessors.data.pack import FORMS as PACKED
+from controlnet.preprocessors.data.pack import pack
+from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, Pairs, find_pairs, kind_of_pairs
 from controlnet.preprocessors.errors import Exit, OutputError, UsageError
+from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.geometry import parse_size
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.shards import claim, parse_shard
@@ -61,6 +65,13 @@ def check(
         raise typer.Exit(Exit.INPUT)
 
 
+To = Annotated[
+    str | None,
+    typer.Option("--to", metavar="FORM", help="Pack the pairs into large files: webdataset (tar) or parquet."),
+]
+PerFile = Annotated[int, typer.Option("--per-file", help="Pairs in each of them.")]
+
+
 @app.command("build", help="Make pairs from photos: pictures and conditions of one size, captions, manifest, split.")
 def build(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, captions in .txt or metadata.")],
@@ -72,6 +83,8 @@ def build(
     size: Annotated[str, typer.Option(help="Size of pictures and maps: WIDTHxHEIGHT, or one number.")] = "512",
     resize: Annotated[str, typer.Option(help="crop, pad or stretch.")] = "crop",
     jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Processes. (default: one per core)")] = None,
+    to: To = None,
+    per_file: PerFile = 1000,
     shard: ShardFlag = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -84,8 +97,20 @@ def build(
     found = find_pairs(photos)
     if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
         raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", f"-o {photos}-data")
+    if per_file < 1:
+        raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
+    if found.form != "photos" and to is not None:
+        _pack(found, out, to, kind_of_pairs(found)[0], per_file, as_json, quiet)
+        return
     if found.form != "photos":
-        raise UsageError(f"{photos}: holds pairs already ({found.form})", f"controlnet train {photos}")
+        hint = f"controlnet train {photos}; or --to webdataset packs them"
+        raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)
+    if to is not None:
+        if to not in PACKED:
+            raise UsageError(f"--to {to}: expected one of {', '.join(PACKED)}", "--to webdataset")
+        if is_file(out / "manifest.json"):
+            raise OutputError(f"{out}: holds a data set already", f"-o {out}-{to}")
+        packed, out = out, out / "pairs"
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
 
     # Our part of it, and what came of it.
@@ -99,8 +124,23 @@ def build(
         warn(f"{without} of {len(found.pairs)} photos have no caption")
     if manifest is None:
         say(f"{part.name} is done; the shard that finishes last writes the manifest")
+    elif to is not None:
+        _pack(find_pairs(out), packed, to, kind, per_file, as_json, quiet)
+        shutil.rmtree(out)
+        if failed:
+            raise typer.Exit(Exit.PARTIAL)
+        return
     else:
         say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train {out}")
     print(dumps({"output": str(out), **(manifest or {})}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _pack(found: Pairs, out: Path, to: str, kind: str, per_file: int, as_json: bool, quiet: bool) -> None:
+    """Pack pairs into large files, and say so."""
+    with count_bar("packing", len(found.pairs), quiet) as on_pair:
+        manifest = pack(found, out, to, kind, per_file, on_pair)
+    pattern = "*.tar" if to == "webdataset" else "train-*.parquet"
+    say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train '{out}/{pattern}'")
+    print(dumps({"output": str(out), **manifest}) if as_json else out)

@@ -99,11 +99,14 @@ def train(
     settings: Settings = False,
 ) -> None:
     from controlnet.preprocessors.data.pairs import find_pairs
+    from controlnet.preprocessors.data.stream import is_stream, open_stream
 
     if processes < 1:
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
-    found = None if world else find_pairs(Path(data))
+    found: Any = None
+    if not world:
+        found = open_stream(data) if is_stream(data) else find_pairs(Path(data))
     main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes
     if out is None and not resume and "RANK" in os.environ:
         raise UsageError("several processes, and each would number the run's folder", "-o runs/NAME names it")
@@ -118,7 +121,8 @@ def train(
     from controlnet.model.training.config import read_config
 
     files = [path for path in (resume and run.config, config) if path]
-    settings_of = read_config(files, set_ or [], default_base=default_base(), base=base, seed=seed, kind=kind)
+    defaults = {"base": default_base()} | ({"cache": False} if is_stream(data) else {})
+    settings_of = read_config(files, set_ or [], defaults, base=base, seed=seed, kind=kind)
     with claimed(folder, numbered=not (out or resume)) as (folder, lock):
         if processes > 1 and "RANK" not in os.environ:
             raise typer.Exit(launch(processes, [*sys.argv[1:], *(["-o", str(folder)] if out is None else [])], lock))
@@ -161,8 +165,10 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     config = replace(config, kind=kind)
     main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that talks
     if main:
+        is_whole = not hasattr(found, "shards")
+        what = f"{len(found.pairs)} pairs" if is_whole else f"a stream of {len(found.shards):,} shards"
         say(
-            f"{len(found.pairs)} pairs ({found.form}), kind {kind} ({reason}); base {config.base}, "
+            f"{what} ({found.form}), kind {kind} ({reason}); base {config.base}, "
             f"{config.max_steps:,} steps of {config.batch_size * config.accumulation}; run in {folder}"
         )
         _warn_of(found)
@@ -190,7 +196,7 @@ def _warn_of(found: Any) -> None:
         warn("no pair has a caption: only the empty prompt is trained")
     elif without:
         warn(f"{without} of {len(found.pairs)} captions are empty: they train the empty prompt")
-    if len(found.pairs) < 100:
+    if len(found.pairs) < 100 and not hasattr(found, "shards"):
         warn(f"only {len(found.pairs)} pairs: the network may learn them by heart")
 
 

@@ -61,8 +61,15 @@ def read_condition(
     if size is not None and is_keypoints(path):
         map_, record = draw_json(read_bytes(path), path, size, "stretch")
         return recorded(map_, "pose", path, record)
-    map_, text = read_image(read_bytes(path), path, warn)
-    return recorded(map_, kind_of(path, text, kind), path, load(text))
+    return condition_of(read_bytes(path), path, kind, warn)
+
+
+def condition_of(
+    data: bytes, name: str, kind: str | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Condition:
+    """The condition in the bytes of a map's file with this name. Raises as `read_condition` does."""
+    map_, text = read_image(data, name, warn)
+    return recorded(map_, kind_of(name, text, kind), name, load(text))
 
 
 def recorded(map_: np.ndarray, kind: str, name: str, record: dict[str, Any]) -> Condition:

@@ -7,6 +7,7 @@ machine, removes what belongs to processes that are gone.
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import errno
 import itertools
@@ -48,6 +49,17 @@ def beside(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         _remove(temporary)
+
+
+def scratch(folder: Path) -> Path:
+    """A new folder in `folder` for files of this process, which removes it when it ends; if it is killed, the next one
+    that writes there does. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    path = folder / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    path.mkdir()
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -22,6 +22,8 @@ RUN_LENGTHS = 3
 MAX_PIXELS = 250_000_000
 """Larger pictures are refused by their header, before they are decoded."""
 MIN_SIDE = 8
+ORIENTATION = 0x0112
+"""The EXIF tag of how a picture is turned; from 5 on width and height are exchanged."""
 _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 """Formats that Pillow lists but reads only with another program, or that hold no picture."""
 _OTHERS = (
@@ -111,6 +113,16 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
     except Exception as error:  # Pillow's decoders raise a dozen types for broken data
         what = "is cut off or damaged" if _looks_like_image(data) else "is not a picture"
         raise InputError(f"{name}: {what} ({reason(error)})", f"file {name}") from error
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of a picture as `read_image` decodes it, from its header; (1, 1) for one that is none."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+    except Exception:  # Pillow raises a dozen types; whoever decodes it says what is wrong
+        return 1, 1
+    return (image.height, image.width) if turned else image.size
 
 
 def _looks_like_image(data: bytes) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from controlnet.preprocessors.errors import InputError, reason
+from controlnet.preprocessors.files import beside, not_written
 
 MARK = ".tar#"
 BLOCK = 512
@@ -21,6 +24,20 @@ def split(name: str) -> tuple[Path, str] | None:
 def name_of(tar: Path, member: str) -> Path:
     """The name of a member."""
     return Path(f"{tar}#{member}")
+
+
+def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write files into a tar file, whole or not at all. The same files give the same bytes. Raises OutputError."""
+    import tarfile
+
+    try:
+        with beside(path) as temporary, tarfile.open(temporary, "w") as tar:
+            for name, data in files:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    except OSError as error:
+        raise not_written(path, error) from error
 
 
 def members(tar: Path) -> list[str]:

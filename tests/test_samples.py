@@ -9,7 +9,7 @@ import torch
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.training.cache import Cache
-from controlnet.model.training.samples import Samples
+from controlnet.model.training.samples import Samples, caption_of
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.detectors.canny import canny
 from controlnet.preprocessors.errors import InputError, OutputError, UsageError
@@ -39,7 +39,7 @@ def test_batches_are_the_same_with_and_without_cache(data, config, tmp_path):
     cached.prepare(range(12))
     cached.base.unload()  # nothing is left to encode
     for k in (0, 3, 7):
-        assert same(plain.batch(k), cached.batch(k))
+        assert same(*plain.batch(k), *cached.batch(k))
 
 
 def test_another_base_or_size_finds_nothing_in_the_cache(data, config, tmp_path):
@@ -49,10 +49,14 @@ def test_another_base_or_size_finds_nothing_in_the_cache(data, config, tmp_path)
         other = samples_of(data, config if change == "base" else replace(config, size=48), tmp_path / "cache")
         other.base_hash = "another" if change == "base" else other.base_hash
         before = set((tmp_path / "cache").rglob("*.npz"))
-        other.moments(0, 0, False), other.text("x")
+        other.moments(other.pairs[0], 0, False), other.text("x")
         assert len(set((tmp_path / "cache").rglob("*.npz")) - before) == 2
     before = set((tmp_path / "cache").rglob("*.npz"))
-    first.moments(0, 0, False), first.condition(0, 0, False), first.text(first.caption(0, False))
+    (
+        first.moments(first.pairs[0], 0, False),
+        first.condition(first.pairs[0], 0, False),
+        first.text(caption_of(first.pairs[0], False)),
+    )
     assert set((tmp_path / "cache").rglob("*.npz")) == before
 
 
@@ -60,7 +64,12 @@ def test_another_base_or_size_finds_nothing_in_the_cache(data, config, tmp_path)
 def test_a_damaged_cache_entry_is_made_again_while_training(data, config, tmp_path, damage):
     """VAE and text encoder have been unloaded by then."""
     samples = samples_of(data, config, tmp_path / "cache")
-    made = [lambda: samples.moments(0, 0, False), lambda: samples.text("a"), lambda: samples.condition(0, 0, False)]
+    pair = samples.pairs[0]
+    made = [
+        lambda: samples.moments(pair, 0, False),
+        lambda: samples.text("a"),
+        lambda: samples.condition(pair, 0, False),
+    ]
     expected = [make() for make in made]
     samples.base.unload()
     entries = list((tmp_path / "cache").rglob("*.npz"))
@@ -72,7 +81,7 @@ def test_a_damaged_cache_entry_is_made_again_while_training(data, config, tmp_pa
 
 def test_conditions_take_little_room(data, config, tmp_path):
     samples = samples_of(data, replace(config, size=256), tmp_path / "cache")
-    samples.condition(0, 0, False)
+    samples.condition(samples.pairs[0], 0, False)
     (entry,) = (tmp_path / "cache/conditions").rglob("*.npz")
     assert entry.stat().st_size < 256 * 256 * 3 / 10
 
@@ -82,10 +91,10 @@ def test_a_condition_that_fits_another_picture_is_looked_at_again(data, config, 
     shutil.copytree(data, tmp_path / "d/images")
     shutil.copytree(data, tmp_path / "d/conditions")
     samples = samples_of(tmp_path / "d", replace(config, kind="depth"), tmp_path / "cache")
-    samples.condition(0, 0, False)
+    samples.condition(samples.pairs[0], 0, False)
     write_file(samples.pairs[0].image, png_bytes(np.zeros((96, 96, 3), np.uint8)))
     with pytest.raises(InputError, match="96x72 for a picture of 96x96"):
-        samples.condition(0, 0, False)
+        samples.condition(samples.pairs[0], 0, False)
 
 
 def test_a_full_cache_says_where_it_is(data, config, tmp_path):
@@ -106,15 +115,16 @@ def test_hashes_of_two_processes_are_both_remembered(data, tmp_path):
 def test_parts_of_several_processes_are_the_batch_of_one(data, config, processes):
     samples = samples_of(data, replace(config, flip=True))
     for k in (0, 5):
-        whole = tensors(samples.batch(k))
-        parts = [tensors(samples.batch(k, i, processes)) for i in range(processes)]
+        whole = tensors(*samples.batch(k))
+        parts = [tensors(*samples.batch(k, i, processes)) for i in range(processes)]
         assert all(torch.equal(torch.cat(p), w) for w, *p in zip(whole, *parts, strict=True))
 
 
 def test_an_epoch_sees_every_pair_once_and_the_next_one_in_another_order(data, config):
     samples = samples_of(data, replace(config, prompt_dropout=0.0))
     seen = [
-        [t for k in range(3 * e, 3 * e + 3) for t in samples.batch(k).prompt.c_t.sum((1, 2)).tolist()] for e in (0, 1)
+        [t for k in range(3 * e, 3 * e + 3) for t in samples.batch(k)[0].prompt.c_t.sum((1, 2)).tolist()]
+        for e in (0, 1)
     ]
     assert len(set(seen[0])) == 12 and sorted(seen[0]) == sorted(seen[1]) and seen[0] != seen[1]
 
@@ -122,7 +132,7 @@ def test_an_epoch_sees_every_pair_once_and_the_next_one_in_another_order(data, c
 def test_half_of_the_prompts_are_empty(data, config):
     samples = samples_of(data, config)
     empty = torch.from_numpy(samples.text("")).float()
-    share = np.mean([(samples.batch(k).prompt.c_t == empty).all((1, 2)).float().mean() for k in range(60)])
+    share = np.mean([(samples.batch(k)[0].prompt.c_t == empty).all((1, 2)).float().mean() for k in range(60)])
     assert 0.4 < share < 0.6
 
 
@@ -135,11 +145,14 @@ def test_picture_and_condition_are_cut_and_flipped_alike(data, config, tmp_path)
     pictures = set()
     for crop in range(4):
         for flip in (False, True):
-            picture, condition = samples.picture(2, crop, flip), samples.condition(2, crop, flip)
+            picture, condition = (
+                samples.picture(samples.pairs[2], crop, flip),
+                samples.condition(samples.pairs[2], crop, flip),
+            )
             assert picture.shape == (64, 64, 3) and np.abs(picture.astype(int) - condition).max() <= 12
             pictures.add(picture.tobytes())
     assert len(pictures) == 8
-    told = {samples.caption(2, False), samples.caption(2, True)}
+    told = {caption_of(samples.pairs[2], False), caption_of(samples.pairs[2], True)}
     assert told == {"a cube on the left, floor 10", "a cube on the right, floor 10"}  # 10.png sorts before 2.png
 
 
@@ -152,15 +165,16 @@ def test_poses_are_drawn_anew_for_crops_and_flips(data, config, tmp_path):
         text = dump({"kind": "pose", "keypoints": to_text([person])})
         write_file(tmp_path / f"d/conditions/{i}.png", png_bytes(draw([person], (96, 72)), text))
     samples = samples_of(tmp_path / "d", replace(config, kind="pose", flip=True, crops=2))
+    pair = samples.pairs[0]
     square = cut_people([person], 1 / 8, 0, 3 / 4, 1)  # the centre square of 96x72
-    assert np.array_equal(samples.condition(0, 0, False), draw(square, (64, 64)))
-    assert np.array_equal(samples.condition(0, 0, True), draw(mirror(square), (64, 64)))
-    assert not np.array_equal(samples.condition(0, 0, True), samples.condition(0, 0, False)[:, ::-1])
-    closer = samples.condition(0, 1, False)
-    assert not np.array_equal(closer, samples.condition(0, 0, False)) and closer.any()
+    assert np.array_equal(samples.condition(pair, 0, False), draw(square, (64, 64)))
+    assert np.array_equal(samples.condition(pair, 0, True), draw(mirror(square), (64, 64)))
+    assert not np.array_equal(samples.condition(pair, 0, True), samples.condition(pair, 0, False)[:, ::-1])
+    closer = samples.condition(pair, 1, False)
+    assert not np.array_equal(closer, samples.condition(pair, 0, False)) and closer.any()
     write_file(tmp_path / "d/conditions/2.png", png_bytes(draw([person], (96, 72))))
     with pytest.raises(UsageError, match=r"2\.png: a pose map without key points"):
-        samples.condition(2, 0, True)
+        samples.condition(samples.pairs[2], 0, True)
 
 
 def test_conditions_of_photos_are_what_detect_and_generate_make(data, config, tmp_path):
@@ -170,6 +184,6 @@ def test_conditions_of_photos_are_what_detect_and_generate_make(data, config, tm
     photo = np.kron(read_image((data / "0.png").read_bytes(), "")[0], np.ones((9, 9, 1), np.uint8))
     write_file(tmp_path / "0.png", png_bytes(photo))
     expected = to_canvas(np.repeat(canny(fit(photo, (512, 512)))[..., None], 3, 2), "canny", (64, 64))
-    mine = samples_of(tmp_path, config).condition(0, 0, False)
+    mine = (made := samples_of(tmp_path, config)).condition(made.pairs[0], 0, False)
     # Cut before it is scaled, or after: the rounding differs by a pixel of 512 at most.
     assert (mine != expected).mean() < 0.02 and 0.01 < (mine == 255).mean() < 0.5

@@ -82,9 +82,9 @@ def test_settings_from_file_and_flags(tmp_path):
     assert read_config([], [], base="sd15").learning_rate == 1e-5
     assert TrainConfig(**tomllib.loads(to_toml(config))) == config
     path.write_text('base = "sd15"\n')
-    assert read_config([path], [], default_base="tiny").base == "sd15"
-    assert read_config([], ["base=sd15"], default_base="tiny").base == "sd15"
-    assert read_config([], [], default_base="sd15").base == "sd15"
+    assert read_config([path], [], {"base": "tiny"}).base == "sd15"
+    assert read_config([], ["base=sd15"], {"base": "tiny"}).base == "sd15"
+    assert read_config([], [], {"base": "sd15"}).base == "sd15"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class Cache:
     def __init__(self, folder: Path | None):
         self.folder = folder
         self._hashes: dict[str, list] | None = None
+        self._sizes: dict[str, list[int]] | None = None
 
     def array(self, section: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """The entry, made and kept if it is not there. Raises OutputError when it cannot be kept."""
@@ -56,6 +57,17 @@ class Cache:
                 f"free some disk, or CONTROLNET_CACHE=DIR for another place than {self.folder}, or --set cache=false",
             ) from error
 
+    def picture_size(self, digest: str, measure: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+        """(width, height) of the picture with this sha256, remembered unless it is empty."""
+        if not digest:
+            return measure()
+        if self._sizes is None:
+            self._sizes = self._kept("sizes.json")
+        if digest not in self._sizes:
+            self._sizes[digest] = list(measure())
+        width, height = self._sizes[digest]
+        return width, height
+
     def file_hash(self, path: Path) -> str:
         """sha256 of a file, remembered until its size or modification time changes."""
         inside = split(str(path))
@@ -69,16 +81,17 @@ class Cache:
 
     def _known(self) -> dict[str, list]:
         if self._hashes is None:
-            self._hashes = self._kept()
+            self._hashes = self._kept("files.json")
         return self._hashes
 
-    def _kept(self) -> dict[str, list]:
+    def _kept(self, name: str) -> dict[str, list]:
         try:
-            return object_or_empty((self.folder / "files.json").read_bytes()) if self.folder else {}
+            return object_or_empty((self.folder / name).read_bytes()) if self.folder else {}
         except FileNotFoundError:
             return {}
 
     def remember(self) -> None:
-        """Keep the files' hashes for the next run, beside the ones that other processes have kept."""
-        if self.folder is not None and self._hashes:
-            self._write(self.folder / "files.json", json.dumps(self._kept() | self._hashes).encode())
+        """Keep the files' hashes and sizes for the next run, beside those that other processes have kept."""
+        for name, known in (("files.json", self._hashes), ("sizes.json", self._sizes)):
+            if self.folder is not None and known:
+                self._write(self.folder / name, json.dumps(self._kept(name) | known).encode())

@@ -67,6 +67,8 @@ class TrainConfig(LoopConfig):
     """Less memory, more time."""
     crops: int = 1
     """Crops of each picture: 1 is the centre one, more are drawn at random, up to 1.25 times closer."""
+    buckets: bool = False
+    """Canvases of the pictures' own aspects, of about size x size pixels, instead of squares."""
     flip: bool = False
     """Mirror half of the pairs, with left and right exchanged in captions and in poses with key points exchanged."""
     start_from: str = "base"
@@ -106,13 +108,15 @@ class TrainConfig(LoopConfig):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
-def read_config(paths: list[Path], assignments: list[str], default_base: str = "", **given: Any) -> TrainConfig:
-    """The settings from the base's own defaults, the TOML files, the `key=value` texts and the flags (`given`; None
-    means not given); later ones win. The base is `default_base` if none of them names one.
+def read_config(
+    paths: list[Path], assignments: list[str], defaults: dict[str, Any] | None = None, **given: Any
+) -> TrainConfig:
+    """The settings from `defaults`, the base's own defaults, the TOML files, the `key=value` texts and the flags
+    (`given`; None means not given); later ones win.
 
     Raises UsageError for unknown names (with the nearest one), wrong types and values out of range.
     """
-    values: dict[str, Any] = {"base": default_base} if default_base else {}
+    values: dict[str, Any] = dict(defaults or {})
     for path in paths:
         try:
             values |= tomllib.loads(Path(path).read_text())

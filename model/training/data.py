@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,9 +15,11 @@ from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.data.check import LEAST_PAIRS
-from controlnet.preprocessors.data.pair import Pair, Source
+from controlnet.preprocessors.data.pair import Pair, Pairs, Source
+from controlnet.preprocessors.data.stream import Stream
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError, UsageError
+from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.kinds import kind_named
 
 FREE_TO_CHANGE = {
@@ -29,7 +32,10 @@ it also depends on the length of the run, which may then not change."""
 
 def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs), by the data's own split. If it holds out fewer than the settings ask for, more
-    are drawn from the seed, because on three pairs chance looks like control."""
+    are drawn from the seed, because on three pairs chance looks like control. Of a stream both are among its first
+    pairs, and it learns which ones are held out."""
+    if isinstance(found, Stream):
+        return _split_stream(found, config)
     if len(found.pairs) < LEAST_PAIRS:
         raise InputError(
             f"{found.folder}: {len(found.pairs)} of at least {LEAST_PAIRS} pairs; hundreds are better",
@@ -45,14 +51,26 @@ def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return training, [pair for index, pair in enumerate(found.pairs) if index in chosen]
 
 
+def _split_stream(stream: Stream, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    """The first pairs of a stream, those out of its own split first; the others by their keys' hashes."""
+    head = sorted(stream.head, key=lambda one: (not one[1].held_out, zlib.crc32(one[0].encode())))
+    if len(head) < LEAST_PAIRS:
+        raise InputError(f"{stream.folder}: {len(head)} of at least {LEAST_PAIRS} pairs", "hundreds are better")
+    count = max(2, min(config.held_out, len(head) // 4))
+    stream.held_out = {key for key, _ in head[:count]}
+    training = [pair for key, pair in stream.head if key not in stream.held_out and not pair.held_out]
+    return training, [pair for _, pair in head[:count]]
+
+
 def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], check: str) -> dict[str, float]:
     """Facts about the first conditions: their mean brightness if they are line maps, and how much they differ. Warns of
     what looks wrong. Raises InputError when all are one flat colour, and for any doubt when strict. `check` is the
     command that checks the data.
     """
-    maps = [s.condition(i, 0, False) for s in sets for i in range(min(16, len(s.pairs)))]
+    maps = [s.condition(pair, 0, False) for s in sets for pair in s.pairs[:16]]
     lines = kind_named(sets[0].config.kind).is_lines
-    spread = float(np.stack([m.astype(np.float32) for m in maps]).std(0).mean() / 255)
+    squares = [fit(m, (sets[0].size, sets[0].size), "stretch").astype(np.float32) for m in maps]
+    spread = float(np.stack(squares).std(0).mean() / 255)
     if all(int(m.max()) - int(m.min()) < 8 for m in maps):
         inverted = lines and np.mean([m.mean() for m in maps]) > 127
         raise InputError(
@@ -76,7 +94,11 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
 
 
 def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
-    """A sha256 for each part of the data: file names, captions, the held-out split, contents of the files."""
+    """A sha256 for each part of the data: file names, captions, the held-out split, contents of the files. Of a stream
+    only names and sizes of its shards count."""
+    if isinstance(found, Stream):
+        return {"shards": key_of([[shard.name, shard.mark()] for shard in found.shards])}
+    assert isinstance(found, Pairs)
     parts: dict[str, list] = {"file names": [], "captions": [], "held-out split": [], "contents": []}
     for pair in found.pairs:
         files = [p for p in (pair.image, pair.condition) if p]

@@ -32,7 +32,7 @@ def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precisio
     """Images from the conditions of the first held-out pairs, side by side: (side, n x side, 3) uint8. The base's VAE
     is loaded again if it was unloaded."""
     count, side = min(SHOWN, len(held_out.pairs)), held_out.size
-    maps = [condition_tensor(held_out.condition(i, 0, False)) for i in range(count)]
+    maps = [condition_tensor(held_out.condition(pair, 0, False)) for pair in held_out.pairs[:count]]
     conditions = torch.stack(maps).to(device)  # (n, 3, side, side)
     captions = [held_out.pairs[i].caption for i in range(count)]
     prompt, negative = (held_out.prompt(texts).to_network(device, base.dtype) for texts in (captions, [None]))
@@ -58,7 +58,7 @@ def draw_strip(run: RunFolder, rows: list[dict[str, Any]], held_out: Samples, ki
         return
     cells: list[tuple[np.ndarray, str]] = []
     side = held_out.size
-    for i in range(min(SHOWN, len(held_out.pairs))):
-        cells += [(held_out.picture(i, 0), "held-out picture"), (held_out.condition(i, 0, False), f"its {kind}")]
+    for i, pair in enumerate(held_out.pairs[:SHOWN]):
+        cells += [(held_out.picture(pair, 0), "held-out picture"), (held_out.condition(pair, 0, False), f"its {kind}")]
         cells += [(shot[:, i * side : (i + 1) * side], f"step {step}") for step, shot in sorted(shots.items())]
     write_file(run.samples, png_bytes(contact_sheet(cells, len(shots) + 2, 128)))

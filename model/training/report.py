@@ -79,7 +79,7 @@ def describe(run: RunState) -> list[str]:
     causes."""
     settings = run.record["settings"]
     if run.state == "preparing":
-        return [f"preparing: latents, texts and conditions of {run.record['data']['pairs']:,} pairs, once for all runs"]
+        return [f"preparing: latents, texts and conditions of {_amount(run.record['data'])}, once for all runs"]
     lines = [run.verdict.text, f"step {run.step:,} of {settings['max_steps']:,}"]
     if run.state == "exploded":
         lines[0] = f"exploded at step {run.step:,}; before that: {run.verdict.text}"
@@ -94,6 +94,10 @@ def describe(run: RunState) -> list[str]:
             f"validation loss {last['validation_loss']:.4f} at step {last['step']:,}"
         )
     return lines + [f"possible cause: {cause}" for cause in run.verdict.causes]
+
+
+def _amount(data: dict[str, Any]) -> str:
+    return "a stream of pairs" if data["pairs"] is None else f"{data['pairs']:,} pairs"
 
 
 def draw_curve(run: RunState, path: Path) -> None:
@@ -182,6 +186,6 @@ Trained with the ControlNet toolkit on base `{settings["base"]}` (sha256 {run.re
 
     controlnet generate --base {settings["base"]} --cond map.png,net={run.folder.name}/ --prompt "..."
 {use}
-Data: {data["pairs"]:,} pairs from `{data["name"]}` ({data["form"]}), {data["held_out"]} of them held out. Settings are
+Data: {_amount(data)} from `{data["name"]}` ({data["form"]}), {data["held_out"]} of them held out. Settings are
 in `config.toml`, the curve in `curve.png`, pictures over the run in `samples.png`.
 """

@@ -16,7 +16,7 @@ from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.nets import save_controlnet
-from controlnet.model.training.cache import Cache
+from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import TrainConfig, to_toml
 from controlnet.model.training.data import check_resumed, fingerprint, look_at, split
@@ -25,13 +25,15 @@ from controlnet.model.training.loop import Progress, fit
 from controlnet.model.training.network import make_controlnet
 from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.optimizers import adamw_of_8_bits
+from controlnet.model.training.order import Lanes
 from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.pictures import draw, draw_strip
 from controlnet.model.training.precision import PRECISIONS, attention_kernels, autocast
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
 from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
-from controlnet.preprocessors.data.pair import Source
+from controlnet.preprocessors.data.pair import Pairs, Source
+from controlnet.preprocessors.data.stream import Stream
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
@@ -80,7 +82,11 @@ def train(
         # The data, checked before anything is computed from it.
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
-        samples = Samples(training, config, base, base_hash, store)
+        order = None
+        if isinstance(found, Stream):
+            counts = cache_folder() / "stream" / f"{key_of(found.folder)[:16]}.json"
+            order = Lanes(found, config.seed, config.batch_size, counts)
+        samples = Samples(training, config, base, base_hash, store, order, config.buckets)
         validation = Samples(held_out, config, base, base_hash, store)
         samples.check_command = validation.check_command = check_command(found.folder, config.kind)
         facts = look_at(
@@ -93,10 +99,10 @@ def train(
         if processes.is_main:
             run.begin(record, to_toml(config))
         with run.forgotten(new):
-            prepare(samples, validation, processes, watcher)
+            prepare(samples, validation, processes, watcher, order is None)
 
         # The network, with only those parts of the base that it still needs.
-        if config.cache:
+        if config.cache and order is None:
             base.unload()
             gc.collect()
         base.keep_on_device()
@@ -134,7 +140,7 @@ def _record(
     data = {
         "name": str(found.folder),
         "form": found.form,
-        "pairs": len(found.pairs),
+        "pairs": len(found.pairs) if isinstance(found, Pairs) else None,
         "held_out": len(validation.pairs),
         "sha256": fingerprint(found, Cache(cache_folder() / "training")),
     }
@@ -154,11 +160,13 @@ def _check_resume(run: RunFolder, record: dict[str, Any], config: TrainConfig, f
         watcher.say("no checkpoint yet: begins at step 0")
 
 
-def prepare(samples: Samples, validation: Samples, processes: Parallel, watcher: Watcher) -> None:
-    """Fill the cache; each process makes its part."""
+def prepare(samples: Samples, validation: Samples, processes: Parallel, watcher: Watcher, all_of_them: bool) -> None:
+    """Fill the cache; each process makes its part. Of a stream only the held-out pairs are known beforehand."""
     if samples.cache.folder is not None:
-        watcher.say(f"preparing {len(samples.pairs) + len(validation.pairs):,} pairs; what is in the cache is quick")
-        for what, one in (("pairs", samples), ("held-out pairs", validation)):
+        sets = {"pairs": samples, "held-out pairs": validation} if all_of_them else {"held-out pairs": validation}
+        count = sum(len(one.pairs) for one in sets.values())
+        watcher.say(f"preparing {count:,} pairs; what is in the cache is quick")
+        for what, one in sets.items():
             rows = range(processes.index, len(one.pairs), processes.count)
             one.prepare(rows, partial(watcher.on_item, what, len(rows)))
     processes.wait()
@@ -189,8 +197,8 @@ class _Training:
         writes = config.tensorboard and processes.is_main
         self.board = _tensorboard()(str(run.tensorboard)) if writes else None
 
-    def _batch(self, k: int) -> Batch:
-        """Batch k; the next one is prepared in the background."""
+    def _batch(self, k: int) -> list[Batch]:
+        """Batch k, a part for each size of canvas; the next one is prepared in the background."""
         part = self.processes.index, self.processes.count
         future = self.next[1] if self.next[0] == k else self.pool.submit(self.samples.batch, k, *part)
         batch = future.result()
@@ -204,7 +212,7 @@ class _Training:
             return control_losses(self.base.unet, self.net, self.schedule, batch, self.config.min_snr or None)
 
     def loss_of(self, k: int) -> Tensor:
-        return self.losses_of(self._batch(k)).mean()
+        return torch.cat([self.losses_of(part) for part in self._batch(k)]).mean()
 
     def validate(self, progress: Progress) -> dict[str, Any]:
         """Fields for the log: the control gap, and pictures at the chosen steps."""

@@ -1,6 +1,6 @@
 """From pairs to batches. All that is random in a sample (crop, flip, prompt dropout, timestep, noise) comes from a
-generator seeded by (seed, epoch, index). So a batch is the same with and without cache, in one process or several,
-interrupted or not.
+generator seeded by (seed, epoch, the pair's number). So a batch is the same with and without cache, in one process or
+several, interrupted or not.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from controlnet.model.sampling.canvas import condition_tensor, on_canvas
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
 from controlnet.model.training.objective import Batch
+from controlnet.model.training.order import Bucketed, Order, Shuffled, Size, bucket_of
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.data.check import same_aspect
 from controlnet.preprocessors.data.mirror import cut_condition, flip_condition, flip_words
 from controlnet.preprocessors.data.pair import Pair
+from controlnet.preprocessors.data.stream import is_stream
 from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import picture_size
 from controlnet.preprocessors.stage_one import stage_one
 from torch import Tensor
 
@@ -39,31 +42,58 @@ ZOOM = 1.25
 class Samples:
     """The training data of a run, as the network sees it.
 
-    `base` computes latents and texts that are not in the cache. Arrays: latent moments (2C, h, w), or (C, h, w) without
-    variance, float16, text (T, D) float16, condition (H, W, 3) uint8.
+    `pairs` are all pairs, or of a stream the first ones; `order` says which is taken when. With `bucketed`, a pair's
+    canvas has the aspect of its picture instead of being square. `base` computes latents and texts that are not in the
+    cache. Arrays: latent moments (2C, h, w), or (C, h, w) without variance, float16, text (T, D) float16, condition
+    (H, W, 3) uint8.
     """
 
-    def __init__(self, pairs: list[Pair], config: TrainConfig, base: Base, base_hash: str, cache: Cache):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        config: TrainConfig,
+        base: Base,
+        base_hash: str,
+        cache: Cache,
+        order: Order | None = None,
+        bucketed: bool = False,
+    ):
         self.pairs, self.config, self.base, self.base_hash, self.cache = pairs, config, base, base_hash, cache
         self.check_command = check_command(pairs[0].image.parent if pairs else Path("DATA"), config.kind)
         self.size = config.size or base.native_size
         self.detector = find_detector(config.kind) if config.kind in DETECTORS else None
-        ids = base.size_ids((self.size, self.size))
-        self.ids = ids if ids is None else ids.cpu()
         self.encoded: tuple[str | None, Any] = ("", None)
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.bucketed = bucketed
+        self.order = order or self._order_in_memory()
+
+    def _order_in_memory(self) -> Order:
+        """The order of pairs that are all known."""
+        rest = self.config.seed, self.config.batch_size
+        if not self.bucketed:
+            return Shuffled(self.pairs, *rest)
+        return Bucketed(self.pairs, [self.canvas(pair) for pair in self.pairs], *rest)
+
+    def canvas(self, pair: Pair) -> Size:
+        """The size (width, height) at which the network sees a pair."""
+        if not self.bucketed:
+            return self.size, self.size
+        return bucket_of(self._size_of(pair), self.size, 8 * 2 ** (len(self.base.unet.config.block_out_channels) - 1))
+
+    def _size_of(self, pair: Pair) -> Size:
+        return self.cache.picture_size(self._hash(pair, pair.image), lambda: picture_size(pair.read(pair.image)))
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
         """Put everything that the pairs in `rows` need into the cache. Raises InputError saying how many pairs cannot
         be used, and why the first one cannot."""
         failed: list[InputError] = []
         for done, index in enumerate(rows, 1):
+            pair = self.pairs[index]
             try:
                 for flip in (False, True)[: 1 + self.config.flip]:
-                    self.text(self.caption(index, flip)), self.pooled(self.caption(index, flip))
+                    self.text(caption_of(pair, flip)), self.pooled(caption_of(pair, flip))
                     for crop in range(self.config.crops):
-                        self.moments(index, crop, flip)
-                        self.condition(index, crop, flip)
+                        self.moments(pair, crop, flip)
+                        self.condition(pair, crop, flip)
             except InputError as error:
                 failed.append(error)
             on_item(done)
@@ -75,10 +105,6 @@ class Samples:
         if failed:
             raise failed[0]
 
-    def caption(self, index: int, flip: bool) -> str:
-        caption = self.pairs[index].caption
-        return flip_words(caption) if flip else caption
-
     def text(self, caption: str | None) -> np.ndarray:
         """c_t of a caption, (T, D); None is no prompt at all."""
         key = key_of(self.base_hash, caption)
@@ -86,44 +112,49 @@ class Samples:
 
     def pooled(self, caption: str | None) -> np.ndarray | None:
         """The pooled text of a caption, (P,); None if the base has no added embedding."""
-        if self.ids is None:
+        if not self.base.has_size_ids:
             return None
         key = key_of(self.base_hash, caption)
         return self.cache.array("pooled", key, lambda: _array(self._encode_text(caption).pooled))
 
-    def prompt(self, captions: Sequence[str | None]) -> Prompt:
-        """A prompt with a row for each caption, on the CPU, float32."""
+    def prompt(self, captions: Sequence[str | None], canvas: Size | None = None) -> Prompt:
+        """A prompt with a row for each caption, on the CPU, float32; `canvas` is square by default."""
         c_t = torch.from_numpy(np.stack([self.text(caption) for caption in captions])).float()
-        if self.ids is None:
+        ids = self.base.size_ids(canvas or (self.size, self.size))
+        if ids is None:
             return Prompt(c_t)
         rows = [row for caption in captions if (row := self.pooled(caption)) is not None]
         pooled = torch.from_numpy(np.stack(rows)).float()
-        return Prompt(c_t, pooled).with_ids(self.ids)
+        return Prompt(c_t, pooled).with_ids(ids.cpu())
 
-    def moments(self, index: int, crop: int, flip: bool) -> np.ndarray:
+    def moments(self, pair: Pair, crop: int, flip: bool) -> np.ndarray:
         """Mean and log variance of the latent, or the latent itself if the VAE has no variance."""
-        path = self.pairs[index].image
-        key = key_of(self.base_hash, self._hash(path), self.size, crop, crop and crop_seed(self.pairs[index]), flip)
-        return self.cache.array("latents", key, lambda: self._encode_image(self.picture(index, crop, flip)))
+        place = self._place(pair, crop, flip)
+        key = key_of(self.base_hash, self._hash(pair, pair.image), *place)
+        return self.cache.array("latents", key, lambda: self._encode_image(self.picture(pair, crop, flip)))
 
-    def condition(self, index: int, crop: int, flip: bool) -> np.ndarray:
-        pair = self.pairs[index]
-        path = pair.condition or pair.image
+    def condition(self, pair: Pair, crop: int, flip: bool) -> np.ndarray:
         options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
-        files = sorted({self._hash(path), self._hash(pair.image)})  # both, since their aspects must agree
-        key = key_of(files, self.config.kind, options, self.size, crop, crop and crop_seed(pair), flip)
+        files = {self._hash(pair, file) for file in (pair.condition or pair.image, pair.image)}
+        place = self._place(pair, crop, flip)
+        key = key_of(sorted(files), self.config.kind, options, *place)  # both files, since their aspects must agree
         return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
 
-    def picture(self, index: int, crop: int, flip: bool = False) -> np.ndarray:
-        """A crop of a pair's picture, (size, size, 3) uint8."""
-        pair = self.pairs[index]
-        image = cut(pair.picture(), crop, crop_seed(pair))
-        image = fit(image, (self.size, self.size), "stretch")
+    def _place(self, pair: Pair, crop: int, flip: bool) -> tuple:
+        """What of a picture is seen, for the key of the cache."""
+        width, height = self.canvas(pair)
+        return width if width == height else f"{width}x{height}", crop, crop and crop_seed(pair), flip
+
+    def picture(self, pair: Pair, crop: int, flip: bool = False) -> np.ndarray:
+        """A crop of a pair's picture on its canvas, (H, W, 3) uint8."""
+        canvas = self.canvas(pair)
+        image = cut(pair.picture(), crop, crop_seed(pair), canvas[0] / canvas[1])
+        image = fit(image, canvas, "stretch")
         return np.ascontiguousarray(image[:, ::-1]) if flip else image
 
     def _condition(self, pair: Pair, crop: int, flip: bool) -> np.ndarray:
         made = self._detected(pair, crop) if pair.condition is None else self._read(pair, crop)
-        placed = on_canvas(made, (self.size, self.size))
+        placed = on_canvas(made, self.canvas(pair))
         return (flip_condition(placed) if flip else placed).rgb
 
     def _detected(self, pair: Pair, crop: int) -> Condition:
@@ -133,11 +164,14 @@ class Samples:
             raise InputError(
                 f"{pair.image}: no condition, and no detector for kind {self.config.kind!r}", "--kind canny"
             )
+        width, height = self.canvas(pair)
+        enlarged = max(1, 512 // min(width, height)) if self.bucketed else 1
         side = max(512, self.size)
-        photo = cut(pair.picture(), crop, crop_seed(pair))
+        size = (width * enlarged, height * enlarged) if width != height else (side, side)
+        photo = cut(pair.picture(), crop, crop_seed(pair), width / height)
         ready = self.detector.ready(self.detector.load_options()())
         try:
-            return stage_one(photo, ready, (side, side), "stretch", str(pair.image))
+            return stage_one(photo, ready, size, "stretch", str(pair.image))
         except NothingFoundError as error:
             raise NothingFoundError(
                 f"{pair.image}: {error}",
@@ -155,8 +189,9 @@ class Samples:
                 f"{pair.condition}: {condition.size[0]}x{condition.size[1]} for a picture of {width}x{height}",
                 f"{self.check_command} lists all such pairs",
             )
-        place = crop_seed(pair)
-        return cut_condition(condition, cut(condition.map, crop, place), _window(condition.map, crop, place))
+        canvas = self.canvas(pair)
+        place = crop, crop_seed(pair), canvas[0] / canvas[1]
+        return cut_condition(condition, cut(condition.map, *place), _window(condition.map, *place))
 
     @torch.no_grad()
     def _encode_image(self, image: np.ndarray) -> np.ndarray:
@@ -175,32 +210,33 @@ class Samples:
             self.encoded = caption, self.base.encode_text([caption])
         return self.encoded[1]
 
-    def _hash(self, path) -> str:
-        return self.cache.file_hash(path) if self.cache.folder else ""
+    def _hash(self, pair: Pair, file: Path) -> str:
+        return pair.digest(file, self.cache.file_hash) if self.cache.folder else ""
 
-    def batch(self, k: int, process: int = 0, processes: int = 1) -> Batch:
-        """Batch k, or the part of it that belongs to one of several processes. On the CPU, float32."""
+    def batch(self, k: int, process: int = 0, processes: int = 1) -> list[Batch]:
+        """Batch k, or the part of it that belongs to one of several processes, as a batch for each size of canvas. On
+        the CPU, float32."""
         own = self.config.batch_size // processes
-        first = k * self.config.batch_size + process * own
-        return self._collate([self._sample(position) for position in range(first, first + own)])
+        by_size: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        for slot in range(process * own, (process + 1) * own):
+            sample = self._sample(k, slot)
+            by_size.setdefault(sample["condition"].shape, []).append(sample)
+        return [self._collate(samples) for samples in by_size.values()]
 
-    def _sample(self, position: int) -> dict[str, Any]:
-        epoch, place = divmod(position, len(self.pairs))
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.pairs))
-        index = int(self.order[1][place])
-        rng = np.random.default_rng([self.config.seed, epoch, index])
+    def _sample(self, k: int, slot: int) -> dict[str, Any]:
+        epoch, number, pair = self.order.at(k, slot)
+        rng = np.random.default_rng([self.config.seed, epoch, number])
         crop = int(rng.integers(self.config.crops))
         flip = bool(rng.random() < 0.5) and self.config.flip
         dropped = rng.random() < self.config.prompt_dropout
         t = int(rng.integers(self.base.scheduler.config.num_train_timesteps))
-        caption = None if dropped else self.caption(index, flip)
-        return self._draw(index, crop, flip, caption, t, rng)
+        caption = None if dropped else caption_of(pair, flip)
+        return self._draw(pair, crop, flip, caption, t, rng)
 
     def _draw(
-        self, index: int, crop: int, flip: bool, caption: str | None, t: int, rng: np.random.Generator
+        self, pair: Pair, crop: int, flip: bool, caption: str | None, t: int, rng: np.random.Generator
     ) -> dict[str, Any]:
-        moments = self.moments(index, crop, flip)
+        moments = self.moments(pair, crop, flip)
         shape = (2, self.base.unet.config.in_channels, *moments.shape[1:])
         noise = rng.standard_normal(shape, dtype=np.float32)
         return {
@@ -208,7 +244,7 @@ class Samples:
             "noise": noise,
             "t": t,
             "caption": caption,
-            "condition": self.condition(index, crop, flip),
+            "condition": self.condition(pair, crop, flip),
         }
 
     def _collate(self, samples: list[dict[str, Any]]) -> Batch:
@@ -218,7 +254,7 @@ class Samples:
             z0=self.base.latents(moments, noise[:, 0]),
             eps=noise[:, 1].contiguous(),
             t=torch.tensor([s["t"] for s in samples]),
-            prompt=self.prompt([s["caption"] for s in samples]),
+            prompt=self.prompt([s["caption"] for s in samples], samples[0]["condition"].shape[1::-1]),
             condition=torch.stack([condition_tensor(s["condition"]) for s in samples]),
         )
 
@@ -228,10 +264,10 @@ class Samples:
         count = self.base.scheduler.config.num_train_timesteps
         samples = []
         for place in range(VALIDATION_TIMES):
-            for index in range(len(self.pairs)):
+            for index, pair in enumerate(self.pairs):
                 rng = np.random.default_rng([self.config.seed, 2**31, place, index])
                 t = int((place + rng.random()) / VALIDATION_TIMES * count)
-                samples.append(self._draw(index, 0, False, None, t, rng))
+                samples.append(self._draw(pair, 0, False, None, t, rng))
         # A sample's neighbour in the list is of another pair, also where the next timestep begins.
         others = [s["condition"] for s in samples[1:] + samples[:1]]
         batches = []
@@ -241,14 +277,20 @@ class Samples:
         return batches
 
 
+def caption_of(pair: Pair, flip: bool) -> str:
+    return flip_words(pair.caption) if flip else pair.caption
+
+
 def _array(row: Tensor | None) -> np.ndarray:
     """A row (1, ...) in the form that the cache keeps: (...) float16."""
     assert row is not None
     return row[0].half().cpu().numpy()
 
 
-def check_command(folder: Path, kind: str) -> str:
+def check_command(folder: Path | str, kind: str) -> str:
     """The command that checks training data."""
+    if is_stream(str(folder)):
+        return "controlnet dataset check FOLDER, with some of the shards in it"
     return f"controlnet dataset check {quote(str(folder))}" + (f" --kind {quote(kind)}" if kind else "")
 
 
@@ -257,20 +299,21 @@ def crop_seed(pair: Pair) -> int:
     return zlib.crc32(pair.name.encode())
 
 
-def cut(image: np.ndarray, crop: int, place: int) -> np.ndarray:
-    """The square crop number `crop` of a picture (H, W, 3): 0 is the centre one, the others are fixed by (crop, place).
-    A crop is computed in fractions of the picture, so that a picture and a condition of different sizes are cut
-    alike."""
+def cut(image: np.ndarray, crop: int, place: int, aspect: float = 1.0) -> np.ndarray:
+    """Crop number `crop` of a picture (H, W, 3), with `aspect` as its width / height: 0 is the centre one, the others
+    are fixed by (crop, place). A crop is computed in fractions of the picture, so that a picture and a condition of
+    different sizes are cut alike."""
     height, width = image.shape[:2]
-    x, y, part, _ = _window(image, crop, place)
-    left, top, side = round(x * width), round(y * height), round(part * width)
-    return np.ascontiguousarray(image[top : top + side, left : left + side])
+    x, y, part, _ = _window(image, crop, place, aspect)
+    left, top, wide = round(x * width), round(y * height), round(part * width)
+    return np.ascontiguousarray(image[top : top + round(wide / aspect), left : left + wide])
 
 
-def _window(image: np.ndarray, crop: int, place: int) -> tuple[float, float, float, float]:
+def _window(image: np.ndarray, crop: int, place: int, aspect: float) -> tuple[float, float, float, float]:
     """Left, top, width and height of that crop, as fractions of the picture."""
     height, width = image.shape[:2]
     rng = np.random.default_rng([crop, place])
     zoom, x, y = (1.0, 0.5, 0.5) if crop == 0 else (rng.uniform(1, ZOOM), rng.random(), rng.random())
-    side = min(height, width) / zoom
-    return (width - side) * x / width, (height - side) * y / height, side / width, side / height
+    high = min(height, width / aspect) / zoom
+    wide = high * aspect
+    return (width - wide) * x / width, (height - high) * y / height, wide / width, high / height

@@ -6,10 +6,8 @@ is tried once more, its images one by one, and then reported.
 
 from __future__ import annotations
 
-import io
 import os
 import signal
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -22,8 +20,9 @@ from typing import Any
 import numpy as np
 from controlnet.model.work.batch import Wanted
 from controlnet.preprocessors.errors import ControlNetError, Exit, ModelError
-from controlnet.preprocessors.files import beside, not_written, write_file
+from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.tars import write_tar
 from controlnet.preprocessors.workers import workers
 
 Failed = Callable[[str, ControlNetError], None]
@@ -119,26 +118,21 @@ def _make_tar(task: Task, setup: Setup, studio: Any, failed: Failed, say, on_ste
     first = next(images, None)
     if first is None:  # all of them failed
         return []
-    try:
-        return _write_tar(task.tar, chain([first], images), studio)
-    except OSError as error:
-        raise not_written(task.tar, error) from error
-
-
-def _write_tar(path: Path, images: Iterable[tuple[Any, list]], studio: Any) -> list[Made]:
-    made = []
-    with beside(path) as temporary, tarfile.open(temporary, "w") as tar:
-        for image, row in images:
-            name = f"{image.wanted.number:08d}-{image.wanted.seed}-{image.wanted.job.stem}".replace(".", "_")
-            _, conditions = studio.conditions(image.wanted.job)
-            files = {"png": image.png(), "json": dumps(image.record).encode()}
-            files |= {f"{i}.{one.kind}.png": one.png() for i, one in enumerate(conditions)}
-            for ending, data in files.items():
-                member = tarfile.TarInfo(f"{name}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-            made.append(Made(image.wanted, f"{path}#{name}", image.record, None, row))
+    made: list[Made] = []
+    write_tar(task.tar, _files_of(task.tar, chain([first], images), studio, made))
     return made
+
+
+def _files_of(path: Path, images: Iterable[tuple[Any, list]], studio: Any, made: list[Made]) -> Iterator:
+    """(name, bytes) of the files in a tar file; the images are added to `made`."""
+    for image, row in images:
+        name = f"{image.wanted.number:08d}-{image.wanted.seed}-{image.wanted.job.stem}".replace(".", "_")
+        _, conditions = studio.conditions(image.wanted.job)
+        yield f"{name}.png", image.png()
+        yield f"{name}.json", dumps(image.record).encode()
+        for i, one in enumerate(conditions):
+            yield f"{name}.{i}.{one.kind}.png", one.png()
+        made.append(Made(image.wanted, f"{path}#{name}", image.record, None, row))
 
 
 def make_in_processes(

@@ -109,30 +109,41 @@ class Tars:
         pairs, extra = [], []
         tars = sorted(folder.glob("*.tar"))
         for tar in tars:
-            samples: dict[str, dict[str, str]] = {}
-            for member in members(tar):
-                place, _, name = member.rpartition("/")
-                key, _, ending = name.partition(".")
-                samples.setdefault(f"{place}/{key}", {})[ending.lower()] = member
-            for sample in samples.values():
-                pair = self._pair(tar, sample)
-                extra += [str(name_of(tar, next(iter(sample.values()))))] * (pair is None)
-                pairs += [pair] if pair is not None else []
+            own, alone = pairs_in(tar)
+            pairs += own
+            extra += alone
         return Pairs(folder, self.name, tuple(pairs), _absent(tars), tuple(extra), _manifest(folder))
 
-    @staticmethod
-    def _pair(tar: Path, sample: dict[str, str]) -> Pair | None:
-        pictures = {ending: member for ending, member in sample.items() if f".{ending.split('.')[-1]}" in suffixes()}
-        image = next((member for ending, member in pictures.items() if "." not in ending), None)
-        if image is None:
-            return None
-        condition = next((member for ending, member in pictures.items() if "." in ending), None)
-        row = read_object(read_member(tar, sample["json"]), f"{tar}#{sample['json']}") if "json" in sample else {}
-        caption = caption_of(row, f"{tar}#{image}")
-        if "txt" in sample:
-            caption = decoded(read_member(tar, sample["txt"]), f"{tar}#{sample['txt']}").strip()
-        held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
-        return Pair(name_of(tar, image), name_of(tar, condition) if condition else None, caption, held_out)
+
+def pairs_in(tar: Path) -> tuple[list[Pair], list[str]]:
+    """The pairs in a tar file, and the first names of samples without a picture. Raises InputError."""
+    samples: dict[str, dict[str, str]] = {}
+    for member in members(tar):
+        place, _, name = member.rpartition("/")
+        key, _, ending = name.partition(".")
+        samples.setdefault(f"{place}/{key}", {})[ending.lower()] = member
+    pairs, alone = [], []
+    for sample in samples.values():
+        pair = _pair_in(tar, sample)
+        if pair is None:
+            alone.append(str(name_of(tar, next(iter(sample.values())))))
+        else:
+            pairs.append(pair)
+    return pairs, alone
+
+
+def _pair_in(tar: Path, sample: dict[str, str]) -> Pair | None:
+    pictures = {ending: member for ending, member in sample.items() if f".{ending.split('.')[-1]}" in suffixes()}
+    image = next((member for ending, member in pictures.items() if "." not in ending), None)
+    if image is None:
+        return None
+    condition = next((member for ending, member in pictures.items() if "." in ending), None)
+    row = read_object(read_member(tar, sample["json"]), f"{tar}#{sample['json']}") if "json" in sample else {}
+    caption = caption_of(row, f"{tar}#{image}")
+    if "txt" in sample:
+        caption = decoded(read_member(tar, sample["txt"]), f"{tar}#{sample['txt']}").strip()
+    held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
+    return Pair(name_of(tar, image), name_of(tar, condition) if condition else None, caption, held_out)
 
 
 def _absent(tars: list[Path]) -> tuple[str, ...]:

@@ -1,14 +1,15 @@
-"""Training data: a pair, and a source of pairs. A folder is one (`Pairs`); a stream may be another."""
+"""Training data: a pair, and a source of pairs. A folder is one (`Pairs`); a stream is another (stream.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from controlnet.preprocessors.condition import Condition, read_condition
+from controlnet.preprocessors.condition import Condition, condition_of
 from controlnet.preprocessors.images import read_bytes, read_image
 
 
@@ -27,28 +28,57 @@ class Pair:
         """The picture's file name, without folders."""
         return self.image.name
 
+    def read(self, file: Path) -> bytes:
+        """The bytes of one of its two files. Raises InputError."""
+        return read_bytes(str(file))
+
+    def digest(self, file: Path, hash_of: Callable[[Path], str]) -> str:
+        """The sha256 of one of its two files; `hash_of` remembers those of files on disk."""
+        return hash_of(file)
+
     def picture(self) -> np.ndarray:
         """The picture, (H, W, 3) uint8 RGB. Raises InputError for a file that cannot be read."""
-        return read_image(read_bytes(str(self.image)), str(self.image))[0]
+        return read_image(self.read(self.image), str(self.image))[0]
 
     def read_condition(self, kind: str) -> Condition | None:
         """The condition, as one of this kind; None if it is to be made from the picture. Raises InputError for a file
         that cannot be read."""
-        return None if self.condition is None else read_condition(str(self.condition), kind)
+        if self.condition is None:
+            return None
+        return condition_of(self.read(self.condition), str(self.condition), kind)
+
+
+@dataclass(frozen=True)
+class HeldPair(Pair):
+    """A pair whose files are at hand, since they come out of a table; `image` and `condition` only name them."""
+
+    files: dict[Path, bytes] = field(default_factory=dict)
+
+    def read(self, file: Path) -> bytes:
+        return self.files[file]
+
+    def digest(self, file: Path, hash_of: Callable[[Path], str]) -> str:
+        return hashlib.sha256(self.files[file]).hexdigest()
 
 
 class Source(Protocol):
     """What training reads pairs from."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path | str:
+        """Its name: a folder, or the URL of a stream."""
 
     @property
     def form(self) -> str:
         """Its form in one word, for the record."""
 
     @property
-    def pairs(self) -> Sequence[Pair]: ...
+    def pairs(self) -> Sequence[Pair]:
+        """All pairs; the first ones of a stream."""
+
+    @property
+    def manifest(self) -> dict:
+        """What the data says of itself; `kind` is that of its conditions."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from pathlib import Path
 from shlex import quote
 
 from controlnet.preprocessors.data.forms import HELD_OUT, TRAINING, is_data, read_form
-from controlnet.preprocessors.data.pair import Pair, Pairs
+from controlnet.preprocessors.data.pair import Pair, Pairs, Source
 from controlnet.preprocessors.data.walk import SHEET_SUFFIX, folders_in
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.files import is_dir
-from controlnet.preprocessors.metadata import kind_of, text_of
+from controlnet.preprocessors.images import read_image
+from controlnet.preprocessors.metadata import kind_of
 
 __all__ = ["SHEET_SUFFIX", "Pair", "Pairs", "find_pairs", "kind_of_pairs"]
 
@@ -75,7 +76,7 @@ def _joined(folder: Path, parts: list[Pairs]) -> Pairs:
     return Pairs(folder, parts[0].form, pairs, manifest=parts[0].manifest, **named)
 
 
-def kind_of_pairs(found: Pairs, given: str = "") -> tuple[str, str]:
+def kind_of_pairs(found: Source, given: str = "") -> tuple[str, str]:
     """(kind, how it is known). Photos get canny. Raises UsageError when the conditions name no kind, or several."""
     if given:
         return given, "as given"
@@ -87,7 +88,8 @@ def kind_of_pairs(found: Pairs, given: str = "") -> tuple[str, str]:
     for pair in found.pairs[:8]:
         assert pair.condition is not None
         try:
-            kinds.add(kind_of(pair.condition.name, text_of(pair.condition)))
+            text = read_image(pair.read(pair.condition), str(pair.condition))[1]
+            kinds.add(kind_of(pair.condition.name, text))
         except UsageError:
             kinds.add("")
     if len(kinds) == 1 and (kind := kinds.pop()):

@@ -1,0 +1,265 @@
+"""Training data that fits no disk: shards, read one after the other in an order that a seed fixes.
+
+    data/{000..999}.tar  https://host/{000..999}.tar  s3://bucket/data/*.tar     tar files as WebDataset has them
+    data/*.parquet  hf://datasets/user/name                                      tables that `datasets` reads
+
+A shard of a URL is copied to this machine, used and removed; of a table some hundred rows are in memory. So the memory
+and the disk that are used do not grow with the data.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from controlnet.preprocessors.data.forms import CONDITION_COLUMNS, pairs_in
+from controlnet.preprocessors.data.pair import HeldPair, Pair
+from controlnet.preprocessors.data.rows import caption_of
+from controlnet.preprocessors.errors import InputError, UsageError, reason
+from controlnet.preprocessors.files import scratch
+from controlnet.preprocessors.remote import fetch, is_url, place
+from controlnet.preprocessors.weights import cache_folder
+
+IMAGE_COLUMNS = ("image", "target", "picture", "jpg", "png", "webp")
+HUB = "hf://datasets/"
+ROWS = 256
+"""Rows of a table that are in memory at once, and shuffled among each other."""
+HEAD = 64
+"""Pairs that are looked at before training begins."""
+
+
+class Shard(Protocol):
+    """A part of a stream."""
+
+    @property
+    def name(self) -> str:
+        """The same on every machine."""
+
+    def mark(self) -> object:
+        """Something that changes with its content. Raises InputError if it is not there."""
+
+    def groups(self) -> Iterator[list[tuple[str, Pair]]]:
+        """(key, pair) of all its pairs, in groups small enough for the memory; a group's pairs can be read until the
+        next group is asked for. Raises InputError."""
+
+    def prefetch(self) -> None:
+        """Begin to bring it here, in the background."""
+
+
+class TarShard:
+    """A tar file on this machine or behind a URL."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.coming: Future[Path] | None = None
+
+    def mark(self) -> object:
+        try:
+            return place(self.name).stat().st_size
+        except OSError as error:
+            raise InputError(
+                f"{self.name}: no such shard ({reason(error)})", "look at the names of the shards"
+            ) from None
+
+    def prefetch(self) -> None:
+        if is_url(self.name) and self.coming is None:
+            self.coming = _fetchers().submit(self._fetched)
+
+    def groups(self) -> Iterator[list[tuple[str, Pair]]]:
+        self.prefetch()
+        coming, self.coming = self.coming, None  # each reader has a copy of its own
+        path = coming.result() if coming is not None else Path(self.name)
+        try:
+            pairs, _ = pairs_in(path)
+            yield [(str(pair.image).removeprefix(str(path.parent)), pair) for pair in pairs]
+        finally:
+            if coming is not None:
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _fetched(self) -> Path:
+        path = scratch(cache_folder() / "stream") / Path(self.name.partition("?")[0]).name
+        try:
+            fetch(self.name, path)
+        except InputError as error:
+            raise InputError(f"{error}{_how_far(path)}", error.hint) from error
+        return path
+
+
+def _how_far(path: Path) -> str:
+    """What is said of a tar file that came in part: the last file in it that is whole."""
+    whole = ""
+    with suppress(tarfile.TarError, OSError), tarfile.open(path) as tar:
+        for member in tar:
+            if member.offset_data + member.size <= path.stat().st_size:
+                whole = member.name
+    return f"; the last file that came whole: {whole or 'none'}"
+
+
+@cache
+def _fetchers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(4, thread_name_prefix="shards")
+
+
+class TableShard:
+    """One of the shards in which `datasets` reads a table."""
+
+    def __init__(self, name: str, table: Any, number: int):
+        self.name, self.table, self.number = f"{name}#{number}", table, number
+
+    def mark(self) -> object:
+        return self.name
+
+    def prefetch(self) -> None:
+        pass  # the library reads ahead
+
+    def groups(self) -> Iterator[list[tuple[str, Pair]]]:
+        rows = iter(self.table.shard(num_shards=self.table.num_shards, index=self.number))
+        count = 0
+        while True:
+            try:
+                group = list(islice(rows, ROWS))
+            except Exception as error:  # the library's readers raise a dozen types
+                raise InputError(
+                    f"{self.name}: row {count} or one after it: {reason(error)}", "fetch it again"
+                ) from error
+            if not group:
+                return
+            keys = [f"{self.name}-{count + i}" for i in range(len(group))]
+            yield [(key, _pair_of(row, key)) for key, row in zip(keys, group, strict=True)]
+            count += len(group)
+
+
+def _pair_of(row: dict[str, Any], key: str) -> Pair:
+    """The pair in a row of a table. Raises InputError for a row without a picture."""
+    files: dict[Path, bytes] = {}
+
+    def file_in(columns: Sequence[str], what: str) -> Path | None:
+        cell = next((row[column] for column in columns if row.get(column) is not None), None)
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if data is None and isinstance(cell, dict) and cell.get("path"):
+            data = place(cell["path"]).read_bytes()
+        if not isinstance(data, bytes):
+            return None
+        own = cell.get("path") if isinstance(cell, dict) else None
+        path = Path(key) / Path(own or what).name  # a file's own name may say its kind
+        files[path] = data
+        return path
+
+    image = file_in(IMAGE_COLUMNS, "image")
+    if image is None:
+        raise InputError(
+            f"{key}: no picture in its columns {', '.join(row)}", f"expected one of {', '.join(IMAGE_COLUMNS)}"
+        )
+    condition = file_in((*CONDITION_COLUMNS, "condition", "source", "conditioning_image.png"), "condition")
+    held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
+    return HeldPair(image, condition, caption_of(row, key), held_out, files)
+
+
+@dataclass
+class Stream:
+    """Shards, and the first pairs of the first one. What training must not see is known by its keys."""
+
+    folder: str
+    form: str
+    shards: list[Shard]
+    held_out: set[str] = field(default_factory=set)
+    manifest: dict = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @cached_property
+    def head(self) -> list[tuple[str, Pair]]:
+        """(key, pair) of the first pairs. Raises InputError if there is none."""
+        pairs = (one for shard in self.shards for group in shard.groups() for one in map(_kept, group))
+        first = list(islice(pairs, HEAD))
+        pairs.close()
+        if not first:
+            raise InputError(f"{self.folder}: no pairs in its {len(self.shards)} shards", "tar -tf SHARD lists one")
+        return first
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [pair for _, pair in self.head]
+
+
+def _kept(one: tuple[str, Pair]) -> tuple[str, Pair]:
+    """A pair with its files in memory, which stays readable when its shard is gone."""
+    key, pair = one
+    files = {file: pair.read(file) for file in (pair.image, pair.condition) if file is not None}
+    return key, HeldPair(pair.image, pair.condition, pair.caption, pair.held_out, files)
+
+
+def is_stream(name: str) -> bool:
+    """Whether a name of training data means a stream: a URL, a pattern of shards, or one shard."""
+    return is_url(name) or (name.endswith((".tar", ".parquet")) and not Path(name).is_dir())
+
+
+def open_stream(name: str) -> Stream:
+    """The stream behind a name. Raises InputError for shards that are not there, UsageError if a package is missing."""
+    if name.startswith(HUB) and not name.endswith((".tar", ".parquet")):
+        return _table(name, name.removeprefix(HUB))
+    names = expand(name)
+    if name.endswith(".parquet"):
+        return _table(name, "parquet", data_files=names)
+    if not name.endswith(".tar"):
+        raise UsageError(f"{name}: expected shards (.tar, .parquet) or {HUB}USER/NAME", "'https://host/{000..999}.tar'")
+    return Stream(name, "webdataset", [TarShard(one) for one in names])
+
+
+def _table(name: str, path: str, **options: Any) -> Stream:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"{name}: needs datasets", "pip install 'controlnet-toolkit[datasets]'") from None
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(path, split="train", streaming=True, **options)
+        features = table.features or {}
+        for column, feature in features.items():
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(column, datasets.Image(decode=False))
+        count = table.num_shards
+    except Exception as error:  # a dozen types, for the network, names, access and files
+        raise InputError(f"{name}: {reason(error)}", "a name of huggingface.co/datasets, or Parquet files") from error
+    return Stream(name, "parquet" if options else "datasets", [TableShard(name, table, i) for i in range(count)])
+
+
+def expand(name: str) -> list[str]:
+    """The names that a pattern means: {000..999}, {a,b} and, for what can be listed, *. Raises InputError if there is
+    none, UsageError if the package that expands is missing."""
+    names = [name]
+    if "{" in name:
+        try:
+            from braceexpand import braceexpand
+        except ImportError:
+            raise UsageError(f"{name}: needs webdataset", "pip install 'controlnet-toolkit[webdataset]'") from None
+        names = list(braceexpand(name))
+    found = [one for pattern in names for one in (_listed(pattern) if "*" in pattern else [pattern])]
+    if not found:
+        raise InputError(f"{name}: no such shards", f"ls {re.split(r'[*{]', name)[0]}*")
+    if not is_url(name) and (absent := [one for one in found if not Path(one).is_file()]):
+        raise InputError(
+            f"{len(absent)} of {len(found)} shards are missing, the first: {absent[0]}", "make or fetch them"
+        )
+    return found
+
+
+def _listed(pattern: str) -> list[str]:
+    if not is_url(pattern):
+        folder, _, name = pattern.rpartition("/")
+        return sorted(map(str, Path(folder).glob(name)))
+    before, _, name = pattern.rpartition("/")
+    try:
+        return sorted(str(path) for path in place(f"{before}/").glob(name))
+    except OSError as error:
+        raise InputError(f"{pattern}: {reason(error)}", "a server that lists its folders, or {000..999}") from error
