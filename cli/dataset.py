@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from controlnet.cli.bars import count_bar
-from controlnet.cli.options import Json, Quiet, ShardFlag, say, warn
+from controlnet.cli.options import Json, Quiet, RayAddress, ShardFlag, say, warn
+from controlnet.model.work.cluster import on_ray
+from controlnet.model.work.crew import killed_twice, without_models
 from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.data.pack import FORMS as PACKED
 from controlnet.preprocessors.data.pack import pack
 from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, Pairs, find_pairs, kind_of_pairs
-from controlnet.preprocessors.errors import Exit, OutputError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, Exit, OutputError, UsageError
 from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.geometry import parse_size
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.metadata import sha256
+from controlnet.preprocessors.remote import is_url, place
 from controlnet.preprocessors.shards import claim, parse_shard
 from controlnet.preprocessors.sheet import write_sheet
+from controlnet.preprocessors.weights import cache_folder
 
 app = typer.Typer(no_args_is_help=True, help="Check training data, or build it from photos.", add_completion=False)
 SHOWN = 3
@@ -75,14 +82,20 @@ PerFile = Annotated[int, typer.Option("--per-file", help="Pairs in each of them.
 @app.command("build", help="Make pairs from photos: pictures and conditions of one size, captions, manifest, split.")
 def build(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, captions in .txt or metadata.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the data set; what is there already is kept.")],
+    out_: Annotated[
+        str,
+        typer.Option("-o", "--out", help="Folder of the data set; what is there already is kept. With --to, or a URL."),
+    ],
     kind: Annotated[str, typer.Option(help="The kind of condition; its default detector makes it.")] = "canny",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the detector.")
     ] = None,
     size: Annotated[str, typer.Option(help="Size of pictures and maps: WIDTHxHEIGHT, or one number.")] = "512",
     resize: Annotated[str, typer.Option(help="crop, pad or stretch.")] = "crop",
-    jobs: Annotated[int | None, typer.Option("-j", "--jobs", help="Processes. (default: one per core)")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("-j", "--jobs", "--processes", help="Processes. (default: one per core)")
+    ] = None,
+    ray: RayAddress = None,
     to: To = None,
     per_file: PerFile = 1000,
     shard: ShardFlag = None,
@@ -95,12 +108,16 @@ def build(
         raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")
     options = options_of(kind, set_ or [])
     found = find_pairs(photos)
+    packed = place(out_)
+    out = _pairs_of(packed) if to is not None else packed
+    if is_url(out):
+        raise UsageError(f"-o {out}: a URL gets whole files only", "--to webdataset")
     if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
         raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", f"-o {photos}-data")
     if per_file < 1:
         raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
     if found.form != "photos" and to is not None:
-        _pack(found, out, to, kind_of_pairs(found)[0], per_file, as_json, quiet)
+        _pack(found, packed, to, kind_of_pairs(found)[0], per_file, as_json, quiet)
         return
     if found.form != "photos":
         hint = f"controlnet train {photos}; or --to webdataset packs them"
@@ -108,16 +125,16 @@ def build(
     if to is not None:
         if to not in PACKED:
             raise UsageError(f"--to {to}: expected one of {', '.join(PACKED)}", "--to webdataset")
-        if is_file(out / "manifest.json"):
-            raise OutputError(f"{out}: holds a data set already", f"-o {out}-{to}")
-        packed, out = out, out / "pairs"
+        if is_file(packed / "manifest.json"):
+            raise OutputError(f"{packed}: holds a data set already", f"-o {packed}-{to}")
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
 
     # Our part of it, and what came of it.
     part = parse_shard(shard)
     claim(out, part, [kind, options, size, resize, [str(pair.image) for pair in found.pairs]])
+    share = None if ray is None else partial(_on_ray, ray)
     with count_bar("building", len(found.pairs), quiet) as on_pair:
-        manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair, part)
+        manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair, part, share)
     for reason in (*failed, *found.skipped):
         warn(reason)
     if without := sum(not p.caption for p in found.pairs):
@@ -135,6 +152,21 @@ def build(
     print(dumps({"output": str(out), **(manifest or {})}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _pairs_of(packed: Path) -> Path:
+    """Where pairs lie until they are packed."""
+    if not is_url(packed):
+        return packed / "pairs"
+    return cache_folder() / "pairs" / sha256(str(packed).encode())[:16]
+
+
+def _on_ray(address: str, orders: list[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
+    return on_ray(orders, without_models(work, _died), address)
+
+
+def _died(order: Any) -> tuple[str, ControlNetError]:
+    return order[1], killed_twice()
 
 
 def _pack(found: Pairs, out: Path, to: str, kind: str, per_file: int, as_json: bool, quiet: bool) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -19,7 +21,9 @@ from controlnet.cli.options import (
     Offline,
     Out,
     Overwrite,
+    Processes,
     Quiet,
+    RayAddress,
     ShardFlag,
     SkipExisting,
     command_named,
@@ -28,10 +32,12 @@ from controlnet.cli.options import (
     say,
     tell,
 )
+from controlnet.model.work.crew import places
 from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.remote import place
 from controlnet.preprocessors.shards import Shard, claim, parse_shard
 from controlnet.preprocessors.weights import WEIGHTS, digests, kept
 from typer.core import TyperGroup
@@ -197,6 +203,7 @@ COMMON = [
     parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("recursive", Recursive, False),
     parameter("overwrite", Overwrite, False), parameter("skip_existing", SkipExisting, False),
     parameter("preview", Preview, None), parameter("quiet", Quiet, False), parameter("shard", ShardFlag, None),
+    parameter("processes", Processes, None), parameter("ray", RayAddress, None),
 ]  # fmt: skip
 
 
@@ -209,7 +216,7 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
     wanted = geometry.parse_size(flags.size)
     if flags.resize not in geometry.RESIZES:
         raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(geometry.RESIZES)}", "--resize crop")
-    part = parse_shard(flags.shard)
+    part, used = parse_shard(flags.shard), places(flags.processes, None, flags.ray)
     sources = maps.expand(flags.inputs, flags.recursive, say)
     several = len(chosen) > 1
     _check_places(flags.out, "-" in sources, several, flags.as_json)
@@ -217,14 +224,18 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
     if preview is not None:
         check_png("--preview", preview)
         preview = None if keeps(preview, flags.overwrite, flags.skip_existing) else preview
-    piped = images.read_bytes("-") if "-" in sources else b""  # once for all kinds
+    read = images.read_bytes
+    if "-" in sources:
+        if used or flags.ray is not None:
+            raise UsageError("standard input is read by one process", "the name of a file")
+        piped = images.read_bytes("-")  # once for all kinds
 
-    def read(source: str) -> bytes:
-        return piped if source == "-" else images.read_bytes(source)
+        def read(source: str) -> bytes:
+            return piped if source == "-" else images.read_bytes(source)
 
     if flags.out is not None and is_folder(flags.out):
         settings = [[row.kind, row.name, vars(options)] for row, options in chosen]
-        claim(Path(flags.out), part, [settings, flags.size, flags.resize, sources])
+        claim(place(flags.out), part, [settings, flags.size, flags.resize, sources])
     if several and len(sources) == 1:
         read(sources[0])  # if it is missing: reported once, not for every kind
     failed, shown = 0, {}
@@ -237,9 +248,13 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
             job = maps.Detection(
                 detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing
             )
+            run = partial(maps.run, job)
+            if used or flags.ray is not None:
+                run = partial(maps.run_by, maps.crew_of(job, weights, offline), used, flags.ray)
             missed, shown[detector.kind] = _run(
-                maps, job, sources, part, flags.out, flags.as_json, keypoints, preview is not None, flags.quiet
-            )
+                maps, run, job.detector.kind, sources, part, flags.out, flags.as_json, keypoints, preview is not None,
+                flags.quiet,
+            )  # fmt: skip
             failed += missed
         except ControlNetError as error:
             if not several:
@@ -267,7 +282,8 @@ def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) ->
 
 def _run(
     maps,
-    job,
+    run: Callable,
+    kind: str,
     sources: list[str],
     part: Shard,
     out: str | None,
@@ -278,12 +294,12 @@ def _run(
 ):
     """Make a map of every source in a shard and report it. Returns how many failed, and small pictures of the first
     photos and maps. One bad photo of several is reported and the rest goes on; a single bad one raises."""
-    targets = maps.targets_of(sources, out, job.detector.kind)
+    targets = maps.targets_of(sources, out, kind)
     points = maps.points_of(sources, keypoints, targets)
     mine = [source for source in sources if part.holds(source)]
     failed, shown = 0, {}
     with count_bar("detect", len(mine), quiet or len(mine) < FEW) as on_item:
-        for done, (source, made) in enumerate(maps.run(job, mine, targets, points, previews, say), 1):
+        for done, (source, made) in enumerate(run(mine, targets, points, previews, say), 1):
             if made.error is not None:
                 if len(sources) == 1:
                     raise made.error

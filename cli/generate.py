@@ -14,11 +14,14 @@ import typer
 from controlnet.cli.bars import images_bar
 from controlnet.cli.options import (
     Device,
+    Devices,
     Dtype,
     Json,
     Offline,
     Overwrite,
+    Processes,
     Quiet,
+    RayAddress,
     ShardFlag,
     SkipExisting,
     Strict,
@@ -30,11 +33,12 @@ from controlnet.cli.options import (
     typed,
 )
 from controlnet.model.work.batch import Wanted, in_tars, in_units, read_jobs_file, spread, targets
+from controlnet.model.work.crew import places
 from controlnet.model.work.jobs import Job, check_names, make_job
 from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
-from controlnet.preprocessors.metadata import sha256
+from controlnet.preprocessors.remote import place
 from controlnet.preprocessors.shards import WHOLE, Shard, claim, parse_shard
 from typer.core import TyperCommand
 
@@ -62,22 +66,15 @@ KeepBest = Annotated[
 Preview = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also make a contact sheet of the conditions and their images.")
 ]
-Processes = Annotated[
-    int | None, typer.Option(help="So many processes on this machine, each with its own models. (default: this one)")
-]
-Devices = Annotated[str | None, typer.Option(metavar="0,1,...", help="A process for each of these devices.")]
-RayAddress = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="On a Ray cluster; local starts one on this machine.")
-]
 TarSize = Annotated[
     int | None, typer.Option(metavar="N", help="Results in tar files of N images (WebDataset) with maps and records.")
 ]
 Jobs = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--jobs",
         metavar="FILE",
-        help="JSON Lines or CSV, one job per line; keys are names of flags. Other flags are defaults.",
+        help="JSON Lines, CSV, Parquet or tar files, a job each; keys are names of flags. Other flags are defaults.",
     ),
 ]
 PARAMETERS = [
@@ -157,15 +154,13 @@ def _generate(
     if preview is not None:
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
-    used = _devices(processes, devices)
-    if used and ray is not None:
-        raise UsageError("--ray has processes of its own: without --processes and --devices", f"--ray {ray}")
+    used = places(processes, devices, ray)
     failed = _Failures()
     part = parse_shard(shard)
     if part != WHOLE and is_folder(defaults["out"] or "out/"):
-        lines = jobs.read_bytes() if jobs is not None and is_file(jobs) else b""
+        lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
         settings = {name: value for name, value in defaults.items() if name != "out"}
-        claim(Path(defaults["out"] or "out"), part, [settings, sha256(lines), keep_best, tar, dtype, low_memory])
+        claim(place(defaults["out"] or "out"), part, [settings, lines, keep_best, tar, dtype, low_memory])
     todo = _jobs(jobs, defaults, failed, part)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
@@ -176,12 +171,12 @@ def _generate(
     rows: list[list] = []
     if groups:
         # Not before: what is wrong with a job is told in a moment, and this imports torch.
-        from controlnet.model.work import cluster, pool, sheets
+        from controlnet.model.work import pool, sheets
 
         setup = pool.Setup(device, dtype, offline, strict, low_memory, keep_best, rows=preview is not None)
         tasks = [pool.Task(group, group[0].path if tar is not None else None) for group in groups]
         with images_bar(sum(map(len, groups)), quiet) as on_step:
-            for image in cluster.make(tasks, setup, used, ray, failed, say, on_step):
+            for image in pool.make(tasks, setup, used, ray, failed, say, on_step):
                 _tell(image, as_json)
                 if len(rows) < SHOWN:
                     rows.append(image.row)
@@ -214,7 +209,7 @@ def _check_keep_best(count: int, jobs: list[Job], skip_existing: bool) -> None:
             raise UsageError("--keep-best: the job has no condition to keep to", "--cond map.canny.png")
 
 
-def _jobs(path: Path | None, defaults: dict[str, Any], failed: _Failures, part: Shard) -> list[tuple[str, Job]]:
+def _jobs(path: str | None, defaults: dict[str, Any], failed: _Failures, part: Shard) -> list[tuple[str, Job]]:
     """(name, Job) for all jobs that are asked for. A single job that fails ends the command; its name is empty. A bad
     line is told by one shard."""
     if path is None:
@@ -278,19 +273,7 @@ def _in_tars(groups: list, size: int, out: str | None, overwrite: bool, skip_exi
         raise UsageError(f"--tar {size} -o {out}: expected a folder", "-o set/")
     tars = []
     for number, group in enumerate(in_tars(groups, size)):
-        path = Path(out or "out") / f"{number:06d}.tar"
+        path = place(out or "out") / f"{number:06d}.tar"
         there = keeps(path, overwrite, skip_existing)
         tars.append([replace(one, path=path, there=there) for one in group])
     return tars
-
-
-def _devices(processes: int | None, devices: str | None) -> list[str | None]:
-    """A device for each process; None is for the process to choose. Empty: no process but this one."""
-    if devices is None:
-        if processes is not None and processes < 1:
-            raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
-        return [None] * processes if processes and processes > 1 else []
-    names: list[str | None] = [f"cuda:{name}" if name.isdecimal() else name for name in devices.split(",") if name]
-    if not names or (processes is not None and processes != len(names)):
-        raise UsageError(f"--devices {devices}: expected a device for each process", "--devices 0,1")
-    return names

@@ -95,6 +95,13 @@ ShardFlag = Annotated[
         help="Only part I of N, the same each time. auto: as SLURM or a launcher says.",
     ),
 ]
+Processes = Annotated[
+    int | None, typer.Option(help="So many processes on this machine, each with its own models. (default: this one)")
+]
+Devices = Annotated[str | None, typer.Option(metavar="0,1,...", help="A process for each of these devices.")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="On a Ray cluster; local starts one on this machine.")
+]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never ask the network; fail at once if something is missing.")
 ]

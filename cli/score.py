@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from controlnet.cli.bars import count_bar
-from controlnet.cli.options import Json, Offline, Overwrite, Quiet, ShardFlag, say
+from controlnet.cli.options import Json, Offline, Overwrite, Processes, Quiet, RayAddress, ShardFlag, say
 from controlnet.model.work.batch import read_jobs_file
+from controlnet.model.work.crew import places
 from controlnet.model.work.outputs import check_png, keeps
-from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from controlnet.preprocessors.errors import Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
-from controlnet.preprocessors.shards import Shard, parse_shard
+from controlnet.preprocessors.shards import parse_shard
 
 if TYPE_CHECKING:
-    from controlnet.model.work.score import Scorer
+    from controlnet.model.work.score import LineScores
 
 
 Image = Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="An image that generate made, or any other.")]
@@ -28,7 +29,7 @@ Cond = Annotated[
     ),
 ]  # fmt: skip
 JobsFile = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--jobs", metavar="FILE", help='JSON Lines, {"image": ..., "cond": ...} each; means with intervals.'),
 ]
 Overlay = Annotated[Path | None, typer.Option(metavar="FILE", help="Also a picture that shows where control failed.")]
@@ -43,9 +44,11 @@ def score(
     overwrite: Overwrite = False,
     offline: Offline = False,
     shard: ShardFlag = None,
+    processes: Processes = None,
+    ray: RayAddress = None,
     quiet: Quiet = False,
 ) -> None:
-    part = parse_shard(shard)
+    part, used = parse_shard(shard), places(processes, None, ray)
     if (image is None) == (jobs is None):
         raise UsageError("give an image, or --jobs with a file of them", "controlnet score out/7-photo.png")
     if overlay is not None:
@@ -55,12 +58,13 @@ def score(
         keeps(overlay, overwrite, skip_existing=False)
     from controlnet.model.work import score, sheets  # torch and OpenCV
 
-    scorer = score.Scorer(offline, say)
     if jobs is not None:
-        _score_jobs(scorer, jobs, part, as_json, quiet, score.interval)
+        lines = [line for line in read_jobs_file(jobs) if part.holds(str(line[1]))]
+        scores = score.score_lines([given for _, given in lines], offline, used, ray)
+        _tell_scores([where for where, _ in lines], scores, as_json, quiet, score.interval)
         return
     assert image is not None
-    results = scorer.of_file(image, cond or [])
+    results = score.Scorer(offline, say).of_file(image, cond or [])
     if overlay is not None:
         sheets.write_overlay(overlay, image, results)
         say(f"look at {overlay}")
@@ -73,51 +77,38 @@ def score(
                 print(f"  {name.replace('_', ' '):18}{value:8.3f}")
 
 
-def _score_jobs(scorer: Scorer, path: Path, part: Shard, as_json: bool, quiet: bool, interval: Callable) -> None:
-    """A line each, then the mean of every score with its 95 % bootstrap interval."""
-    # A bad line is told, and the rest goes on.
-    lines = [line for line in read_jobs_file(path) if part.holds(str(line[1]))]
+def _tell_scores(
+    wheres: list[str], scores: Iterable[LineScores], as_json: bool, quiet: bool, interval: Callable
+) -> None:
+    """A line each, then the mean of every score with its 95 % bootstrap interval. A bad line is told, and the rest goes
+    on."""
     values: dict[tuple[str, str], list[float]] = {}
     failed = 0
-    with count_bar("scoring", len(lines), quiet) as on_item:
-        for done, (where, given) in enumerate(lines, 1):
-            try:
-                if isinstance(given, UsageError):
-                    raise given
-                image, conditions = _line(given)
-                for cond, one in scorer.of_file(image, conditions):
-                    if as_json:
-                        print(dumps({"image": image, "cond": cond, "kind": one.kind, **_rounded(one.scores)}))
-                    for name, value in one.scores.items():
-                        values.setdefault((one.kind, name), []).append(value)
-            except ControlNetError as error:
+    with count_bar("scoring", len(wheres), quiet) as on_item:
+        for done, (where, one) in enumerate(zip(wheres, scores, strict=True), 1):
+            for text in one.said:
+                say(text)
+            for image, cond, kind, found in one.rows:
+                if as_json:
+                    print(dumps({"image": image, "cond": cond, "kind": kind, **_rounded(found)}))
+                for name, value in found.items():
+                    values.setdefault((kind, name), []).append(value)
+            if one.error is not None:
                 failed += 1
-                say(f"error: {where}: {error}")
+                say(f"error: {where}: {one.error}")
             on_item(done)
 
     # The means, by kind and score.
-    for (kind, name), found in values.items():
-        mean, low, high = interval(found)
+    for (kind, name), all_values in values.items():
+        mean, low, high = interval(all_values)
         if as_json:
-            row = {"kind": kind, "score": name, "n": len(found), "mean": mean, "low": low, "high": high}
+            row = {"kind": kind, "score": name, "n": len(all_values), "mean": mean, "low": low, "high": high}
             print(dumps(_rounded(row)))
         else:
-            print(f"{kind:9} {name.replace('_', ' '):18}{mean:8.3f}   {low:.3f} to {high:.3f}   n {len(found)}")
+            print(f"{kind:9} {name.replace('_', ' '):18}{mean:8.3f}   {low:.3f} to {high:.3f}   n {len(all_values)}")
     if failed:
-        say(f"{failed} of {len(lines)} lines failed")
+        say(f"{failed} of {len(wheres)} lines failed")
         raise typer.Exit(Exit.PARTIAL)
-
-
-def _line(given: dict[str, Any]) -> tuple[str, list[str]]:
-    if unknown := given.keys() - {"image", "cond"}:
-        raise UsageError(f"unknown key {sorted(unknown)[0]!r}, expected image and cond", '{"image": "a.png"}')
-    image, conditions = given.get("image"), given.get("cond") or []
-    if not isinstance(image, str) or not image:
-        raise UsageError("no image in it", '{"image": "out/7-photo.png", "cond": "photo.canny.png"}')
-    conditions = [conditions] if isinstance(conditions, str) else conditions
-    if not all(isinstance(c, str) for c in conditions):
-        raise UsageError(f"cond: {conditions!r}, expected text or a list of texts", '"cond": "photo.canny.png"')
-    return image, conditions
 
 
 def _rounded(fields: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from shlex import quote
 
 from controlnet.preprocessors.errors import InputError, OutputError
+from controlnet.preprocessors.remote import is_there, is_url, put, put_new, read_url
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _NAME = re.compile(rf"\.{_HOST}-(\d+)-\d+\.tmp")
@@ -63,7 +64,10 @@ def scratch(folder: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Raises OutputError."""
+    """Write a file on this machine or behind a URL. Raises OutputError."""
+    if is_url(path):
+        put(path, data)
+        return
     try:
         with beside(path) as temporary:
             temporary.write_bytes(data)
@@ -74,6 +78,8 @@ def write_file(path: Path, data: bytes) -> None:
 def write_new(path: Path, data: bytes) -> bool:
     """Write a file unless there is one already; whether it was written. Of several processes that try, on one machine
     or on a shared disk, one succeeds. Raises OutputError."""
+    if is_url(path):
+        return put_new(path, data)
     temporary = path.parent / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +105,10 @@ def not_written(path: Path, error: OSError) -> OutputError:
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether a path is a file that this user may see. Path's own method raises if the name is too long for the system
-    or a folder above may not be entered."""
+    """Whether a path or a URL is a file that this user may see. Path's own method raises if the name is too long for
+    the system or a folder above may not be entered."""
+    if is_url(path):
+        return is_there(str(path), "is_file")
     try:
         return Path(path).is_file()
     except OSError:
@@ -109,6 +117,8 @@ def is_file(path: Path | str) -> bool:
 
 def is_dir(path: Path | str) -> bool:
     """The same for a folder."""
+    if is_url(path):
+        return is_there(str(path), "is_dir")
     try:
         return Path(path).is_dir()
     except OSError:
@@ -117,16 +127,20 @@ def is_dir(path: Path | str) -> bool:
 
 def exists(path: Path | str) -> bool:
     """Whether a path is a file or a folder that this user may see."""
+    if is_url(path):
+        return is_there(str(path), "exists")
     return is_file(path) or is_dir(path)
 
 
 def whole_path(name: str) -> str:
     """One name for a file or folder however it was written; any other name, such as a hub id, as it is."""
-    return str(Path(name).resolve()) if name != "-" and exists(name) else name
+    return name if name == "-" or is_url(name) or not exists(name) else str(Path(name).resolve())
 
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8. Raises InputError."""
+    if is_url(path):
+        return decoded(read_url(str(path)), str(path))
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from controlnet.preprocessors.errors import InputError, reason
 from controlnet.preprocessors.files import exists, is_dir
+from controlnet.preprocessors.remote import is_url, read_url
 from controlnet.preprocessors.tars import read_member, split
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
@@ -60,10 +61,12 @@ def why_skipped(path: Path) -> str:
 
 
 def read_bytes(source: str) -> bytes:
-    """The bytes of a file, of one in a tar file (tars.py), or of standard input for `-`. Raises InputError naming what
-    is wrong."""
+    """The bytes of a file, of one behind a URL or in a tar file (tars.py), or of standard input for `-`. Raises
+    InputError naming what is wrong."""
     if source == "-":
         data = sys.stdin.buffer.read()
+    elif is_url(source):
+        data = read_url(source)
     elif inside := split(source):
         data = read_member(*inside)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.jsons import dumps, object_or_empty
 from controlnet.preprocessors.kinds import KINDS
+from controlnet.preprocessors.remote import is_url, read_url
 from controlnet.preprocessors.tars import read_member, split
 
 KEY = "controlnet"
@@ -35,7 +36,7 @@ def size_of(path: str) -> tuple[int, int] | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(_opened(path)) as image:
             return image.size
     except Exception:  # Pillow raises a dozen types for broken data; decoding it reports the error
         return None
@@ -46,11 +47,18 @@ def text_of(path: Path) -> dict[str, str]:
     from PIL import Image
 
     try:
-        inside = split(str(path))
-        with Image.open(io.BytesIO(read_member(*inside)) if inside else path) as image:
+        with Image.open(_opened(str(path))) as image:
             return {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
     except Exception:  # Pillow raises a dozen types for broken data; decoding it reports the error
         return {}
+
+
+def _opened(path: str) -> str | io.BytesIO:
+    """What Pillow opens: a path, or the bytes of a file behind a URL or in a tar file."""
+    if is_url(path):
+        return io.BytesIO(read_url(path))
+    inside = split(path)
+    return path if inside is None else io.BytesIO(read_member(*inside))
 
 
 def kind_of(name: str, text: dict[str, str], given: str | None = None) -> str:

@@ -66,6 +66,13 @@ def _client(name: str) -> str:
     return _CLIENTS.get(scheme, "'controlnet-toolkit[urls]'")
 
 
+def is_there(name: str, question: str) -> bool:
+    """Whether there is an `is_file`, an `is_dir` or anything that `exists` behind a URL. Raises InputError if its
+    server cannot be asked, UsageError if a package is missing."""
+    path = place(name)
+    return bool(_tried(name, getattr(path, question)))
+
+
 def read_url(name: str) -> bytes:
     """The bytes behind a URL, asked for several times. Raises InputError."""
     path = place(name)
@@ -112,7 +119,8 @@ def _tried(name: str, act: Callable[[], T], kind: type[ControlNetError] = InputE
         try:
             return act()
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise kind(f"{name}: no such file", "look at the URL; a folder ends in /") from error
+            why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
+            raise kind(f"{name}: no such file{why}", "look at the URL; a folder ends in /") from error
         except NotImplementedError:
             raise
         except PermissionError as error:

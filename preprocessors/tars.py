@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 from controlnet.preprocessors.errors import InputError, reason
-from controlnet.preprocessors.files import beside, not_written
+from controlnet.preprocessors.files import beside, is_file, not_written
+from controlnet.preprocessors.remote import is_url, put
 
 MARK = ".tar#"
 BLOCK = 512
@@ -21,14 +23,26 @@ def split(name: str) -> tuple[Path, str] | None:
     return (Path(before + mark[:-1]), member) if mark else None
 
 
+def is_member(name: str) -> bool:
+    """Whether a name means a file in a tar file, and that tar file is there."""
+    inside = split(name)
+    return inside is not None and is_file(inside[0])
+
+
 def name_of(tar: Path, member: str) -> Path:
     """The name of a member."""
     return Path(f"{tar}#{member}")
 
 
 def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write files into a tar file, whole or not at all. The same files give the same bytes. Raises OutputError."""
-    import tarfile
+    """Write files into a tar file, here or behind a URL, whole or not at all. The same files give the same bytes.
+    Raises OutputError."""
+    if is_url(path):
+        with tempfile.TemporaryDirectory() as folder:
+            write_tar(Path(folder, "whole.tar"), files)
+            put(path, Path(folder, "whole.tar").read_bytes())
+        return
+    import tarfile  # here: other commands need not wait for it
 
     try:
         with beside(path) as temporary, tarfile.open(temporary, "w") as tar:
@@ -81,7 +95,7 @@ def _index_of(tar: Path) -> dict[str, tuple[int, int]]:
 @lru_cache(4096)
 def _index(tar: str, length: int, changed: int) -> dict[str, tuple[int, int]]:
     """Name -> offset and size of each file in a tar file."""
-    import tarfile  # here: other commands need not wait for it
+    import tarfile
 
     found: dict[str, tuple[int, int]] = {}
     try:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-from controlnet.model.work import cluster, pool
+from controlnet.model.work import pool
 from controlnet.model.work.batch import Wanted, in_units, targets
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.studio import fail
@@ -200,8 +200,8 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
              for i in range(12)]  # fmt: skip
     units = in_units(targets([(f"line {i}", job) for i, job in enumerate(asked)], False, False, fail))
     failed, made, tasks = [], [], [pool.Task([one]) for unit in units for one in unit]  # more than wait at once
-    for one in pool.make_in_processes(
-        tasks, pool.Setup(dtype="float32"), ["cpu", "cpu"], lambda *failure: failed.append(failure), print
+    for one in pool.make(
+        tasks, pool.Setup(dtype="float32"), ["cpu", "cpu"], None, lambda *failure: failed.append(failure), print
     ):
         if not made:
             for child in psutil.Process().children():
@@ -214,7 +214,7 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
     died[5] = replace(died[5], path=Dies())
     lonely = [pool.Task([one]) for one in died[3:8]]
     setup = pool.Setup(dtype="float32")
-    made = list(pool.make_in_processes(lonely, setup, ["cpu"], lambda *failure: failed.append(failure), print))
+    made = list(pool.make(lonely, setup, ["cpu"], None, lambda *failure: failed.append(failure), print))
     assert [one.wanted.seed for one in made] == [3, 4, 6, 7] and len(failed) == 1
     assert failed[0][0] == "line 5" and "killed twice" in str(failed[0][1])
 
@@ -297,6 +297,12 @@ def test_clusters_that_cannot_be_reached(run, jobs, monkeypatch):
     assert code == Exit.USAGE and "pip install 'controlnet-toolkit[ray]'" in err
 
 
+@pytest.fixture
+def photo_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return data
+
+
 @pytest.fixture(scope="module")
 def ray():
     ray = pytest.importorskip("ray")
@@ -328,9 +334,39 @@ def test_a_killed_actor_loses_nothing(ray, jobs, tmp_path, monkeypatch, small_ba
     units = in_units(targets([(f"line {i}", job) for i, job in enumerate(asked)], False, False, fail))
     failed, seeds = [], []
     tasks = [pool.Task(unit) for unit in units]
-    for one in cluster.make_on_ray(tasks, pool.Setup(), "local", lambda *failure: failed.append(failure), print):
+    for one in pool.make(tasks, pool.Setup(), [], "local", lambda *failure: failed.append(failure), print):
         if not seeds:
             actors = [p for p in psutil.process_iter() if p.name().startswith("ray::MapWorker")]
             actors[0].kill()
         seeds.append(one.wanted.seed)
     assert actors and not failed and seeds == list(range(24)) and len(images(tmp_path / "set")) == 24
+
+
+def test_ray_detects_and_builds(ray, run, photo_folder, tmp_path):
+    detect = ["detect", "canny", photo_folder, "--size", "64", "-q", "-o"]
+    build = ["dataset", "build", photo_folder, "--size", "64", "-q", "-o"]
+    for name, more in (("here", ()), ("there", ("--ray", "local"))):
+        assert run(*detect, tmp_path / name, *more)[0] == 0
+        assert run(*build, tmp_path / f"{name}-set", *more)[0] == 0
+    assert images(tmp_path / "here") == images(tmp_path / "there") and len(images(tmp_path / "there")) == 12
+    here, there = (images(tmp_path / f"{name}-set/conditions") for name in ("here", "there"))
+    assert here == there and len(there) == 12
+
+
+def test_detect_in_processes_is_detect(run, photo_folder, tmp_path):
+    command = ["detect", "canny", photo_folder, "--size", "64", "--json", "-o"]
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    command.insert(3, tmp_path / "bad.png")
+    one, two = (run(*command, name, *more) for name, more in (("one/", ()), ("two/", ("--processes", "2"))))
+    assert one[0] == two[0] == Exit.PARTIAL and one[1].replace("one/", "two/") == two[1]
+    assert one[2].count("error:") == two[2].count("error:") == 1 and "bad.png" in two[2]
+    assert images(tmp_path / "one") == images(tmp_path / "two") and len(images(tmp_path / "one")) == 12
+    assert run("detect", "canny", "-", "--processes", "2")[0] == Exit.USAGE
+
+
+def test_score_in_processes_is_score(run, photo_folder, tmp_path):
+    run("detect", "canny", photo_folder, "--size", "72", "-o", "maps/")
+    lines = [{"image": str(photo_folder / f"{i}.png"), "cond": f"maps/{i}.canny.png"} for i in range(4)] + [{"x": 1}]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, two = (run("score", "--jobs", "scores.jsonl", "--json", *more) for more in ((), ("--processes", "2")))
+    assert one == two and one[0] == Exit.PARTIAL and one[1].count('"f1"') >= 4

@@ -267,6 +267,16 @@ def test_a_cut_tar_and_a_table_without_pictures(tmp_path, shards):
     assert is_stream("a.tar") and not is_stream(str(shards)) and expand(f"{shards}/*.tar")[0].endswith("000000.tar")
 
 
+def test_dataset_build_packs_into_a_store(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path))
+    command = ["dataset", "build", data, "--size", "64"]
+    assert run(*command, "-o", "memory://built") == 2 and "--to webdataset" in capsys.readouterr().err
+    for form, pattern in (("webdataset", "*.tar"), ("parquet", "train-*.parquet")):
+        assert run(*command, "-o", f"memory://built-{form}", "--to", form) == 0
+        assert len(open_stream(f"memory://built-{form}/{pattern}").pairs) >= 10
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_dataset_build_packs(data, tmp_path, capsys):
     command = [
         "dataset",

@@ -17,21 +17,31 @@ from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.errors import ControlNetError, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import decoded, is_dir, is_file
 from controlnet.preprocessors.jsons import read_object
+from controlnet.preprocessors.remote import is_url, place
 
 TOGETHER = 4
 """How many images are sampled together. It bounds the memory; no image depends on it but for rounding."""
 EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
 
 
-def read_jobs_file(path: Path) -> list[tuple[str, dict[str, Any] | UsageError]]:
-    """`read_jobs` for a file on disk."""
+Line = tuple[str, dict[str, Any] | UsageError]
+"""Where a job is said, and what is given; or why it is none."""
+
+
+def read_jobs_file(path: str) -> list[Line]:
+    """The jobs of a file on this machine or behind a URL: JSON Lines, CSV (`read_jobs`), Parquet with a column for each
+    key, or tar files as WebDataset has them, also several, {000..009}.tar. Raises InputError."""
+    if path.endswith((".tar", ".parquet")):
+        from controlnet.model.work import packed  # it imports the picture libraries
+
+        return list(packed.read(path))
     from controlnet.preprocessors.images import read_bytes
 
-    empty = is_file(path) and path.stat().st_size == 0
-    return list(read_jobs(str(path), b"" if empty else read_bytes(str(path))))
+    empty = not is_url(path) and is_file(path) and Path(path).stat().st_size == 0
+    return list(read_jobs(path, b"" if empty else read_bytes(path)))
 
 
-def read_jobs(path: str, data: bytes) -> Iterator[tuple[str, dict[str, Any] | UsageError]]:
+def read_jobs(path: str, data: bytes) -> Iterator[Line]:
     """(where, what is given) for every job in a file: JSON Lines, or CSV with the keys in its first line and a job's
     conditions separated by |. A line that is not a job yields its error. Raises InputError for a file without jobs."""
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -97,7 +107,7 @@ def spread(job: Job) -> list[Job]:
     # The pictures of each folder by name; all folders must have the same names.
     found: list[dict[str, str]] = []
     for _, flag in folders:
-        paths = sorted(p for p in Path(flag.path).iterdir() if p.suffix.lower() in suffixes())
+        paths = sorted(p for p in place(flag.path).iterdir() if p.suffix.lower() in suffixes())
         stems = {stem_of(str(p)): str(p) for p in paths}
         if not stems:
             raise InputError(

@@ -21,10 +21,12 @@ from typing import Any
 from controlnet.model.control.modes import CONTROL_ON, MODES
 from controlnet.model.work.condition import ConditionFlag, parse_condition, parse_weighting
 from controlnet.model.work.outputs import is_folder
+from controlnet.preprocessors import remote
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError
 from controlnet.preprocessors.files import exists, is_file
 from controlnet.preprocessors.kinds import KINDS
 from controlnet.preprocessors.metadata import kind_of, size_of, text_of
+from controlnet.preprocessors.tars import MARK, is_member
 
 MAX_NUM = 10_000
 MAX_SIDE = 100_000
@@ -269,7 +271,8 @@ class Job:
 
 
 def stem_of(path: str) -> str:
-    stem = Path(path).stem if path != "-" else "stdin"
+    _, _, member = path.rpartition(MARK)  # of a file in a tar file, its own name
+    stem = Path(member).stem if path != "-" else "stdin"
     for kind in KINDS:
         stem = stem.removesuffix(f".{kind}").removesuffix(f"_{kind}")
     return stem or "image"
@@ -299,7 +302,7 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
     place = values.get("out")
     if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder):
         # Places in a file of jobs are below -o.
-        values["out"] = str(Path(folder) / place) + "/" * place.endswith("/")
+        values["out"] = str(remote.place(folder) / place) + "/" * place.endswith("/")
     return Job(**{key: value for key, value in values.items() if value is not None})
 
 
@@ -315,7 +318,7 @@ def check_names(job: Job) -> None:
         check_scheduler_name(job.scheduler)
     for flag in job.cond:
         for path in filter(None, (flag.path, flag.region)):
-            if path != "-" and not exists(path):
+            if path != "-" and not (exists(path) or is_member(path)):
                 raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")
         if flag.detect is not None:
             find_detector(flag.detect)
@@ -324,7 +327,7 @@ def check_names(job: Job) -> None:
             continue
         kind = flag.kind or flag.detect
         if kind is None and flag.path != "-" and is_file(flag.path):
-            kind = kind_of(flag.path, text_of(Path(flag.path)))
+            kind = kind_of(flag.path, text_of(remote.place(flag.path)))
         if kind and job.base in BASES and net_for(BASES[job.base].family, kind) is None:
             raise no_net(flag.path, kind, job.base, BASES[job.base].family)
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import cv2
 import numpy as np
+from controlnet.model.work.cluster import on_ray
+from controlnet.model.work.crew import Crew, in_order, killed_twice
 from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Detector, Ready
-from controlnet.preprocessors.errors import ControlNetError, InputError, NothingFoundError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, NothingFoundError, UsageError
 from controlnet.preprocessors.files import is_dir, is_file, write_file
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_image, suffixes, why_skipped
 from controlnet.preprocessors.keypoints import draw_json, to_json
 from controlnet.preprocessors.kinds import KINDS
 from controlnet.preprocessors.metadata import load, sha256
+from controlnet.preprocessors.remote import is_url, place
 from controlnet.preprocessors.sheet import Cell, write_sheet
 from controlnet.preprocessors.stage_one import record, stage_one
 from PIL import Image
@@ -58,6 +63,8 @@ class Made:
     png: bytes | None = None
     preview: tuple[np.ndarray, np.ndarray] | None = None
     error: ControlNetError | None = None
+    said: tuple[str, ...] = ()
+    """Warnings of another process."""
 
 
 def is_points(kind: str, source: str) -> bool:
@@ -69,10 +76,10 @@ def targets_of(sources: list[str], out: str | None, kind: str) -> dict[str, Path
     """Where each map goes; None for standard output. Raises UsageError when two would go to one place."""
     targets = {}
     for source in sources:
-        path = Path("stdin" if source == "-" else source)
+        path = place("stdin" if source == "-" else source)
         # Standard input has no folder of its own: its map goes to standard output unless -o names a place.
-        place = "-" if source == "-" and out is None else out
-        targets[source] = output_path(place, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
+        to = "-" if source == "-" and out is None else out
+        targets[source] = output_path(to, path.with_name(f"{path.stem}.{kind}.png"), len(sources) > 1)
     places = list(targets.values())
     if len(set(places)) < len(places):
         twice = next(p for p in places if places.count(p) > 1)
@@ -105,12 +112,61 @@ def run(
     lock = Lock()
 
     def work(source: str, wanted: bool) -> Made:
-        try:
-            return _one(job, source, targets[source], points[source], wanted, lock, say)
-        except ControlNetError as error:
-            return Made({}, error=error)
+        return _tried(job, (source, targets[source], points[source], wanted), lock, say)
 
     return _in_order(work, sources, previews)
+
+
+Order = tuple[str, Path | None, Path | None, bool]
+"""A source, where its map and its key points go, and whether a preview is wanted."""
+
+
+def run_by(
+    crew: Crew[Order, Made],
+    devices: list[str | None],
+    ray: str | None,
+    sources: list[str],
+    targets: dict[str, Path | None],
+    points: dict[str, Path | None],
+    previews: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[str, Made]]:
+    """The same in several processes."""
+    orders = [(source, targets[source], points[source], previews and i < SHOWN) for i, source in enumerate(sources)]
+    results = on_ray(orders, crew, ray) if ray is not None else in_order(orders, crew, devices)
+    for source, made in zip(sources, results, strict=True):
+        for line in made.said:
+            say(line)
+        yield source, made
+
+
+def crew_of(job: Detection, weights: Path | None, offline: bool) -> Crew[Order, Made]:
+    """Processes that do this; each makes its own detector ready."""
+    return Crew(partial(_make_worker, replace(job, ready=None), weights, offline), _died, on_devices=False)
+
+
+def _make_worker(job: Detection, weights: Path | None, offline: bool, device: str | None) -> Callable[[Order], Made]:
+    def work(order: Order) -> Made:
+        nonlocal job
+        said: list[str] = []
+        if job.ready is None and not is_points(job.detector.kind, order[0]):
+            job = replace(job, ready=job.detector.ready(job.options, weights, offline))
+        made = _tried(job, order, Lock(), said.append)
+        return replace(made, said=tuple(said))
+
+    return work
+
+
+def _died(order: Order) -> Made:
+    error = killed_twice()
+    return Made({}, error=ModelError(f"{order[0]}: {error}", error.hint))
+
+
+def _tried(job: Detection, order: Order, lock: Lock, say: Callable[[str], None]) -> Made:
+    try:
+        return _one(job, *order, lock, say)
+    except ControlNetError as error:
+        return Made({}, error=error)
 
 
 def _in_order(work, sources: list[str], previews: bool) -> Iterator[tuple[str, Made]]:
@@ -205,7 +261,7 @@ def _small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple
 def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
     """The record in an existing map's PNG text, and the map's size; None for a file that is not ours."""
     try:
-        with Image.open(target) as picture:
+        with Image.open(io.BytesIO(target.read_bytes()) if is_url(target) else target) as picture:
             return load(getattr(picture, "text", {})) or None, picture.size
     except OSError:
         return None, (0, 0)
@@ -222,7 +278,7 @@ def expand(inputs: list[str], recursive: bool, say: Callable[[str], None] = lamb
         if name == "-" or not is_dir(name):
             sources.append(name)
             continue
-        inside = sorted(path for path in Path(name).glob("**/*" if recursive else "*") if is_file(path))
+        inside = sorted(path for path in place(name).glob("**/*" if recursive else "*") if is_file(path))
         found = [str(p) for p in inside if p.suffix.lower() in suffixes() and not p.name.endswith(maps)]
         if skipped := [f"{path} ({why})" for path in inside if (why := why_skipped(path))]:
             say(f"warning: {len(skipped)} pictures skipped, the first: {skipped[0]}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.files import exists, is_dir
+from controlnet.preprocessors.remote import is_url, place
 
 
 def output_path(out: str | None, default: Path, several: bool) -> Path | None:
@@ -15,16 +16,16 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
     if out is None:
         return default
     if is_folder(out):
-        return Path(out) / default.name
+        return place(out) / default.name
     if several:
-        hint = "-o DIR/" if out == "-" else f"-o {Path(out).with_suffix('')}/"
+        hint = "-o DIR/" if out == "-" else f"-o {place(out).with_suffix('')}/"
         raise UsageError(f"-o {out} takes one result, but there are several", hint)
-    return None if out == "-" else Path(out)
+    return None if out == "-" else place(out)
 
 
 def is_folder(out: str) -> bool:
     """Whether -o names a folder: anything but `-` and `NAME.png`. Raises UsageError for another type of picture."""
-    path = Path(out)
+    path = place(out)
     if out.endswith("/") or is_dir(path):
         return True
     check_png("-o", path)
@@ -42,8 +43,8 @@ def check_png(flag: str, path: Path) -> None:
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
     cannot be written, so that this is known before the work."""
-    there = next(p for p in path.absolute().parents if exists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    there = None if is_url(path) else next(p for p in path.absolute().parents if exists(p))
+    if there is not None and not (there.is_dir() and os.access(there, os.W_OK)):
         raise OutputError(
             f"{path}: cannot be written, {there} is {'not writable' if there.is_dir() else 'a file'}",
             "choose another place with -o DIR/",

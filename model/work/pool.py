@@ -1,34 +1,25 @@
-"""Images made and written: here, or by several processes on one machine, each with a device and models of its own.
-
-Processes take whole tasks, so an image is the same whoever makes it; results come in order. A task whose process dies
-is tried once more, its images one by one, and then reported.
-"""
+"""Images made and written: here, or by a crew of processes on this machine or on a Ray cluster."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from controlnet.model.work.batch import Wanted
-from controlnet.preprocessors.errors import ControlNetError, Exit, ModelError
+from controlnet.model.work.cluster import on_ray
+from controlnet.model.work.crew import Crew, in_order, killed_twice
+from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.tars import write_tar
-from controlnet.preprocessors.workers import workers
 
 Failed = Callable[[str, ControlNetError], None]
 """Told the name of a job and why it failed."""
-AHEAD = 2
-"""Tasks that wait for each process, so that none is idle and memory does not grow with their number."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +126,23 @@ def _files_of(path: Path, images: Iterable[tuple[Any, list]], studio: Any, made:
         made.append(Made(image.wanted, f"{path}#{name}", image.record, None, row))
 
 
-def make_in_processes(
+def make(
     tasks: list[Task],
     setup: Setup,
     devices: list[str | None],
+    ray: str | None,
     failed: Failed,
     say: Callable[[str], None],
     on_step: Callable[[float], None] = lambda images: None,
 ) -> Iterator[Made]:
-    """The same in a process for each device; None is the best one there is, in turn if there are several."""
-    yield from told(_in_order(tasks, setup, devices), failed, say, on_step)
+    """Do tasks on the Ray cluster at this address, else in a process for each device, else here."""
+    if ray is None and not devices:
+        yield from make_here(tasks, setup, failed, say, on_step)
+        return
+    crew = Crew(partial(make_worker, setup), _died, _images_of, Outcome.joined)
+    outcomes = on_ray(tasks, crew, ray) if ray is not None else in_order(tasks, crew, devices)
+    counts = (len(task.wanted) for task in tasks)
+    yield from told(zip(counts, outcomes, strict=True), failed, say, on_step)
 
 
 def told(
@@ -175,102 +173,41 @@ class Outcome:
     failed: list[tuple[str, ControlNetError]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
 
-
-def _in_order(tasks: list[Task], setup: Setup, devices: list[str | None]) -> Iterator[tuple[int, Outcome]]:
-    waiting: dict[int, Future] = {}
-    suspects: set[int] = set()  # tasks that were at work when a process died
-    begun = given = 0
-    pool = _pool(setup, devices)
-    try:
-        while given < len(tasks):
-            try:
-                while begun < len(tasks) and len(waiting) < AHEAD * len(devices) and not suspects:
-                    waiting[begun] = pool.submit(do, tasks[begun])
-                    begun += 1
-                outcome = waiting[given].result() if given not in suspects else _alone(pool, tasks[given])
-            except BrokenProcessPool:
-                pool.shutdown(wait=False, cancel_futures=True)
-                pool = _pool(setup, devices)
-                if given in suspects:
-                    outcome = Outcome(failed=[_died(tasks[given])])
-                else:
-                    suspects = {i for i, future in waiting.items() if not future.done() or future.exception()}
-                    continue
-            suspects.discard(given)
-            waiting.pop(given, None)
-            yield len(tasks[given].wanted), outcome
-            given += 1
-    except BaseException:  # Ctrl-C: files are whole or not there, so nobody is waited for
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+    @staticmethod
+    def joined(parts: list[Outcome]) -> Outcome:
+        return Outcome(*([x for part in parts for x in getattr(part, name)] for name in ("made", "failed", "said")))
 
 
-def _alone(pool, task: Task) -> Outcome:
-    """A task once more, its images one by one if they are files of their own: less memory. Raises BrokenProcessPool."""
-    if task.tar is not None:
-        return pool.submit(do, task).result()
-    whole = Outcome()
-    for one in task.wanted:
-        part: Outcome = pool.submit(do, Task([one])).result()
-        whole.made += part.made
-        whole.failed += part.failed
-        whole.said += part.said
-    return whole
+def make_worker(setup: Setup, device: str | None) -> Callable[[Task], Outcome]:
+    """The worker of a process. Its studio is made with the first task, so that what is wrong with a device is an error
+    of that task."""
+    setup = replace(setup, device=device or setup.device)
+    studio: Any = None
+
+    def work(task: Task) -> Outcome:
+        nonlocal studio
+        from controlnet.model.work.studio import Studio
+
+        outcome = Outcome()
+
+        def failed(name: str, error: ControlNetError) -> None:
+            outcome.failed.append((name, error))
+
+        try:
+            studio = studio or Studio(setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory)
+            studio.say = outcome.said.append
+            outcome.made += make_here([task], setup, failed, outcome.said.append, studio=studio)
+        except ControlNetError as error:
+            failed(task.wanted[0].name, error)
+        return outcome
+
+    return work
 
 
-def _died(task: Task) -> tuple[str, ControlNetError]:
-    error = ModelError(
-        "the process that made it was killed twice, as the system does when memory runs out",
-        "--low-memory, fewer --processes, or a smaller --size",
-    )
-    return task.wanted[0].name or str(task.tar or task.wanted[0].path), error
+def _images_of(task: Task) -> list[Task]:
+    """A task for each image, if they are files of their own."""
+    return [Task([one]) for one in task.wanted] if task.tar is None else [task]
 
 
-_studio: Any = None
-_setup = Setup()
-
-
-def _pool(setup: Setup, devices: list[str | None]):
-    queue = get_context("spawn").Queue()
-    for number, device in enumerate(devices):
-        queue.put((number, device))
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // len(devices)))
-    return workers(len(devices), threads, _begin, (queue, setup))
-
-
-def _begin(queue, setup: Setup) -> None:
-    """In a process: take a device from the queue, and load nothing yet."""
-    import torch
-
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(Exit.INTERRUPTED))
-    number, device = queue.get()
-    if device is None and torch.cuda.device_count() > 1:
-        device = f"cuda:{number % torch.cuda.device_count()}"
-    begin(replace(setup, device=device or setup.device))
-
-
-def begin(setup: Setup) -> None:
-    """Make this process one that can `do` tasks. Its studio is made with the first one, so that what is wrong with a
-    device is an error of that task."""
-    global _studio, _setup
-    _studio, _setup = None, setup
-
-
-def do(task: Task) -> Outcome:
-    """Do a task in a process that has begun."""
-    global _studio
-    from controlnet.model.work.studio import Studio
-
-    outcome = Outcome()
-
-    def failed(name: str, error: ControlNetError) -> None:
-        outcome.failed.append((name, error))
-
-    try:
-        _studio = _studio or Studio(_setup.device, _setup.dtype, _setup.offline, _setup.strict, _setup.low_memory)
-        _studio.say = outcome.said.append
-        outcome.made += make_here([task], _setup, failed, outcome.said.append, studio=_studio)
-    except ControlNetError as error:
-        failed(task.wanted[0].name, error)
-    return outcome
+def _died(task: Task) -> Outcome:
+    return Outcome(failed=[(task.wanted[0].name or str(task.tar or task.wanted[0].path), killed_twice())])

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from controlnet.model.sampling.canvas import to_canvas
+from controlnet.model.work.cluster import on_ray
 from controlnet.model.work.condition import parse_condition
+from controlnet.model.work.crew import Crew, in_order, killed_twice
 from controlnet.preprocessors.agreement import (
     aligned,
     depth_rmse,
@@ -25,7 +27,7 @@ from controlnet.preprocessors.agreement import (
 )
 from controlnet.preprocessors.condition import Condition, read_condition, recorded, rgb
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
-from controlnet.preprocessors.errors import InputError, UsageError, reason
+from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError, reason
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.kinds import KINDS, PEOPLE, kind_named
@@ -54,6 +56,66 @@ class Scored:
     def main(self) -> float:
         """The most telling score."""
         return self.scores[MEASURES[kind_named(self.kind).score or "lines"].main]
+
+
+@dataclass(frozen=True)
+class LineScores:
+    """What became of a line of a file of images to score."""
+
+    rows: list[tuple[str, str, str, dict[str, float]]] = field(default_factory=list)
+    """(image, condition, kind, scores)."""
+    error: ControlNetError | None = None
+    said: tuple[str, ...] = ()
+    """Warnings."""
+
+
+Line = dict[str, Any] | UsageError
+"""{"image": PATH, "cond": PATH or a list of them}, or why it is none."""
+
+
+def score_lines(lines: list[Line], offline: bool, devices: list[str | None], ray: str | None) -> Iterator[LineScores]:
+    """The scores of each line, in order, here or in several processes."""
+    if devices or ray is not None:
+        crew = Crew(partial(make_scorer, offline), _died, on_devices=False)
+        yield from on_ray(lines, crew, ray) if ray is not None else in_order(lines, crew, devices)
+        return
+    yield from map(make_scorer(offline), lines)
+
+
+def make_scorer(offline: bool, device: str | None = None) -> Callable[[Line], LineScores]:
+    """The worker of a process."""
+    said: list[str] = []
+    scorer = Scorer(offline, said.append)
+
+    def work(line: Line) -> LineScores:
+        said.clear()
+        try:
+            image, conditions = _read_line(line)
+            rows = [(image, cond, one.kind, one.scores) for cond, one in scorer.of_file(image, conditions)]
+            return LineScores(rows, said=tuple(said))
+        except ControlNetError as error:
+            return LineScores(error=error, said=tuple(said))
+
+    return work
+
+
+def _died(line: Line) -> LineScores:
+    return LineScores(error=killed_twice())
+
+
+def _read_line(given: Line) -> tuple[str, list[str]]:
+    """(image, conditions). Raises UsageError."""
+    if isinstance(given, UsageError):
+        raise given
+    if unknown := given.keys() - {"image", "cond"}:
+        raise UsageError(f"unknown key {sorted(unknown)[0]!r}, expected image and cond", '{"image": "a.png"}')
+    image, conditions = given.get("image"), given.get("cond") or []
+    if not isinstance(image, str) or not image:
+        raise UsageError("no image in it", '{"image": "out/7-photo.png", "cond": "photo.canny.png"}')
+    conditions = [conditions] if isinstance(conditions, str) else conditions
+    if not all(isinstance(c, str) for c in conditions):
+        raise UsageError(f"cond: {conditions!r}, expected text or a list of texts", '"cond": "photo.canny.png"')
+    return image, conditions
 
 
 class Scorer:

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ from controlnet.preprocessors.stage_one import record, stage_one
 from controlnet.preprocessors.workers import workers
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 64
+Order = tuple[Pair, str]
+"""A photo, and the name of its pair."""
+Outcome = tuple[str, ControlNetError | None]
+"""The name of a pair, and why it could not be made."""
+Share = Callable[[list[Order], Callable[[Order], Outcome]], Iterable[Outcome]]
+"""Does work on orders, elsewhere."""
 
 
 def build(
@@ -42,10 +49,11 @@ def build(
     jobs: int | None = None,
     on_pair: Callable[[int], None] = lambda done: None,
     part: Shard = WHOLE,
+    share: Share | None = None,
 ) -> tuple[dict | None, list[str]]:
-    """Make a data set from photos in `out`, in parallel; pairs already made there from the same photo with the same
-    options are kept. Returns the manifest and the errors. The last shard to finish writes metadata and manifest; the
-    others' manifest is None.
+    """Make a data set from photos in `out`, in `jobs` processes or as `share` does it; pairs already made there from
+    the same photo with the same options are kept. Returns the manifest and the errors. The last shard to finish writes
+    metadata and manifest; the others' manifest is None.
 
     Raises InputError when no photo could be used, OutputError when nothing could be written, UsageError when `out`
     holds another data set.
@@ -54,18 +62,13 @@ def build(
     _check_same(out, {f"images/{name}.png" for name in names}, kind, size)
 
     # In parallel, in any order; the rows are sorted below.
-    work = {name: pair for name, pair in zip(names, found.pairs, strict=True) if part.holds(name)}
+    orders = [(pair, name) for name, pair in zip(names, found.pairs, strict=True) if part.holds(name)]
+    work = partial(_build_pair, out.absolute(), kind, options, size, resize)
     errors: dict[str, ControlNetError] = {}
-    with workers(jobs) as pool:
-        futures = {}
-        for name, pair in work.items():
-            futures[pool.submit(_build_pair, pair, name, out, kind, options, size, resize)] = name
-        for done, future in enumerate(as_completed(futures), 1):
-            try:
-                future.result()
-            except ControlNetError as error:
-                errors[futures[future]] = error
-            on_pair(done)
+    for done, (name, error) in enumerate((share or partial(_in_processes, jobs))(orders, work), 1):
+        if error is not None:
+            errors[name] = error
+        on_pair(done)
     if len(errors) == len(names):
         first = next(iter(errors.values()))
         kind_of_error = OutputError if isinstance(first, OutputError) else InputError
@@ -79,6 +82,12 @@ def build(
     pairs = {name: pair for name, pair in zip(names, found.pairs, strict=True) if name not in failed}
     settings = {"kind": kind, "detector": find_detector(kind).name, "options": options, "size": list(size)}
     return _write_manifest(out, pairs, settings | {"resize": resize}, [failed[name] for name in sorted(failed)]), told
+
+
+def _in_processes(jobs: int | None, orders: list[Order], work: Callable[[Order], Outcome]) -> Iterator[Outcome]:
+    with workers(jobs) as pool:
+        for future in as_completed([pool.submit(work, order) for order in orders]):
+            yield future.result()
 
 
 def _failed_in_all(out: Path, part: Shard, failed: dict[str, str]) -> dict[str, str] | None:
@@ -155,6 +164,18 @@ def _names(found: Pairs) -> list[str]:
 
 
 def _build_pair(
+    out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str, order: Order
+) -> Outcome:
+    """(name, what went wrong or None)."""
+    pair, name = order
+    try:
+        _write_pair(pair, name, out, kind, options, size, resize)
+    except ControlNetError as error:
+        return name, error
+    return name, None
+
+
+def _write_pair(
     pair: Pair, name: str, out: Path, kind: str, options: dict[str, Any], size: tuple[int, int], resize: str
 ) -> None:
     data = read_bytes(str(pair.image))

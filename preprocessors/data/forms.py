@@ -117,13 +117,8 @@ class Tars:
 
 def pairs_in(tar: Path) -> tuple[list[Pair], list[str]]:
     """The pairs in a tar file, and the first names of samples without a picture. Raises InputError."""
-    samples: dict[str, dict[str, str]] = {}
-    for member in members(tar):
-        place, _, name = member.rpartition("/")
-        key, _, ending = name.partition(".")
-        samples.setdefault(f"{place}/{key}", {})[ending.lower()] = member
     pairs, alone = [], []
-    for sample in samples.values():
+    for sample in samples_in(tar).values():
         pair = _pair_in(tar, sample)
         if pair is None:
             alone.append(str(name_of(tar, next(iter(sample.values())))))
@@ -132,8 +127,23 @@ def pairs_in(tar: Path) -> tuple[list[Pair], list[str]]:
     return pairs, alone
 
 
+def samples_in(tar: Path) -> dict[str, dict[str, str]]:
+    """The samples of a tar file: name up to the first dot -> ending -> file. Raises InputError."""
+    samples: dict[str, dict[str, str]] = {}
+    for member in members(tar):
+        place, _, name = member.rpartition("/")
+        key, _, ending = name.partition(".")
+        samples.setdefault(f"{place}/{key}", {})[ending.lower()] = member
+    return samples
+
+
+def pictures_in(sample: dict[str, str]) -> dict[str, str]:
+    """The files of a sample that are pictures, by their endings."""
+    return {ending: member for ending, member in sample.items() if f".{ending.split('.')[-1]}" in suffixes()}
+
+
 def _pair_in(tar: Path, sample: dict[str, str]) -> Pair | None:
-    pictures = {ending: member for ending, member in sample.items() if f".{ending.split('.')[-1]}" in suffixes()}
+    pictures = pictures_in(sample)
     image = next((member for ending, member in pictures.items() if "." not in ending), None)
     if image is None:
         return None

@@ -8,6 +8,7 @@ Pairs are spread over the files by a hash of their names, so that every file is 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
@@ -16,7 +17,7 @@ from typing import Any
 
 from controlnet.preprocessors.data.pair import Pair, Pairs
 from controlnet.preprocessors.errors import OutputError, UsageError
-from controlnet.preprocessors.files import beside, is_file, not_written, write_file
+from controlnet.preprocessors.files import is_file, write_file
 from controlnet.preprocessors.jsons import dumps, object_or_empty
 from controlnet.preprocessors.tars import write_tar
 
@@ -92,11 +93,9 @@ def _write_tables(found: Pairs, ordered: Sequence[Pair], out: Path, kind: str, p
             if not is_file(path):
                 rows = [_row(found, pair) for pair in part]
                 columns = {name: [row[name] for row in rows] for name in features}
-                try:
-                    with beside(path) as temporary:
-                        datasets.Dataset.from_dict(columns, features).to_parquet(str(temporary), batch_size=256)
-                except OSError as error:
-                    raise not_written(path, error) from error
+                buffer = io.BytesIO()
+                datasets.Dataset.from_dict(columns, features).to_parquet(buffer, batch_size=256)
+                write_file(path, buffer.getvalue())
             done += len(part)
             on_pair(done)
 

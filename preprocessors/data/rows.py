@@ -34,7 +34,7 @@ def rows_of(path: Path) -> list[dict]:
     if path.suffix == ".jsonl":
         rows = json_lines(path)
     elif path.suffix == ".parquet":
-        rows = _parquet_rows(path)
+        rows = parquet_rows(str(path), path.read_bytes())
     else:
         try:
             rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
@@ -46,14 +46,16 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def _parquet_rows(path: Path) -> list[dict]:
+def parquet_rows(path: str, data: bytes) -> list[dict]:
+    """The rows of a Parquet file. Raises InputError for one that is none, and if the package that reads it is
+    missing."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path}: reading it needs pyarrow", "pip install pyarrow") from error
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file ({reason(error)})") from error
 

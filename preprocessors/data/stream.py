@@ -72,7 +72,7 @@ class TarShard:
 
     def prefetch(self) -> None:
         if is_url(self.name) and self.coming is None:
-            self.coming = _fetchers().submit(self._fetched)
+            self.coming = _fetchers().submit(local, self.name)
 
     def groups(self) -> Iterator[list[tuple[str, Pair]]]:
         self.prefetch()
@@ -85,13 +85,18 @@ class TarShard:
             if coming is not None:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
-    def _fetched(self) -> Path:
-        path = scratch(cache_folder() / "stream") / Path(self.name.partition("?")[0]).name
-        try:
-            fetch(self.name, path)
-        except InputError as error:
-            raise InputError(f"{error}{_how_far(path)}", error.hint) from error
-        return path
+
+def local(name: str) -> Path:
+    """A tar file on this machine: itself, or for a URL a copy, which is removed when this process ends. Raises
+    InputError."""
+    if not is_url(name):
+        return Path(name)
+    path = scratch(cache_folder() / "stream") / Path(name.partition("?")[0]).name
+    try:
+        fetch(name, path)
+    except InputError as error:
+        raise InputError(f"{error}{_how_far(path)}", error.hint) from error
+    return path
 
 
 def _how_far(path: Path) -> str:
