@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-train memory paper ablations gallery convergence torture wheel clean
+.PHONY: help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,12 @@ bench-tiny: env ## Where the time of an image by tiny goes (a minute)
 
 bench-batch: env ## Time many photos beside controlnet_aux; memory over 10,000 files (minutes)
 	$(BIN)/python benchmarks/batch.py
+
+bench-stream: env ## Memory and pace of a stream of a million samples, beside webdataset (2 GB, minutes)
+	$(BIN)/python benchmarks/stream.py
+
+bench-scale: env ## Batches and training in one process and in several (minutes)
+	$(BIN)/python benchmarks/scale.py
 
 bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
 	$(BIN)/python benchmarks/train.py

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 from controlnet.preprocessors.errors import InputError, reason
@@ -89,11 +88,22 @@ def _index_of(tar: Path) -> dict[str, tuple[int, int]]:
         stat = tar.stat()
     except OSError as error:
         raise InputError(f"{tar}: no such file", f"ls {tar.parent}") from error
-    return _index(str(tar), stat.st_size, stat.st_mtime_ns)
+    mark = stat.st_size, stat.st_mtime_ns
+    known = _known.get(tar)
+    if known is None or known[0] != mark:
+        known = _known[tar] = mark, _index(tar, stat.st_size)
+    return known[1]
 
 
-@lru_cache(4096)
-def _index(tar: str, length: int, changed: int) -> dict[str, tuple[int, int]]:
+_known: dict[Path, tuple[tuple[int, int], dict[str, tuple[int, int]]]] = {}
+
+
+def forget(tar: Path) -> None:
+    """Free the memory that the index of a tar file takes; it is made again when it is needed."""
+    _known.pop(tar, None)
+
+
+def _index(tar: Path, length: int) -> dict[str, tuple[int, int]]:
     """Name -> offset and size of each file in a tar file."""
     import tarfile
 

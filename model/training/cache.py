@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Cache:
         self.folder = folder
         self._hashes: dict[str, list] | None = None
         self._sizes: dict[str, list[int]] | None = None
+        self._changed = False
 
     def array(self, section: str, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """The entry, made and kept if it is not there. Raises OutputError when it cannot be kept."""
@@ -57,6 +59,15 @@ class Cache:
                 f"free some disk, or CONTROLNET_CACHE=DIR for another place than {self.folder}, or --set cache=false",
             ) from error
 
+    def has_note(self, key: str) -> bool:
+        """Whether `note` was called with this key."""
+        return self.folder is not None and (self.folder / "notes" / key).is_file()
+
+    def note(self, key: str) -> None:
+        """Keep in mind that something is done."""
+        if self.folder is not None:
+            self._write(self.folder / "notes" / key, b"")
+
     def picture_size(self, digest: str, measure: Callable[[], tuple[int, int]]) -> tuple[int, int]:
         """(width, height) of the picture with this sha256, remembered unless it is empty."""
         if not digest:
@@ -65,18 +76,25 @@ class Cache:
             self._sizes = self._kept("sizes.json")
         if digest not in self._sizes:
             self._sizes[digest] = list(measure())
+            self._changed = True
         width, height = self._sizes[digest]
         return width, height
 
     def file_hash(self, path: Path) -> str:
         """sha256 of a file, remembered until its size or modification time changes."""
         inside = split(str(path))
-        mark = mark_of(*inside) if inside else [path.stat().st_size, path.stat().st_mtime_ns]
-        known = self._known().get(str(path.absolute()))
+        if inside is None:
+            stat = path.stat()
+            mark = [stat.st_size, stat.st_mtime_ns]
+        else:
+            mark = mark_of(*inside)
+        name = os.path.abspath(path)  # noqa: PTH100 - of 100,000 files, a second sooner
+        known = self._known().get(name)
         if known is None or known[:-1] != mark:
             data = read_member(*inside) if inside else path.read_bytes()
             known = [*mark, hashlib.sha256(data).hexdigest()]
-            self._known()[str(path.absolute())] = known
+            self._known()[name] = known
+            self._changed = True
         return known[-1]
 
     def _known(self) -> dict[str, list]:
@@ -93,5 +111,6 @@ class Cache:
     def remember(self) -> None:
         """Keep the files' hashes and sizes for the next run, beside those that other processes have kept."""
         for name, known in (("files.json", self._hashes), ("sizes.json", self._sizes)):
-            if self.folder is not None and known:
+            if self.folder is not None and known and self._changed:
                 self._write(self.folder / name, json.dumps(self._kept(name) | known).encode())
+        self._changed = False

@@ -102,7 +102,7 @@ def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
     parts: dict[str, list] = {"file names": [], "captions": [], "held-out split": [], "contents": []}
     for pair in found.pairs:
         files = [p for p in (pair.image, pair.condition) if p]
-        parts["file names"].append([str(p.relative_to(found.folder)) for p in files])
+        parts["file names"].append([str(p).removeprefix(f"{found.folder}/") for p in files])
         parts["captions"].append(pair.caption)
         parts["held-out split"].append(pair.held_out)
         parts["contents"].append([hashes.file_hash(p) for p in files])

@@ -99,7 +99,7 @@ def train(
         if processes.is_main:
             run.begin(record, to_toml(config))
         with run.forgotten(new):
-            prepare(samples, validation, processes, watcher, order is None)
+            prepare(samples, validation, processes, watcher, None if order else record["data"]["sha256"])
 
         # The network, with only those parts of the base that it still needs.
         if config.cache and order is None:
@@ -160,15 +160,22 @@ def _check_resume(run: RunFolder, record: dict[str, Any], config: TrainConfig, f
         watcher.say("no checkpoint yet: begins at step 0")
 
 
-def prepare(samples: Samples, validation: Samples, processes: Parallel, watcher: Watcher, all_of_them: bool) -> None:
-    """Fill the cache; each process makes its part. Of a stream only the held-out pairs are known beforehand."""
-    if samples.cache.folder is not None:
-        sets = {"pairs": samples, "held-out pairs": validation} if all_of_them else {"held-out pairs": validation}
+def prepare(
+    samples: Samples, validation: Samples, processes: Parallel, watcher: Watcher, data: dict[str, str] | None
+) -> None:
+    """Fill the cache; each process makes its part. `data` is the fingerprint of the pairs, by which it is known that
+    they have been prepared before; of a stream (None) only the held-out pairs are known beforehand."""
+    cache, done = samples.cache, key_of("prepared", data, samples.identity, len(validation.pairs))
+    if cache.folder is not None and not (data and cache.has_note(done)):
+        sets = {"held-out pairs": validation} if data is None else {"pairs": samples, "held-out pairs": validation}
         count = sum(len(one.pairs) for one in sets.values())
         watcher.say(f"preparing {count:,} pairs; what is in the cache is quick")
         for what, one in sets.items():
             rows = range(processes.index, len(one.pairs), processes.count)
             one.prepare(rows, partial(watcher.on_item, what, len(rows)))
+        processes.wait()
+        if data and processes.is_main:
+            cache.note(done)
     processes.wait()
 
 

@@ -82,6 +82,13 @@ class Samples:
     def _size_of(self, pair: Pair) -> Size:
         return self.cache.picture_size(self._hash(pair, pair.image), lambda: picture_size(pair.read(pair.image)))
 
+    @property
+    def identity(self) -> list:
+        """What, besides the pairs, decides what is kept of them in the cache."""
+        options = str(self.detector.load_options()()) if self.detector else ""
+        config = self.config
+        return [self.base_hash, config.kind, self.size, config.crops, config.flip, config.buckets, options]
+
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
         """Put everything that the pairs in `rows` need into the cache. Raises InputError saying how many pairs cannot
         be used, and why the first one cannot."""

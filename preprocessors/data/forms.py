@@ -80,11 +80,11 @@ class Folders:
         places = folder / "images", beside
         seen = [look(place, is_data) for place in places]
         images, conditions = (
-            {picture.relative_to(place).with_suffix(""): picture for picture in below.pictures}
+            {str(picture).removeprefix(f"{place}/").removesuffix(picture.suffix): picture for picture in below.pictures}
             for place, below in zip(places, seen, strict=True)
         )
         both = sorted(images.keys() & conditions.keys())
-        pairs = tuple(Pair(images[n], conditions[n], _caption_beside(images[n]), _split_of(n)) for n in both)
+        pairs = tuple(Pair(images[n], conditions[n], _caption_beside(images[n]), _split_of(Path(n))) for n in both)
         missing = tuple(f"{beside.name}/{n}" for n in sorted(images.keys() - conditions.keys()))
         extra = tuple(f"{beside.name}/{n}" for n in sorted(conditions.keys() - images.keys()))
         skipped = tuple(text for below in seen for text in below.skipped)
@@ -251,6 +251,12 @@ def _split_of(path: Path) -> bool | None:
 
 
 def _caption_beside(image: Path) -> str:
-    texts = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    text = next((text for text in texts if is_file(text)), None)
-    return " ".join(read_text(text).split()) if text else ""
+    for suffix in CAPTION_SUFFIXES:
+        text = image.with_suffix(suffix)
+        try:
+            return " ".join(decoded(text.read_bytes(), str(text)).split())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise InputError(f"{text}: cannot be read ({error.strerror})", f"ls -l {quote(str(text))}") from error
+    return ""

@@ -27,6 +27,7 @@ from controlnet.preprocessors.data.rows import caption_of
 from controlnet.preprocessors.errors import InputError, UsageError, reason
 from controlnet.preprocessors.files import scratch
 from controlnet.preprocessors.remote import fetch, is_url, place
+from controlnet.preprocessors.tars import forget
 from controlnet.preprocessors.weights import cache_folder
 
 IMAGE_COLUMNS = ("image", "target", "picture", "jpg", "png", "webp")
@@ -82,6 +83,7 @@ class TarShard:
             pairs, _ = pairs_in(path)
             yield [(str(pair.image).removeprefix(str(path.parent)), pair) for pair in pairs]
         finally:
+            forget(path)
             if coming is not None:
                 shutil.rmtree(path.parent, ignore_errors=True)
 

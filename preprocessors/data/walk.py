@@ -50,7 +50,7 @@ def look(folder: Path, is_data: Callable[[Path], bool], leave: tuple[Path, ...] 
                     seen.pictures.append(path)
             elif why := why_skipped(path):
                 seen.skipped.append(f"{path.relative_to(folder)} ({why})")
-    seen.pictures.sort()
+    seen.pictures.sort(key=lambda picture: picture.parts)
     return seen
 
 
