@@ -17,6 +17,7 @@ T = TypeVar("T")
 TRIES = 4
 """How often something is asked for over a network, with a growing pause between two tries."""
 CHUNK = 1 << 22
+CREDENTIALS = "credentials as its client finds them, such as AWS_ACCESS_KEY_ID; see fsspec's documentation"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _CLIENTS = {
     "s3": "s3fs",
@@ -52,9 +53,7 @@ def place(name: str) -> Path:
             f"{name}: {reason(error)}", "s3://, gs://, hf://, https://, or a path on this machine"
         ) from None
     except Exception as error:  # each client has its own types, for credentials that are missing for instance
-        raise InputError(
-            f"{name}: {reason(error)}", "the credentials of its client; see fsspec's documentation"
-        ) from error
+        raise InputError(f"{name}: {reason(error)}", CREDENTIALS) from error
 
 
 def _client(name: str) -> str:
@@ -123,11 +122,9 @@ def _tried(name: str, act: Callable[[], T], kind: type[ControlNetError] = InputE
             raise kind(f"{name}: no such file{why}", "look at the URL; a folder ends in /") from error
         except NotImplementedError:
             raise
-        except PermissionError as error:
-            raise kind(
-                f"{name}: {reason(error)}", "the credentials of its client; see fsspec's documentation"
-            ) from error
         except Exception as error:  # each client has its own types
+            if isinstance(error, PermissionError) or "redential" in type(error).__name__:
+                raise kind(f"{name}: {reason(error)}", CREDENTIALS) from error
             if number == TRIES:
                 raise kind(f"{name}: {reason(error)}, asked {TRIES} times", "the same command again") from error
             time.sleep(0.2 * 4**number)

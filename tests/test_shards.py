@@ -7,15 +7,16 @@ import sys
 import tarfile
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from controlnet.model.work import pool
+from controlnet.model.work import cluster, pool
 from controlnet.model.work.batch import Wanted, in_units, targets
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.studio import fail
-from controlnet.preprocessors.errors import Exit, OutputError, UsageError
+from controlnet.preprocessors.errors import Exit, ModelError, OutputError, UsageError
 from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.shards import MANIFEST, WHOLE, Shard, claim, parse_shard
 from hypothesis import given
@@ -295,6 +296,29 @@ def test_clusters_that_cannot_be_reached(run, jobs, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, err = run(*jobs, "x/", "--ray", "local")
     assert code == Exit.USAGE and "pip install 'controlnet-toolkit[ray]'" in err
+
+
+def test_a_cluster_that_asks_for_a_token_gets_it(monkeypatch, tmp_path):
+    """`ray start` asks for it where there is one; `ray.init` sends it only if it is told to."""
+    asked = []
+
+    def init(**_):
+        asked.append(os.environ.get("RAY_AUTH_MODE"))
+        if asked[-1] != "token":
+            raise ConnectionError("InvalidAuthToken")
+
+    config = SimpleNamespace(initialize=lambda text: None)
+    ray = SimpleNamespace(init=init, _raylet=SimpleNamespace(Config=config))
+    monkeypatch.setenv("RAY_AUTH_MODE", "x")  # so that it is put back
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ModelError, match="InvalidAuthToken") as error:
+        cluster._connect(ray, "auto")
+    assert asked == [None] and "RAY_AUTH_MODE=token" in error.value.hint
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("secret")
+    cluster._connect(ray, "auto")
+    assert asked == [None, None, "token"]
 
 
 @pytest.fixture

@@ -159,6 +159,24 @@ def test_what_cannot_be_written_is_said(photo, monkeypatch, capsys):
     assert "memory://nowhere/x.png: no such file" in capsys.readouterr().err
 
 
+class NoCredentialsError(Exception):
+    """As botocore has it."""
+
+
+@pytest.mark.parametrize("error", [NoCredentialsError("Unable to locate credentials"), PermissionError("Forbidden")])
+def test_missing_credentials_are_said_at_once(monkeypatch, error):
+    calls = []
+
+    def refused():
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(remote, "place", lambda name: SimpleNamespace(read_bytes=refused))
+    with pytest.raises(InputError, match=str(error)) as raised:
+        remote.read_url(f"{STORE}/a")
+    assert len(calls) == 1 and "credentials" in raised.value.hint
+
+
 def test_a_store_that_fails_for_a_moment_is_asked_again(monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
     write_file(remote.place(f"{STORE}/a"), b"1")

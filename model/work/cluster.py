@@ -18,6 +18,7 @@ from controlnet.preprocessors.errors import ModelError, UsageError, reason
 PATIENCE = 5.0
 """Seconds that a cluster gets to answer."""
 INSTALL = "pip install 'controlnet-toolkit[ray]'"
+HINT = "ray status; RAY_AUTH_MODE=token and the token if the cluster asks for one; or --ray local"
 
 
 def on_ray(items: list[Item], crew: Crew[Item, Result], address: str) -> Iterator[Result]:
@@ -34,24 +35,38 @@ def on_ray(items: list[Item], crew: Crew[Item, Result], address: str) -> Iterato
     try:
         yield from _in_order(ray, items, crew)
     except ray.exceptions.RayError as error:
-        raise ModelError(f"--ray {address}: {reason(error)}", "ray status; or --ray local") from error
+        raise ModelError(f"--ray {address}: {reason(error)}", HINT) from error
     finally:
         if here:
             ray.shutdown()
 
 
 def _connect(ray: Any, address: str) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "error"}
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host and port.isdecimal():
             socket.create_connection((host, int(port)), PATIENCE).close()  # Ray itself asks for minutes
-        if address == "local":
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
+        try:
+            _init(ray, address)
+        except Exception:
+            # A cluster that `ray start` begins where there is a token asks for it, and `ray.init` does not send it.
+            if address == "local" or "RAY_AUTH_MODE" in os.environ or not _has_token():
+                raise
+            os.environ["RAY_AUTH_MODE"] = "token"
+            ray._raylet.Config.initialize("")
+            _init(ray, address)
     except Exception as error:  # Ray raises a dozen types for a cluster that is gone, or of another version
-        raise ModelError(f"--ray {address}: {reason(error)}", "ray status; or --ray local") from error
+        raise ModelError(f"--ray {address}: {reason(error)}", HINT) from error
+
+
+def _init(ray: Any, address: str) -> None:
+    more = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level="error", **more)
+
+
+def _has_token() -> bool:
+    names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    return any(os.environ.get(name) for name in names) or (Path.home() / ".ray/auth_token").is_file()
 
 
 def _in_order(ray: Any, items: list[Item], crew: Crew[Item, Result]) -> Iterator[Result]:
