@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.data.pack import FORMS as PACKED
 from controlnet.preprocessors.data.pack import pack
 from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, Pairs, find_pairs, kind_of_pairs
+from controlnet.preprocessors.data.stream import find_data, is_stream
 from controlnet.preprocessors.errors import ControlNetError, Exit, OutputError, UsageError
 from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.geometry import parse_size
@@ -34,7 +36,7 @@ SHOWN = 3
 
 @app.command("check", help="Check every pair and make a contact sheet; exit code 3 when training would suffer.")
 def check(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder that `controlnet train` takes.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="What `train` takes; of shards the first pairs.")],
     kind: Annotated[str | None, typer.Option(help="The kind of condition. (default: taken from the data)")] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Contact sheet. (default: DATA-check.png beside DATA)")
@@ -44,13 +46,17 @@ def check(
 ) -> None:
     from controlnet.preprocessors.data.check import check_pairs, kind_or_unknown
 
-    found = find_pairs(data)
-    sheet = out or data.parent / f"{data.resolve().name}{SHEET_SUFFIX}"
-    name, unknown = kind_or_unknown(found, kind)
+    found = find_data(data)
+    place, name = Path(data).parent, Path(data).resolve().name
+    if is_stream(data):  # its folder is often not here
+        words = "-".join(Path(data).with_suffix("").parts[-2:])
+        place, name = Path(), re.sub(r"[^\w.]+", "-", words).strip("-.")
+    sheet = out or place / f"{name}{SHEET_SUFFIX}"
+    named, unknown = kind_or_unknown(found, kind)
     if unknown:
         warn(f"{unknown}; lines are not checked for polarity")
     with count_bar("checking", len(found.pairs), quiet) as on_pair:
-        counts, problems, previews = check_pairs(found, name, on_pair)
+        counts, problems, previews = check_pairs(found, named, on_pair)
     if previews:
         try:
             write_sheet(sheet, previews, 4)

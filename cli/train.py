@@ -98,15 +98,12 @@ def train(
     quiet: Quiet = False,
     settings: Settings = False,
 ) -> None:
-    from controlnet.preprocessors.data.pairs import find_pairs
-    from controlnet.preprocessors.data.stream import is_stream, open_stream
+    from controlnet.preprocessors.data.stream import find_data, is_stream
 
     if processes < 1:
         raise UsageError(f"--processes {processes}: expected 1 or more", "--processes 2")
     world = data == WORLD and not Path(data).is_dir()
-    found: Any = None
-    if not world:
-        found = open_stream(data) if is_stream(data) else find_pairs(Path(data))
+    found = None if world else find_data(data)
     main = int(os.environ.get("RANK", 0)) == 0  # of several processes, the one that writes
     if out is None and not resume and "RANK" in os.environ:
         raise UsageError("several processes, and each would number the run's folder", "-o runs/NAME names it")

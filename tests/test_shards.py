@@ -321,6 +321,16 @@ def test_a_cluster_that_asks_for_a_token_gets_it(monkeypatch, tmp_path):
     assert asked == [None, None, "token"]
 
 
+def test_a_cluster_of_another_version_is_named_with_both(monkeypatch):
+    def init(**_):
+        raise RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.50.0\nThis process:\n    Ray: 2.60.0"
+        )
+
+    with pytest.raises(ModelError, match=r"Version mismatch.*2\.50\.0.*2\.60\.0"):
+        cluster._connect(SimpleNamespace(init=init), "local")
+
+
 @pytest.fixture
 def photo_folder(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -197,6 +197,13 @@ def test_the_command_takes_streams(shards, config, tmp_path, capsys):
     assert [row["step"] for row in log_of(tmp_path / "run") if "control_gap" in row]
 
 
+def test_a_stream_is_checked_by_its_first_pairs(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("dataset", "check", f"{shards}/*.tar") == 0
+    assert "12 pairs, form webdataset, kind depth" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [f"{shards.name}-check.png"]
+
+
 def test_shards_come_from_a_server_and_leave_no_trace(shards, server, tmp_path, monkeypatch):
     monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path))
     url, handler = server
@@ -251,6 +258,26 @@ def test_a_missing_package_is_named(monkeypatch, shards):
             with pytest.raises(UsageError) as error:
                 _ = open_stream(str(shards.parent / name) if "://" not in name else name).pairs
         assert "pip install 'controlnet-toolkit[" in error.value.hint
+
+
+def test_a_data_set_of_the_hub_is_streamed_by_its_name(pairs_folder, tmp_path, monkeypatch):
+    """Here the library finds Parquet files of this machine under that name."""
+    import datasets
+
+    pack(find_pairs(pairs_folder), tmp_path, "parquet", "depth", 5)
+    asked, load = [], datasets.load_dataset
+
+    def loaded(path, split, streaming):
+        asked.append((path, split, streaming))
+        return load(str(tmp_path), split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    stream = open_stream("hf://datasets/someone/depths")
+    assert asked == [("someone/depths", "train", True)] and stream.form == "datasets"
+    assert len(stream.shards) == 3 and len(stream.pairs) == 12
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: 1 / 0)
+    with pytest.raises(InputError, match="hf://datasets/someone/depths: division by zero"):
+        open_stream("hf://datasets/someone/depths")
 
 
 def test_a_cut_tar_and_a_table_without_pictures(tmp_path, shards):

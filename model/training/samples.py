@@ -25,7 +25,6 @@ from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.data.check import same_aspect
 from controlnet.preprocessors.data.mirror import cut_condition, flip_condition, flip_words
 from controlnet.preprocessors.data.pair import Pair
-from controlnet.preprocessors.data.stream import is_stream
 from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
@@ -296,8 +295,6 @@ def _array(row: Tensor | None) -> np.ndarray:
 
 def check_command(folder: Path | str, kind: str) -> str:
     """The command that checks training data."""
-    if is_stream(str(folder)):
-        return "controlnet dataset check FOLDER, with some of the shards in it"
     return f"controlnet dataset check {quote(str(folder))}" + (f" --kind {quote(kind)}" if kind else "")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.model.work.crew import Crew, Item, Result
-from controlnet.preprocessors.errors import ModelError, UsageError, reason
+from controlnet.preprocessors.errors import ModelError, UsageError
 
 PATIENCE = 5.0
 """Seconds that a cluster gets to answer."""
@@ -35,7 +35,7 @@ def on_ray(items: list[Item], crew: Crew[Item, Result], address: str) -> Iterato
     try:
         yield from _in_order(ray, items, crew)
     except ray.exceptions.RayError as error:
-        raise ModelError(f"--ray {address}: {reason(error)}", HINT) from error
+        raise ModelError(f"--ray {address}: {_told(error)}", HINT) from error
     finally:
         if here:
             ray.shutdown()
@@ -56,12 +56,17 @@ def _connect(ray: Any, address: str) -> None:
             ray._raylet.Config.initialize("")
             _init(ray, address)
     except Exception as error:  # Ray raises a dozen types for a cluster that is gone, or of another version
-        raise ModelError(f"--ray {address}: {reason(error)}", HINT) from error
+        raise ModelError(f"--ray {address}: {_told(error)}", HINT) from error
 
 
 def _init(ray: Any, address: str) -> None:
     more = {"include_dashboard": False} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level="error", **more)
+
+
+def _told(error: Exception) -> str:
+    """What Ray says, in one line; where versions differ, it says which in several."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _has_token() -> bool:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from controlnet.preprocessors.data.pairs import Pair, Pairs, kind_of_pairs
+from controlnet.preprocessors.data.stream import Stream
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.images import read_image
 from controlnet.preprocessors.sheet import Cell
 
 SHOWN = 24
@@ -43,7 +44,7 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
     problems: list[Problem] = []
     name = str(pair.image)
     try:
-        image, _ = read_image(read_bytes(name), name)
+        image, _ = read_image(pair.read(pair.image), name)
     except InputError as error:
         return [Problem("error", "corrupt picture", str(error))], "", None, None
     digest = hashlib.sha256(image.tobytes()).hexdigest()
@@ -53,7 +54,7 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
     if pair.condition is not None:
         where = str(pair.condition)
         try:
-            condition, _ = read_image(read_bytes(where), where)
+            condition, _ = read_image(pair.read(pair.condition), where)
         except InputError as error:
             return [*problems, Problem("error", "corrupt condition", str(error))], digest, image.shape[1::-1], preview
         preview = np.concatenate([fit(one, (128, 128), "pad") for one in (image, condition)], 1)
@@ -71,7 +72,7 @@ def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, whe
         yield Problem("error", "another aspect", f"{where}: {width}x{height} for a picture of {size[0]}x{size[1]}")
 
 
-def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dict, list[Problem], list[Cell]]:
+def check_pairs(found: Pairs | Stream, kind: str, on_pair=lambda done: None) -> tuple[dict, list[Problem], list[Cell]]:
     """(counts, problems, up to 24 previews with what is said of them) of a whole data set. Pairs with an error are
     shown first."""
     problems = [Problem("warning", "missing file", name) for name in found.missing]
@@ -113,7 +114,7 @@ def check_pairs(found: Pairs, kind: str, on_pair=lambda done: None) -> tuple[dic
     return counts, problems, (bad + good)[:SHOWN]
 
 
-def kind_or_unknown(found: Pairs, kind: str | None) -> tuple[str, str]:
+def kind_or_unknown(found: Pairs | Stream, kind: str | None) -> tuple[str, str]:
     """The kind of a data set's conditions, and '' or why nobody can tell it."""
     try:
         return kind_of_pairs(found, kind or "")[0], ""

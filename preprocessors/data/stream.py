@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from controlnet.preprocessors.data.forms import CONDITION_COLUMNS, pairs_in
-from controlnet.preprocessors.data.pair import HeldPair, Pair
+from controlnet.preprocessors.data.pair import HeldPair, Pair, Pairs
+from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.data.rows import caption_of
 from controlnet.preprocessors.errors import InputError, UsageError, reason
 from controlnet.preprocessors.files import scratch
@@ -209,6 +210,12 @@ def _kept(one: tuple[str, Pair]) -> tuple[str, Pair]:
 def is_stream(name: str) -> bool:
     """Whether a name of training data means a stream: a URL, a pattern of shards, or one shard."""
     return is_url(name) or (name.endswith((".tar", ".parquet")) and not Path(name).is_dir())
+
+
+def find_data(name: str) -> Pairs | Stream:
+    """The training data behind a name: a stream, or what lies in a folder. Raises as `open_stream` and `find_pairs`
+    do."""
+    return open_stream(name) if is_stream(name) else find_pairs(Path(name))
 
 
 def open_stream(name: str) -> Stream:
