@@ -90,7 +90,7 @@ def build(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of photos, captions in .txt or metadata.")],
     out_: Annotated[
         str,
-        typer.Option("-o", "--out", help="Folder of the data set; what is there already is kept. With --to, or a URL."),
+        typer.Option("-o", "--out", help="Folder of the data set, with --to also a URL. What is there is kept."),
     ],
     kind: Annotated[str, typer.Option(help="The kind of condition; its default detector makes it.")] = "canny",
     set_: Annotated[

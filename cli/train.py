@@ -41,7 +41,8 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder of photos (captions in .txt or metadata.jsonl) or of pairs; or `world`, the built-in scenes.",
+        help="A folder of photos (captions in .txt or metadata.jsonl) or of pairs; shards: 'd/{000..999}.tar', "
+        "URLs, '*.parquet', hf://datasets/USER/NAME; or `world`, the built-in scenes.",
     ),
 ]
 Kind = Annotated[
