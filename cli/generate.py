@@ -89,7 +89,7 @@ PARAMETERS = [
 ]  # fmt: skip
 
 
-LATER = {"--init": "a picture as a start", "--mask": "inpainting", "--lora": "LoRA", "--embedding": "textual inversion"}
+LATER = {"--mask": "inpainting", "--lora": "LoRA", "--embedding": "textual inversion"}
 """Flags that people try, and what they are for; not supported yet."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from controlnet.model.control.prompt import Prompt
@@ -134,6 +135,16 @@ class Base:
         with self.at_work(self.vae):
             encoded = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
         return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
+
+    def latent_of(self, picture: np.ndarray) -> Tensor:
+        """z_0 (1, C, h, w) float32 of a picture (H, W, 3) uint8: the mean of the VAE's posterior."""
+        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32) / 127.5 - 1
+        moments = self.encode_image(x).float()
+        if not torch.isfinite(moments).all() and self.vae.dtype == torch.float16:
+            nn.Module.to(self.vae, torch.float32)  # as in `decode`
+            moments = self.encode_image(x)
+        z0 = moments[:, : self.vae.config.latent_channels]
+        return (z0 - self.shift) * self.scale
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """z_0 (B, C, h, w), scaled as the UNet sees it, drawn from moments with standard normal noise of z_0's

@@ -301,7 +301,7 @@ def test_a_photo_is_detected_at_the_aspect_of_the_canvas(run, common, tmp_path, 
 
 
 @pytest.mark.parametrize("args, said", [
-    (["--init", "a.png"], "a picture as a start is not supported yet"), (["--lora=x"], "LoRA is not supported"),
+    (["--init", "a.png"], "a.png: no such file"), (["--lora=x"], "LoRA is not supported"),
     (["-p", "x", "--base", "sdxll"], "--base sdxl"), (["-p", "x", "--base", "sd15x"], "--base sd15"),
     (["--cond", "photo.png"], "detect=canny"), (["--cond", "map.canny.png,region=none.png"], "none.png: no such file"),
     (["-p", "x", "--size", "8"], "8 pixels, expected 64 to 8192"), (["-p", "x", "--size", "100"], "a multiple of 8"),

@@ -20,7 +20,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
-from controlnet.model.sampling.starts import FromNoise
+from controlnet.model.sampling.starts import FromNoise, FromPicture
 from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
@@ -47,6 +47,8 @@ class Request:
     prompt2: str | None = None
     """The prompt of a second text encoder; None: the same."""
     negative2: str | None = None
+    init: np.ndarray | None = None
+    """A picture to start from, (H, W, 3) uint8 on the canvas. All requests have one, or none has."""
 
     @property
     def texts(self) -> Texts:
@@ -66,6 +68,8 @@ class Encoded:
     features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
     """The key is the `id` of network and condition. The condition is kept with its feature, so that Python gives its
     `id` to no other."""
+    latents: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+    """Of pictures to start from; the key is the `id` of VAE and picture."""
 
     def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int) -> None:
         """Encode the texts that are new, and forget the prompts of all others."""
@@ -90,6 +94,16 @@ class Encoded:
                     kept[key] = self.features.get(key) or (condition, net.prepare(_input(condition, base)))
         self.features = kept
 
+    def encode_pictures(self, base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
+        """z_0 (B, C, h, w) of pictures, float32: the mean of what the VAE says. Those of other pictures are
+        forgotten."""
+        kept: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = {}
+        for picture in pictures:
+            key = id(base.vae), id(picture)
+            kept[key] = kept.get(key) or self.latents.get(key) or (picture, base.latent_of(picture))
+        self.latents = kept
+        return torch.cat([kept[id(base.vae), id(picture)][1] for picture in pictures])
+
     def feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Tensor:
         """The features (B, C, h, w) of B conditions, or (1, C, h, w) when all images share one."""
         features = [self.features[id(net), id(condition)][1] for condition in conditions]
@@ -110,13 +124,14 @@ def generate(
     batch: int = BATCH,
     clip_skip: int = 0,
     ids: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; up to rounding, no image depends on the others.
 
     `size` is (width, height) in pixels. `size`, `guidance`, `scheduler` and the halves of the guidance that control
     acts on default to the base's own. `clip_skip` is the number of layers left out at the end of the text encoders.
-    `on_step` is called with the number of images made, fractions included. Raises ModelError when the latents are not
-    finite."""
+    `strength` is the share of the schedule that is made where the requests start from pictures. `on_step` is called
+    with the number of images made, fractions included. Raises ModelError when the latents are not finite."""
     guidance = base.guidance if guidance is None else guidance
     width, height = size or (base.native_size, base.native_size)
     shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
@@ -141,6 +156,10 @@ def generate(
 
         # All of them at once, each from its own noise.
         start = FromNoise.seeded([r.seed for r in group], shape)
+        pictures = [r.init for r in group if r.init is not None]
+        if pictures:
+            z0 = encoded.encode_pictures(base, pictures)
+            start = FromPicture(start.noise, start.generators, z0, strength)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):

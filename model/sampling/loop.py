@@ -17,7 +17,7 @@ from controlnet.model.control.net import Net
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.unet import embed_times, predict
-from controlnet.model.sampling.starts import Start
+from controlnet.model.sampling.starts import Start, times_from
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
@@ -34,10 +34,11 @@ class ActiveNet:
     """Of its condition, for networks that tell types apart."""
 
 
-def count_evaluations(scheduler: SchedulerMixin, steps: int) -> int:
-    """How often the UNet is evaluated in so many steps. Windows and schedules count evaluations."""
+def count_evaluations(scheduler: SchedulerMixin, steps: int, strength: float = 1.0) -> int:
+    """How often the UNet is evaluated in so many steps, of which a start from a picture makes the share `strength`.
+    Windows and schedules count evaluations."""
     scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
+    return len(times_from(scheduler, strength))
 
 
 def passes_of(controls: Sequence[ActiveNet]) -> list[list[ActiveNet]]:
@@ -69,7 +70,7 @@ def sample(
     `prompt` has B rows, `negative` B or one. `on_step` is called with the number of evaluations done and of all. For
     the other arguments see `Evaluation`."""
     scheduler.set_timesteps(steps, device=unet.device)
-    times = scheduler.timesteps
+    times = start.times(scheduler)
     options = {"generator": start.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     evaluate = Evaluation(unet, times.to(unet.device), prompt, negative, controls, guidance, halves_apart)
     z = start.first(scheduler, unet.device)  # (B, C, h, w)

@@ -1,4 +1,4 @@
-"""Where sampling begins, and what a start does at each step. There is one start so far: noise."""
+"""Where sampling begins, and what a start does at each step: from noise, or from a picture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ class Start(Protocol):
     generators: list[torch.Generator] | None
     """One per image, for schedulers that add noise at each step."""
 
+    def times(self, scheduler: SchedulerMixin) -> Tensor:
+        """The timesteps that are made, of a scheduler whose timesteps are set; it is told where they begin."""
+
     def first(self, scheduler: SchedulerMixin, device: torch.device) -> Tensor:
-        """z (B, C, h, w) at the first timestep of a scheduler whose timesteps are set."""
+        """z (B, C, h, w) at the first of these timesteps."""
 
     def model_input(self, z_t: Tensor) -> Tensor:
         """The UNet's input (B, C', h, w), from a scaled z_t."""
@@ -41,6 +44,9 @@ class FromNoise:
         noise = [torch.randn((1, *shape), generator=generator) for generator in generators]
         return cls(torch.cat(noise), generators)
 
+    def times(self, scheduler: SchedulerMixin) -> Tensor:
+        return scheduler.timesteps
+
     def first(self, scheduler: SchedulerMixin, device: torch.device) -> Tensor:
         return self.noise.to(device) * scheduler.init_noise_sigma
 
@@ -49,3 +55,29 @@ class FromNoise:
 
     def after(self, z: Tensor, done: int) -> Tensor:
         return z
+
+
+def times_from(scheduler: SchedulerMixin, strength: float) -> Tensor:
+    """The last timesteps of a scheduler whose timesteps are set: of its steps the share `strength`, rounded down. Empty
+    if that is none (diffusers' img2img pipelines, `get_timesteps`)."""
+    steps = scheduler.num_inference_steps
+    skipped = (steps - min(int(steps * strength), steps)) * scheduler.order
+    if skipped and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return scheduler.timesteps[skipped:]
+
+
+@dataclass
+class FromPicture(FromNoise):
+    """Image to image (SDEdit, arXiv 2108.01073): latents z_0 (B, C, h, w) of pictures, noised to where the last share
+    `strength` of the schedule begins."""
+
+    z0: Tensor = field(default_factory=lambda: torch.empty(0))
+    strength: float = 1.0
+
+    def times(self, scheduler: SchedulerMixin) -> Tensor:
+        return times_from(scheduler, self.strength)
+
+    def first(self, scheduler: SchedulerMixin, device: torch.device) -> Tensor:
+        begin = self.times(scheduler)[:1].to(device)
+        return scheduler.add_noise(self.z0.to(device, self.noise.dtype), self.noise.to(device), begin)

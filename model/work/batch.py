@@ -21,6 +21,8 @@ from controlnet.preprocessors.remote import is_url, place
 
 TOGETHER = 4
 """How many images are sampled together. It bounds the memory; no image depends on it but for rounding."""
+START = -1
+"""The place of the picture to start from, before the conditions."""
 EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
 
 
@@ -95,40 +97,39 @@ def _check_text(line: str) -> None:
 
 
 def spread(job: Job) -> list[Job]:
-    """A job for each picture, if a condition is a folder of them. The pictures of several folders are paired by name,
-    without the kind. Raises InputError for a folder without pictures, and for a picture without its partner in another
-    folder."""
+    """A job for each picture, if a condition or the picture to start from is a folder of them. The pictures of several
+    folders are paired by name, without the kind. Raises InputError for a folder without pictures, and for a picture
+    without its partner in another folder."""
     from controlnet.preprocessors.images import suffixes
 
-    folders = [(k, flag) for k, flag in enumerate(job.cond) if flag.path != "-" and is_dir(flag.path)]
+    paths: dict[int, str] = {k: flag.path for k, flag in enumerate(job.cond)}
+    paths |= {START: job.init} if job.init is not None else {}
+    folders = [(k, path) for k, path in paths.items() if path != "-" and is_dir(path)]
     if not folders:
         return [job]
 
     # The pictures of each folder by name; all folders must have the same names.
     found: list[dict[str, str]] = []
-    for _, flag in folders:
-        paths = sorted(p for p in place(flag.path).iterdir() if p.suffix.lower() in suffixes())
-        stems = {stem_of(str(p)): str(p) for p in paths}
+    for _, folder in folders:
+        pictures = sorted(p for p in place(folder).iterdir() if p.suffix.lower() in suffixes())
+        stems = {stem_of(str(p)): str(p) for p in pictures}
         if not stems:
-            raise InputError(
-                f"{flag.path}: the folder holds no pictures", f"controlnet detect canny PHOTOS -o {flag.path}"
-            )
-        if len(stems) < len(paths):
-            raise InputError(f"{flag.path}: holds several maps of one photo", "a folder for each kind")
+            raise InputError(f"{folder}: the folder holds no pictures", f"controlnet detect canny PHOTOS -o {folder}")
+        if len(stems) < len(pictures):
+            raise InputError(f"{folder}: holds several maps of one photo", "a folder for each kind")
         found.append(stems)
         if lacking := sorted(found[0].keys() ^ stems.keys()):
             raise InputError(
-                f"{folders[0][1].path} and {flag.path}: {lacking[0]} is in one and not in the other",
+                f"{folders[0][1]} and {folder}: {lacking[0]} is in one and not in the other",
                 "give both folders maps of the same names",
             )
 
     # A job for each name.
     jobs = []
     for stem in found[0]:
-        flags = list(job.cond)
-        for (k, flag), stems in zip(folders, found, strict=True):
-            flags[k] = replace(flag, path=stems[stem])
-        jobs.append(replace(job, cond=tuple(flags)))
+        own = paths | {k: stems[stem] for (k, _), stems in zip(folders, found, strict=True)}
+        flags = tuple(replace(flag, path=own[k]) for k, flag in enumerate(job.cond))
+        jobs.append(replace(job, cond=flags, init=own.get(START)))
     return jobs
 
 

@@ -28,6 +28,9 @@ from controlnet.preprocessors.kinds import KINDS
 from controlnet.preprocessors.metadata import kind_of, size_of, text_of
 from controlnet.preprocessors.tars import MARK, is_member
 
+INIT = "@init"
+"""A condition's path that means the picture to start from."""
+STRENGTH = 0.6
 MAX_NUM = 10_000
 MAX_SIDE = 100_000
 MAX_STEPS = 999  # schedulers with an offset of one step have no more
@@ -116,6 +119,10 @@ def _conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
     return tuple(text if isinstance(text, ConditionFlag) else parse_condition(text) for text in texts)
 
 
+def _of_init(flag: ConditionFlag, init: str) -> ConditionFlag:
+    return replace(flag, path=init) if flag.path == INIT else flag
+
+
 def _weighting(name: str, value: Any) -> str | tuple[float, ...]:
     return value if isinstance(value, tuple) else parse_weighting("--weighting", str(value))
 
@@ -158,6 +165,10 @@ class Job:
     """Another VAE than the base's own: a folder, a single file, or a hub id."""
     size: tuple[int, int] | None = option(None, _size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
+    init: str | None = option(None, _text, shared=False)
+    """A picture to start from, or a folder of them; `--cond @init,detect=KIND` takes its condition from it."""
+    strength: float | None = option(None, _number, float)
+    """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6)"""
     original_size: tuple[int, int] | None = option(None, _told_size)
     """What SDXL is told of the original picture's size, WIDTHxHEIGHT. (default: the canvas)"""
     crop: tuple[int, int] | None = option(None, _point, str, metavar="LEFT,TOP")
@@ -181,12 +192,12 @@ class Job:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, option.read(name, value))
 
-        for name in ("prompt2", "negative2", "vae"):  # as diffusers has it, and empty cells of CSV files
+        for name in ("prompt2", "negative2", "vae", "init"):  # as diffusers has it, and empty cells of CSV files
             if getattr(self, name) == "":
                 object.__setattr__(self, name, None)
 
         # What each value must be.
-        if not self.cond and not self.prompt:
+        if not self.cond and not self.prompt and self.init is None:
             raise UsageError(
                 "nothing to go by: neither --cond nor --prompt",
                 'controlnet generate --cond map.canny.png --prompt "..."',
@@ -206,6 +217,7 @@ class Job:
                     f"--{flag} {value}: expected one of {', '.join(known)}", f"--{flag} {(near or list(known))[0]}"
                 )
 
+        self._check_start()
         if not 0 <= self.clip_skip <= 30:
             raise UsageError(f"--clip-skip {self.clip_skip}: expected 0 to 30", "--clip-skip 1")
         for flag in ("prompt", "negative", "prompt2", "negative2"):
@@ -214,6 +226,28 @@ class Job:
                 text.encode()
             except UnicodeEncodeError:
                 raise UsageError(f"--{flag} {text!r}: not UTF-8", "locale tells the terminal's own coding") from None
+
+    def _check_start(self) -> None:
+        """Raises UsageError for a strength that cannot be, or that leaves nothing to sample."""
+        if self.init is None:
+            if self.strength is not None:
+                raise UsageError(f"--strength {self.strength:g} without --init", "--init photo.jpg --strength 0.6")
+            if any(flag.path == INIT for flag in self.cond):
+                raise UsageError(f"--cond {INIT} without --init", f"--init photo.jpg --cond {INIT},detect=canny")
+            return
+        object.__setattr__(self, "cond", tuple(_of_init(flag, self.init) for flag in self.cond))
+        if not 0 < self.strength_or_default <= 1:
+            raise UsageError(f"--strength {self.strength:g}: expected a number above 0 and up to 1", "--strength 0.6")
+        if int(self.steps * self.strength_or_default) == 0:
+            least = math.ceil(100 / self.steps) / 100
+            raise UsageError(
+                f"--strength {self.strength_or_default:g} of {self.steps} steps leaves none to make",
+                f"--strength {least:g}, or more --steps",
+            )
+
+    @property
+    def strength_or_default(self) -> float:
+        return STRENGTH if self.strength is None else self.strength
 
     @property
     def acts_on(self) -> str | None:
@@ -234,6 +268,7 @@ class Job:
             size=size,
             guidance=base.guidance if self.guidance is None else self.guidance,
             control_on=self.acts_on or base.control_on,
+            strength=None if self.init is None else self.strength_or_default,
         )
 
     def record(self) -> dict[str, Any]:
@@ -250,11 +285,12 @@ class Job:
         return json.dumps([getattr(self, name) for name in OPTIONS], default=str)
 
     def looks(self) -> str:
-        """What tells, without a model, which images can be made together: flags, and the size of the first condition's
-        picture where it decides the canvas."""
+        """What tells, without a model, which images can be made together: flags, and the size of the picture that
+        decides the canvas, if one does."""
         acts = [replace(flag, path="", weighting=str(flag.weighting)) for flag in self.cond]
-        size = size_of(self.cond[0].path) if self.cond and self.size is None else None
-        return self.shared() + repr([acts, self.mode, self.weighting, size])
+        shown = self.init or (self.cond[0].path if self.cond else None)
+        size = size_of(shown) if shown and self.size is None else None
+        return self.shared() + repr([acts, self.mode, self.weighting, size, self.init is None])
 
     def seeded(self, fixed: bool = False) -> Job:
         """The job with a seed if it has none: random, or `fixed` by what is asked for."""
@@ -267,7 +303,7 @@ class Job:
     def stem(self) -> str:
         """The stem of its images' file names: the first condition's without its kind, so that no image is later taken
         for a map."""
-        return stem_of(self.cond[0].path) if self.cond else "image"
+        return stem_of(self.cond[0].path) if self.cond else stem_of(self.init) if self.init else "image"
 
 
 def stem_of(path: str) -> str:
@@ -316,6 +352,8 @@ def check_names(job: Job) -> None:
     check_base_name(job.base)
     if job.scheduler is not None:
         check_scheduler_name(job.scheduler)
+    if job.init is not None and not (exists(job.init) or is_member(job.init)):
+        raise InputError(f"{job.init}: no such file", f"ls {quote(str(Path(job.init).parent))}")
     for flag in job.cond:
         for path in filter(None, (flag.path, flag.region)):
             if path != "-" and not (exists(path) or is_member(path)):

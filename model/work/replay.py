@@ -93,7 +93,7 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """How two records differ in models, conditions and machine, one line each."""
     found = []
-    for name in ("base_sha256", "vae_sha256", "device", "dtype", "threads", "low_memory", "batch"):
+    for name in ("base_sha256", "vae_sha256", "init_sha256", "device", "dtype", "threads", "low_memory", "batch"):
         if (before.get(name) or None) != (after.get(name) or None):
             found.append(f"{name}: {before.get(name)}, now {after.get(name)}")
     for name, version in after["versions"].items():
@@ -121,6 +121,8 @@ def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
         if record["scheduler"] not in SCHEDULERS:  # the class name of the base's own scheduler
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
+        if values.get("init"):
+            values["init"] = _beside(values["init"], image.path)
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error
@@ -130,7 +132,7 @@ _RECORD: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "negative": (str, type(None)), "steps": (int,), "guidance": (int, float), "base": (str,),
     "size": (list,), "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)),
     "control_on": (str, type(None)), "device": (str, type(None)), "dtype": (str, type(None)),
-    "versions": (dict, type(None)),
+    "versions": (dict, type(None)), "init": (str, type(None)), "strength": (int, float, type(None)),
 }  # fmt: skip
 _CONDITION: dict[str, tuple[type, ...]] = {
     "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),
@@ -152,9 +154,7 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
     path = moved or condition["path"]
     if path == "-":
         raise InputError(f"{image}: its condition came from standard input", f"controlnet replay {image} --cond MAP")
-    beside = image.parent / Path(path).name
-    if not is_file(path) and is_file(beside):
-        path = str(beside)
+    path = _beside(path, image)
     scale, detect = condition["scale"], condition.get("detect") or {}
     return ConditionFlag(
         path,
@@ -167,6 +167,12 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
         parse_weighting("weighting", condition.get("weighting") or "uniform"),
         condition.get("region"),
     )
+
+
+def _beside(path: str, image: Path) -> str:
+    """A file where it was, or beside the image if it lies there now."""
+    beside = image.parent / Path(path).name
+    return str(beside) if not is_file(path) and is_file(beside) else path
 
 
 def _batch(record: dict[str, Any]) -> tuple[int, int]:

@@ -45,6 +45,7 @@ from controlnet.preprocessors.detectors.registry import Ready, find_detector
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, UsageError
 from controlnet.preprocessors.files import whole_path
+from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
 from controlnet.preprocessors.kinds import kind_named
@@ -89,6 +90,8 @@ class Prepared:
     base: Base
     encoded: Encoded
     acting: list[ActiveCondition]
+    init: np.ndarray | None
+    """The picture to start from, on the canvas."""
     shared: str
     record: dict[str, Any]
 
@@ -97,7 +100,7 @@ class Prepared:
         maps = tuple(one.map for one in self.acting)
         job = self.job
         types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in self.acting)
-        return Request(job.prompt, self.wanted.seed, maps, types, job.negative, job.prompt2, job.negative2)
+        return Request(job.prompt, self.wanted.seed, maps, types, job.negative, job.prompt2, job.negative2, self.init)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -136,6 +139,7 @@ class Studio:
         self.picture = lru_cache(8)(self._picture)
         self.placed = lru_cache(8)(self._placed)
         self.region = lru_cache(8)(self._region)
+        self.start = lru_cache(8)(self._start)
         self.told: set[str] = set()
 
     def make(
@@ -202,6 +206,7 @@ class Studio:
             batch=TOGETHER,
             clip_skip=job.clip_skip,
             ids=first.base.size_ids(job.size or (0, 0), job.original_size, job.crop or (0, 0), job.target_size),
+            strength=job.strength_or_default,
         )
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
             yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
@@ -226,13 +231,15 @@ class Studio:
         self._say_distilled(one.job, base)
         self._check_words(base, one.job)
         check_memory(base, size, self.low_memory)
-        evaluations = count_evaluations(scheduler, one.job.steps)
+        evaluations = count_evaluations(scheduler, one.job.steps, one.job.strength_or_default if one.job.init else 1.0)
 
         # The conditions on the canvas, each with its ControlNet.
         job = one.job.settled(base, size)
         acting = [self._acting(job, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
         for flag, at_work in zip(job.cond, acting, strict=True):
             check_window(flag, at_work.strength, evaluations)
+
+        init, init_hash = self.start(job.init, size) if job.init else (None, None)
 
         # What is recorded, and what images made together must share.
         entries = [at_work.entry for at_work in acting]
@@ -242,6 +249,7 @@ class Studio:
             "base_sha256": model_hash(base.path),
             "vae_sha256": model_hash(base.vae_path) if base.vae_path else None,
             "conditions": entries,
+            "init_sha256": init_hash,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": versions(),
@@ -249,7 +257,8 @@ class Studio:
             "low_memory": self.low_memory,
             "seed": one.seed,
         }
-        return Prepared(one, job, base, encoded, acting, job.shared() + json.dumps(acts, sort_keys=True), record)
+        shared = job.shared() + json.dumps(acts, sort_keys=True)
+        return Prepared(one, job, base, encoded, acting, init, shared, record)
 
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
@@ -289,9 +298,15 @@ class Studio:
         base, _ = self.base_for(job)
         size = job.size
         if size is None:
-            first = self.picture(job.cond[0].path)[0] if job.cond else None
+            shown = job.init or (job.cond[0].path if job.cond else None)
+            first = self.picture(shown)[0] if shown else None
             size = canvas_size(base, (first.shape[1], first.shape[0]) if first is not None else None)
         return size, [self.condition(flag, size if flag.detect else None) for flag in job.cond]
+
+    def _start(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+        """The picture to start from, on the canvas: its middle, (H, W, 3) uint8; and the sha256 of its file."""
+        picture, _, digest = self.picture(path)
+        return fit(picture, size, "crop"), digest
 
     def _picture(self, path: str) -> tuple[np.ndarray, dict[str, str], str]:
         """(image, its PNG text, its bytes' sha256) of a picture file."""
