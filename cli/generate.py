@@ -89,7 +89,7 @@ PARAMETERS = [
 ]  # fmt: skip
 
 
-LATER = {"--mask": "inpainting", "--lora": "LoRA", "--embedding": "textual inversion"}
+LATER = {"--lora": "LoRA", "--embedding": "textual inversion"}
 """Flags that people try, and what they are for; not supported yet."""
 
 
@@ -216,7 +216,7 @@ def _jobs(path: str | None, defaults: dict[str, Any], failed: _Failures, part: S
         job = make_job({}, defaults)
         check_names(job)
         alone = spread(job)
-        return [(job.cond[0].path if len(alone) > 1 else "", job) for job in alone]
+        return [(job.shown or "" if len(alone) > 1 else "", job) for job in alone]
     jobs: list[tuple[str, Job]] = []
     for name, given in read_jobs_file(path):
         try:

@@ -118,6 +118,15 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
         raise InputError(f"{name}: {what} ({reason(error)})", f"file {name}") from error
 
 
+def alpha_of(data: bytes) -> np.ndarray | None:
+    """How opaque a picture's pixels are, (H, W) uint8, turned as `read_image` turns it; None if it has no such
+    channel."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return None
+    return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) of a picture as `read_image` decodes it, from its header; (1, 1) for one that is none."""
     try:

@@ -181,3 +181,137 @@ def test_a_folder_of_starts_goes_with_a_folder_of_maps(photos):
     assert [(job.init, job.cond[0].path) for job in jobs] == [
         (f"photos/{i}.png", f"maps/{i}.canny.png") for i in range(3)
     ]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_parity_with_diffusers_inpainting(small_base_folder, condition, scheduler, strength, monkeypatch):
+    """Latents in float64, a mask of whole latent cells, 10 steps, guidance 7.5."""
+    import diffusers.pipelines.controlnet.pipeline_controlnet_inpaint as module
+    from controlnet.model.sampling.starts import InMask
+    from diffusers import StableDiffusionControlNetInpaintPipeline
+
+    folder = small_base_folder
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    net = load_controlnet(folder / "net", torch.float64)
+    theirs_net = ControlNetModel.from_pretrained(folder / "net").double()
+    pipeline = StableDiffusionControlNetInpaintPipeline.from_pretrained(
+        folder / "base", controlnet=theirs_net, safety_checker=None
+    ).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    picture = np.random.default_rng(3).integers(0, 255, (64, 64, 3), np.uint8)
+    mask = np.zeros((64, 64), bool)
+    mask[16:40, 8:48] = True
+    noise = FromNoise.seeded([5], (4, 8, 8))
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise.noise.double())
+    monkeypatch.setattr(module, "retrieve_latents", lambda encoded, generator=None: encoded.latent_dist.mean)
+    hint = condition_tensor(condition)[None].double()
+    with torch.no_grad():
+        theirs = pipeline(
+            PROMPT, image=condition_tensor(picture)[None], mask_image=torch.from_numpy(mask)[None, None].float(),
+            control_image=hint, strength=strength, generator=noise.generators[0], guidance_scale=7.5,
+            num_inference_steps=10, controlnet_conditioning_scale=0.8, output_type="latent", height=64, width=64,
+        ).images  # fmt: skip
+        again = FromNoise.seeded([5], (4, 8, 8))
+        cells = torch.from_numpy(mask[::8, ::8]).double()[None, None]
+        z0 = base.latent_of(picture).double()
+        start = InMask(again.noise.double(), again.generators, z0, strength, cells)
+        prompt, negative = (base.encode_text([text]).to(torch.float64) for text in (PROMPT, ""))
+        controls = [ActiveNet(net, net.prepare(hint), Strength(0.8))]
+        ours = sample(base.unet, make_scheduler(base.scheduler, scheduler), start, prompt, negative, controls, 10, 7.5)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.std()  # the picture is float32 on their way to the VAE
+    outside = cells.expand_as(ours) == 0
+    assert torch.allclose(ours[outside], z0[outside], atol=1e-12) and not torch.allclose(ours, z0, atol=0.1)
+
+
+def ellipse(height, width):
+    y, x = np.mgrid[:height, :width]
+    return (((x / width - 0.4) ** 2 + (y / height - 0.5) ** 2) < 0.06).astype(np.uint8) * 255
+
+
+@given(st.integers(60, 140), st.integers(60, 140), st.integers(0, 12))
+def test_what_is_not_made_anew_stays_byte_for_byte(height, width, feather):
+    from controlnet.model.work.paint import Painting, _feathered
+
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (height, width, 3), np.uint8)
+    anew = ellipse(height, width) > 0
+    painting = Painting(photo, _feathered(anew, feather), "")
+    canvas, touched = painting.on_canvas((64, 96))
+    assert canvas.shape == (96, 64, 3) and touched.shape == (96, 64) and touched.any() and not touched.all()
+    result = painting.laid_over(255 - canvas)
+    assert np.array_equal(result[~anew], photo[~anew]) and (result[anew] != photo[anew]).any(1).mean() > 0.5
+
+
+@pytest.fixture
+def masks(photos):
+    """For the first photo: a mask, its negative, one of another size, and the photo with a hole."""
+    from PIL import Image
+
+    mask = ellipse(72, 96)
+    large = ellipse(144, 192)
+    for name, one in {
+        "mask": mask,
+        "negative": 255 - mask,
+        "large": large,
+        "black": 0 * mask,
+        "white": 0 * mask + 255,
+    }.items():
+        (photos / f"{name}.png").write_bytes(png_bytes(one))
+    photo = pixels("photos/0.png")[0]
+    Image.fromarray(np.dstack([photo, 255 - mask])).save("hole.png")
+    return mask > 127
+
+
+def test_a_part_of_a_photo_is_painted(run, photos, masks, flags, small_base_folder):
+    cond = f"@init,detect=canny,net={small_base_folder / 'net'}"
+    command = ["generate", "--init", "photos/0.png", "--prompt", "a cube", "--cond", cond, *flags]
+    photo = pixels("photos/0.png")[0]
+    assert run(*command, "--mask", "mask.png", "-o", "a.png")[0] == 0
+    image, text = pixels("a.png")
+    assert image.shape == photo.shape and np.array_equal(image[~masks], photo[~masks])
+    assert (image[masks] != photo[masks]).any(1).mean() > 0.9
+    record = load(text)
+    assert (record["mask"], record["strength"]) == ("mask.png", 1.0) and len(record["mask_sha256"]) == 64
+    assert run("replay", "a.png")[0] == 0
+
+    # The same mask said in other ways.
+    assert run(*command, "--mask", "negative.png", "--invert-mask", "-o", "b.png")[0] == 0
+    code, _, err = run(*command, "--mask", "large.png", "-o", "c.png")
+    assert code == 0 and "mask of 192x144 brought to the photo's 96x72" in err
+    assert np.array_equal(image, pixels("b.png")[0])
+    assert run(*command, "--mask", "mask.png", "--feather", "8", "-o", "d.png")[0] == 0
+    soft = pixels("d.png")[0]
+    assert np.array_equal(soft[~masks], photo[~masks]) and not np.array_equal(soft, image)
+
+    hole = ["generate", "--init", "hole.png", "--mask", "@alpha", "--prompt", "x", *flags, "-o", "e.png"]
+    assert run(*hole)[0] == 0
+    assert np.array_equal(pixels("e.png")[0][~masks], photo[~masks])
+
+
+@pytest.mark.parametrize("more, code, told", [
+    (["--mask", "black.png"], Exit.INPUT, "nothing is to be made anew"),
+    (["--mask", "white.png"], Exit.INPUT, "all of it is to be made anew"),
+    (["--mask", "white.png", "--invert-mask"], Exit.INPUT, "nothing is to be made anew"),
+    (["--mask", "@alpha"], Exit.INPUT, "has no transparency"),
+    (["--mask", "nowhere.png"], Exit.INPUT, "nowhere.png: no such file"),
+    (["--mask", "mask.png", "--size", "128x64"], Exit.USAGE, "another aspect"),
+    (["--mask", "mask.png", "--feather", "-1"], Exit.USAGE, "0 to 1000"),
+    (["--invert-mask"], Exit.USAGE, "no --mask to change"),
+])  # fmt: skip
+def test_masks_that_cannot_be(run, photos, masks, flags, more, code, told):
+    found, _, err = run("generate", "--init", "photos/0.png", "--prompt", "x", *flags, *more, "-o", "x.png")
+    assert found == code and told in err and "hint:" in err and not (photos / "x.png").exists(), err
+    if "--init" in more or "--mask" in more:
+        assert run("generate", "--prompt", "x", *flags, *more, "-o", "x.png")[0] == Exit.USAGE
+
+
+def test_masks_of_a_folder(run, photos, masks, flags):
+    (photos / "masks").mkdir()
+    for i in range(3):
+        (photos / f"masks/{i}.png").write_bytes((photos / "mask.png").read_bytes())
+    assert run("generate", "--init", "photos/", "--mask", "masks/", "--prompt", "x", *flags, "-o", "set/")[0] == 0
+    for i in range(3):
+        photo = pixels(f"photos/{i}.png")[0]
+        assert np.array_equal(pixels(f"set/1-{i}.png")[0][~masks], photo[~masks])

@@ -284,14 +284,16 @@ def test_a_record_gives_back_its_job():
     values = {"prompt": "a, b", "negative": "c", "steps": 7, "guidance": 2.5, "scheduler": "euler", "base": "sd15",
               "size": (768, 512), "seed": 3, "control_on": "cond", "prompt2": "d", "negative2": "e",
               "clip_skip": 1, "vae": "v.safetensors", "original_size": (800, 600), "crop": (3, 5),
-              "target_size": (64, 72), "init": "photo.jpg", "strength": 0.3}  # fmt: skip
+              "target_size": (64, 72), "init": "photo.jpg", "strength": 0.3, "mask": "m.png",
+              "invert_mask": True, "feather": 3}  # fmt: skip
     recorded = {name for name, option in OPTIONS.items() if option.recorded}
     assert recorded == set(values) and set(OPTIONS) - recorded == {"cond", "out", "num", "mode", "weighting"}
     job = Job("map.canny.png", **values)
     again = Job("map.canny.png", **json.loads(json.dumps(job.record())))
     assert again == job and again.shared() == job.shared()
-    for name in recorded - {"prompt", "negative", "prompt2", "negative2", "seed", "init"}:
-        assert Job("map.canny.png", **{k: v for k, v in values.items() if k != name}).shared() != job.shared(), name
+    for name in recorded - {"prompt", "negative", "prompt2", "negative2", "seed", "init", "mask"}:
+        others = {k: v for k, v in values.items() if k != name}
+        assert Job("map.canny.png", **others).shared() != job.shared(), name
 
 
 def test_keys_are_flags():

@@ -13,6 +13,7 @@ from itertools import islice
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from controlnet.model.base import Base
 from controlnet.model.control.net import Net
 from controlnet.model.control.prompt import Prompt
@@ -20,7 +21,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
-from controlnet.model.sampling.starts import FromNoise, FromPicture
+from controlnet.model.sampling.starts import FromNoise, FromPicture, InMask
 from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class Request:
     negative2: str | None = None
     init: np.ndarray | None = None
     """A picture to start from, (H, W, 3) uint8 on the canvas. All requests have one, or none has."""
+    mask: np.ndarray | None = None
+    """Where it is made anew, (H, W) bool on the canvas; None: everywhere. All requests have one, or none has."""
 
     @property
     def texts(self) -> Texts:
@@ -160,6 +163,9 @@ def generate(
         if pictures:
             z0 = encoded.encode_pictures(base, pictures)
             start = FromPicture(start.noise, start.generators, z0, strength)
+            if group[0].mask is not None:
+                cells = torch.cat([_cells(r.mask, shape[1:]) for r in group])
+                start = InMask(start.noise, start.generators, z0, strength, cells)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):
@@ -183,6 +189,12 @@ def _groups(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
     iterator = iter(requests)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def _cells(mask: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+    """The latent cells (1, 1, h, w) that a mask touches: 1, the others 0."""
+    whole = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None]
+    return F.adaptive_max_pool2d(whole, size)
 
 
 def _input(condition: np.ndarray, base: Base) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where sampling begins, and what a start does at each step: from noise, or from a picture."""
+"""Where sampling begins, and what a start does at each step: from noise, from a picture, or in a part of one."""
 
 from __future__ import annotations
 
@@ -81,3 +81,25 @@ class FromPicture(FromNoise):
     def first(self, scheduler: SchedulerMixin, device: torch.device) -> Tensor:
         begin = self.times(scheduler)[:1].to(device)
         return scheduler.add_noise(self.z0.to(device, self.noise.dtype), self.noise.to(device), begin)
+
+
+@dataclass
+class InMask(FromPicture):
+    """Inpainting on any base: after each step, what lies outside of the mask is again the picture's z_0 as noisy as the
+    next step expects (Avrahami et al. 2022, arXiv 2111.14818). With strength 1 it begins with noise alone."""
+
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(B, 1, h, w): 1 where the picture is made anew, 0 where it stays."""
+
+    def first(self, scheduler: SchedulerMixin, device: torch.device) -> Tensor:
+        self.scheduler = scheduler
+        self.mask, self.noise = self.mask.to(device, self.noise.dtype), self.noise.to(device)
+        self.z0 = self.z0.to(device, self.noise.dtype)
+        if self.strength == 1:
+            return self.noise * scheduler.init_noise_sigma
+        return super().first(scheduler, device)
+
+    def after(self, z: Tensor, done: int) -> Tensor:
+        left = self.times(self.scheduler)[done : done + 1].to(z.device)
+        known = self.scheduler.add_noise(self.z0, self.noise, left) if len(left) else self.z0
+        return known + self.mask * (z - known)

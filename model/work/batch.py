@@ -21,8 +21,8 @@ from controlnet.preprocessors.remote import is_url, place
 
 TOGETHER = 4
 """How many images are sampled together. It bounds the memory; no image depends on it but for rounding."""
-START = -1
-"""The place of the picture to start from, before the conditions."""
+START, MASK = -1, -2
+"""The places of the picture to start from and of its mask, beside those of the conditions."""
 EXAMPLE = '{"cond": "map.canny.png", "prompt": "..."}'
 
 
@@ -103,7 +103,7 @@ def spread(job: Job) -> list[Job]:
     from controlnet.preprocessors.images import suffixes
 
     paths: dict[int, str] = {k: flag.path for k, flag in enumerate(job.cond)}
-    paths |= {START: job.init} if job.init is not None else {}
+    paths |= {k: path for k, path in ((START, job.init), (MASK, job.mask)) if path is not None}
     folders = [(k, path) for k, path in paths.items() if path != "-" and is_dir(path)]
     if not folders:
         return [job]
@@ -129,7 +129,7 @@ def spread(job: Job) -> list[Job]:
     for stem in found[0]:
         own = paths | {k: stems[stem] for (k, _), stems in zip(folders, found, strict=True)}
         flags = tuple(replace(flag, path=own[k]) for k, flag in enumerate(job.cond))
-        jobs.append(replace(job, cond=flags, init=own.get(START)))
+        jobs.append(replace(job, cond=flags, init=own.get(START), mask=own.get(MASK)))
     return jobs
 
 

@@ -30,6 +30,8 @@ from controlnet.preprocessors.tars import MARK, is_member
 
 INIT = "@init"
 """A condition's path that means the picture to start from."""
+ALPHA = "@alpha"
+"""A mask's path that means the transparency of the picture to start from."""
 STRENGTH = 0.6
 MAX_NUM = 10_000
 MAX_SIDE = 100_000
@@ -78,6 +80,13 @@ def _number(name: str, value: Any, reader: Callable[[Any], Any] = float, what: s
 
 def _whole(name: str, value: Any) -> int:
     return _number(name, value, int, "a whole number")
+
+
+def _yes_or_no(name: str, value: Any) -> bool:
+    known = {"true": True, "false": False, "1": True, "0": False, "": False}
+    if str(value).lower() not in known:
+        raise UsageError(f"{name}: {value!r}, expected true or false", f'"{name}": true')
+    return known[str(value).lower()]
 
 
 def _size(name: str, value: Any) -> tuple[int, int]:
@@ -168,7 +177,15 @@ class Job:
     init: str | None = option(None, _text, shared=False)
     """A picture to start from, or a folder of them; `--cond @init,detect=KIND` takes its condition from it."""
     strength: float | None = option(None, _number, float)
-    """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6)"""
+    """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6, with
+    --mask 1)"""
+    mask: str | None = option(None, _text, shared=False)
+    """A picture that is white where the one to start from is made anew; the rest stays, byte for byte. @alpha: where it
+    is transparent."""
+    invert_mask: bool = option(False, _yes_or_no, bool)
+    """Make anew what is black in the mask."""
+    feather: int = option(0, _whole, int)
+    """Width in pixels over which the new goes over into the old, inside of the mask."""
     original_size: tuple[int, int] | None = option(None, _told_size)
     """What SDXL is told of the original picture's size, WIDTHxHEIGHT. (default: the canvas)"""
     crop: tuple[int, int] | None = option(None, _point, str, metavar="LEFT,TOP")
@@ -192,7 +209,13 @@ class Job:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, option.read(name, value))
 
-        for name in ("prompt2", "negative2", "vae", "init"):  # as diffusers has it, and empty cells of CSV files
+        for name in (
+            "prompt2",
+            "negative2",
+            "vae",
+            "init",
+            "mask",
+        ):  # as diffusers has it, and empty cells of CSV files
             if getattr(self, name) == "":
                 object.__setattr__(self, name, None)
 
@@ -232,10 +255,18 @@ class Job:
         if self.init is None:
             if self.strength is not None:
                 raise UsageError(f"--strength {self.strength:g} without --init", "--init photo.jpg --strength 0.6")
+            if self.mask is not None or self.invert_mask or self.feather:
+                raise UsageError(
+                    "--mask, --invert-mask and --feather: no --init to paint on", "--init photo.jpg --mask mask.png"
+                )
             if any(flag.path == INIT for flag in self.cond):
                 raise UsageError(f"--cond {INIT} without --init", f"--init photo.jpg --cond {INIT},detect=canny")
             return
         object.__setattr__(self, "cond", tuple(_of_init(flag, self.init) for flag in self.cond))
+        if self.mask is None and (self.invert_mask or self.feather):
+            raise UsageError("--invert-mask and --feather: no --mask to change", "--mask mask.png")
+        if not 0 <= self.feather <= 1000:
+            raise UsageError(f"--feather {self.feather}: expected 0 to 1000 pixels", "--feather 16")
         if not 0 < self.strength_or_default <= 1:
             raise UsageError(f"--strength {self.strength:g}: expected a number above 0 and up to 1", "--strength 0.6")
         if int(self.steps * self.strength_or_default) == 0:
@@ -247,7 +278,9 @@ class Job:
 
     @property
     def strength_or_default(self) -> float:
-        return STRENGTH if self.strength is None else self.strength
+        if self.strength is None:
+            return STRENGTH if self.mask is None else 1.0
+        return self.strength
 
     @property
     def acts_on(self) -> str | None:
@@ -288,9 +321,8 @@ class Job:
         """What tells, without a model, which images can be made together: flags, and the size of the picture that
         decides the canvas, if one does."""
         acts = [replace(flag, path="", weighting=str(flag.weighting)) for flag in self.cond]
-        shown = self.init or (self.cond[0].path if self.cond else None)
-        size = size_of(shown) if shown and self.size is None else None
-        return self.shared() + repr([acts, self.mode, self.weighting, size, self.init is None])
+        size = size_of(self.shown) if self.shown and self.size is None else None
+        return self.shared() + repr([acts, self.mode, self.weighting, size, self.init is None, self.mask is None])
 
     def seeded(self, fixed: bool = False) -> Job:
         """The job with a seed if it has none: random, or `fixed` by what is asked for."""
@@ -300,10 +332,16 @@ class Job:
         return replace(self, seed=digest % 2**31 if fixed else random.randrange(2**31))
 
     @property
+    def shown(self) -> str | None:
+        """The picture whose aspect the canvas has: the one to start from, or the first condition's."""
+        return self.init or (self.cond[0].path if self.cond else None)
+
+    @property
     def stem(self) -> str:
         """The stem of its images' file names: the first condition's without its kind, so that no image is later taken
         for a map."""
-        return stem_of(self.cond[0].path) if self.cond else stem_of(self.init) if self.init else "image"
+        path = self.cond[0].path if self.cond else self.init
+        return stem_of(path) if path else "image"
 
 
 def stem_of(path: str) -> str:
@@ -352,8 +390,9 @@ def check_names(job: Job) -> None:
     check_base_name(job.base)
     if job.scheduler is not None:
         check_scheduler_name(job.scheduler)
-    if job.init is not None and not (exists(job.init) or is_member(job.init)):
-        raise InputError(f"{job.init}: no such file", f"ls {quote(str(Path(job.init).parent))}")
+    for path in (job.init, job.mask):
+        if path not in (None, ALPHA) and not (exists(path) or is_member(path)):
+            raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")
     for flag in job.cond:
         for path in filter(None, (flag.path, flag.region)):
             if path != "-" and not (exists(path) or is_member(path)):

@@ -93,7 +93,17 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """How two records differ in models, conditions and machine, one line each."""
     found = []
-    for name in ("base_sha256", "vae_sha256", "init_sha256", "device", "dtype", "threads", "low_memory", "batch"):
+    for name in (
+        "base_sha256",
+        "vae_sha256",
+        "init_sha256",
+        "mask_sha256",
+        "device",
+        "dtype",
+        "threads",
+        "low_memory",
+        "batch",
+    ):
         if (before.get(name) or None) != (after.get(name) or None):
             found.append(f"{name}: {before.get(name)}, now {after.get(name)}")
     for name, version in after["versions"].items():
@@ -121,8 +131,9 @@ def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
         if record["scheduler"] not in SCHEDULERS:  # the class name of the base's own scheduler
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
-        if values.get("init"):
-            values["init"] = _beside(values["init"], image.path)
+        for name in ("init", "mask"):
+            if values.get(name):
+                values[name] = _beside(values[name], image.path)
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error
@@ -132,7 +143,8 @@ _RECORD: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "negative": (str, type(None)), "steps": (int,), "guidance": (int, float), "base": (str,),
     "size": (list,), "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)),
     "control_on": (str, type(None)), "device": (str, type(None)), "dtype": (str, type(None)),
-    "versions": (dict, type(None)), "init": (str, type(None)), "strength": (int, float, type(None)),
+    "versions": (dict, type(None)), "init": (str, type(None)), "mask": (str, type(None)),
+    "strength": (int, float, type(None)),
 }  # fmt: skip
 _CONDITION: dict[str, tuple[type, ...]] = {
     "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),

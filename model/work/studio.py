@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from controlnet.model.work.condition import (
 )
 from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import choose_device, choose_dtype, is_out_of_memory, silence_libraries
+from controlnet.model.work.paint import Painting, read_painting
 from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
@@ -92,6 +93,10 @@ class Prepared:
     acting: list[ActiveCondition]
     init: np.ndarray | None
     """The picture to start from, on the canvas."""
+    mask: np.ndarray | None
+    """Where it is made anew, on the canvas."""
+    painting: Painting | None
+    """Where the result is laid over."""
     shared: str
     record: dict[str, Any]
 
@@ -100,7 +105,8 @@ class Prepared:
         maps = tuple(one.map for one in self.acting)
         job = self.job
         types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in self.acting)
-        return Request(job.prompt, self.wanted.seed, maps, types, job.negative, job.prompt2, job.negative2, self.init)
+        texts = job.negative, job.prompt2, job.negative2
+        return Request(job.prompt, self.wanted.seed, maps, types, *texts, self.init, self.mask)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -140,6 +146,8 @@ class Studio:
         self.placed = lru_cache(8)(self._placed)
         self.region = lru_cache(8)(self._region)
         self.start = lru_cache(8)(self._start)
+        self.painting = lru_cache(8)(partial(read_painting, say=self._warn))
+        self.painted = lru_cache(8)(Painting.on_canvas)
         self.told: set[str] = set()
 
     def make(
@@ -209,6 +217,7 @@ class Studio:
             strength=job.strength_or_default,
         )
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
+            pixels = pixels if one.painting is None else one.painting.laid_over(pixels)
             yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
 
     def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
@@ -240,6 +249,10 @@ class Studio:
             check_window(flag, at_work.strength, evaluations)
 
         init, init_hash = self.start(job.init, size) if job.init else (None, None)
+        painting = mask = None
+        if job.mask is not None:
+            painting = self.painting(replace(job, cond=(), prompt="x", seed=None), size)
+            init, mask = self.painted(painting, size)
 
         # What is recorded, and what images made together must share.
         entries = [at_work.entry for at_work in acting]
@@ -250,6 +263,7 @@ class Studio:
             "vae_sha256": model_hash(base.vae_path) if base.vae_path else None,
             "conditions": entries,
             "init_sha256": init_hash,
+            "mask_sha256": None if painting is None else painting.mask_sha256,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": versions(),
@@ -257,8 +271,8 @@ class Studio:
             "low_memory": self.low_memory,
             "seed": one.seed,
         }
-        shared = job.shared() + json.dumps(acts, sort_keys=True)
-        return Prepared(one, job, base, encoded, acting, init, shared, record)
+        shared = job.shared() + json.dumps([acts, job.mask is None], sort_keys=True)
+        return Prepared(one, job, base, encoded, acting, init, mask, painting, shared, record)
 
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
@@ -298,8 +312,7 @@ class Studio:
         base, _ = self.base_for(job)
         size = job.size
         if size is None:
-            shown = job.init or (job.cond[0].path if job.cond else None)
-            first = self.picture(shown)[0] if shown else None
+            first = self.picture(job.shown)[0] if job.shown else None
             size = canvas_size(base, (first.shape[1], first.shape[0]) if first is not None else None)
         return size, [self.condition(flag, size if flag.detect else None) for flag in job.cond]
 

@@ -34,9 +34,9 @@ class Problem:
     where: str
 
 
-def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+def same_aspect(a: tuple[int, int], b: tuple[int, int], tolerance: float = ASPECT_TOLERANCE) -> bool:
     """Whether two sizes (width, height) have the same aspect."""
-    return abs(a[0] / a[1] / (b[0] / b[1]) - 1) <= ASPECT_TOLERANCE
+    return abs(a[0] / a[1] / (b[0] / b[1]) - 1) <= tolerance
 
 
 def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, int] | None, np.ndarray | None]:
