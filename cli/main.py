@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import io
+import logging
 import os
 import sys
 import threading
@@ -81,6 +82,7 @@ def _root(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; the exit codes are `controlnet.preprocessors.errors.Exit`."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that nothing here uses
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)  # bytes in a file's name that are not text come out unchanged

@@ -3,6 +3,7 @@ gone."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -25,6 +26,7 @@ def _begin(parent: int, threads: int, initializer: Callable | None, initargs: tu
     import cv2
 
     cv2.setNumThreads(threads)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command has it
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for torch, if it is imported later
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)
