@@ -1,5 +1,7 @@
 """A condition on another canvas: lines survive, nothing turns grey, depth stays smooth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from controlnet.model.load import load_base
@@ -51,3 +53,12 @@ def test_same_size_is_untouched_and_tensor_is_zero_to_one():
 ])  # fmt: skip
 def test_canvas_follows_the_condition(small_base_folder, condition, canvas):
     assert canvas_size(load_base(str(small_base_folder / "base")), condition) == canvas
+
+
+@pytest.mark.parametrize("size", [(1920, 820), (600, 1700), (1000, 1000), (1333, 777)])
+def test_a_canvas_of_the_photos_own_aspect(size):
+    """Of a base with trained sizes, for painting in a photo."""
+    base = SimpleNamespace(native_size=1024, factor=8, sizes=[(1024, 1024), (1216, 832), (768, 1344)])
+    width, height = canvas_size(base, size, own_aspect=True)
+    assert width % 64 == height % 64 == 0 and abs(width / height / (size[0] / size[1]) - 1) < 0.05
+    assert abs(width * height / 1024**2 - 1) < 0.1

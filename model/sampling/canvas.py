@@ -65,13 +65,17 @@ def detection_size(canvas: tuple[int, int]) -> tuple[int, int]:
     return width, height
 
 
-def canvas_size(base: Base, condition_size: tuple[int, int] | None) -> tuple[int, int]:
-    """The default canvas (width, height) for a condition: the one of the base's trained sizes with the nearest aspect.
-    If it was trained on one size: the condition's aspect, with the shorter side native, in multiples of 8."""
+def canvas_size(base: Base, condition_size: tuple[int, int] | None, own_aspect: bool = False) -> tuple[int, int]:
+    """The default canvas (width, height) for a condition: the one of the base's trained sizes with the nearest aspect,
+    or with `own_aspect` one of as many pixels with the condition's. If it was trained on one size: the condition's
+    aspect, with the shorter side native, in multiples of 8."""
     native, step = base.native_size, base.factor
     if condition_size is None:
         return native, native
     width, height = condition_size
+    if base.sizes and own_aspect:
+        scale = native / math.sqrt(width * height)
+        return max(64, round(width * scale / 64) * 64), max(64, round(height * scale / 64) * 64)
     if base.sizes:
         return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
     ratio = native / min(width, height)

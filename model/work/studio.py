@@ -313,7 +313,8 @@ class Studio:
         size = job.size
         if size is None:
             first = self.picture(job.shown)[0] if job.shown else None
-            size = canvas_size(base, (first.shape[1], first.shape[0]) if first is not None else None)
+            shown = (first.shape[1], first.shape[0]) if first is not None else None
+            size = canvas_size(base, shown, own_aspect=job.mask is not None)
         return size, [self.condition(flag, size if flag.detect else None) for flag in job.cond]
 
     def _start(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
