@@ -315,3 +315,16 @@ def test_masks_of_a_folder(run, photos, masks, flags):
     for i in range(3):
         photo = pixels(f"photos/{i}.png")[0]
         assert np.array_equal(pixels(f"set/1-{i}.png")[0][~masks], photo[~masks])
+
+
+def test_pictures_on_sdxl(run, photos, masks, sdxl_folder):
+    """Its canvas for painting has the photo's own aspect, and it is told of it."""
+    base = ["--base", sdxl_folder / "base", "--dtype", "float32", "--steps", "3", "--seed", "1", "-q"]
+    cond = f"@init,detect=canny,net={sdxl_folder / 'net'}"
+    command = ["generate", "--init", "photos/0.png", "--cond", cond, "--prompt", "a cube", "--size", "96x72", *base]
+    photo = pixels("photos/0.png")[0]
+    assert run(*command, "--strength", "0.7", "-o", "a.png")[0] == 0
+    assert run(*command, "--mask", "mask.png", "-o", "b.png")[0] == 0
+    image, text = pixels("b.png")
+    assert np.array_equal(image[~masks], photo[~masks]) and (image[masks] != photo[masks]).any()
+    assert run("replay", "a.png")[0] == run("replay", "b.png")[0] == 0 and load(text)["size"][0] > 0

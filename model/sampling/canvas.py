@@ -75,7 +75,8 @@ def canvas_size(base: Base, condition_size: tuple[int, int] | None, own_aspect: 
     width, height = condition_size
     if base.sizes and own_aspect:
         scale = native / math.sqrt(width * height)
-        return max(64, round(width * scale / 64) * 64), max(64, round(height * scale / 64) * 64)
+        step = 64 if native >= 512 else step
+        return max(64, round(width * scale / step) * step), max(64, round(height * scale / step) * step)
     if base.sizes:
         return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
     ratio = native / min(width, height)
