@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -92,7 +93,10 @@ def build(
         str,
         typer.Option("-o", "--out", help="Folder of the data set, with --to also a URL. What is there is kept."),
     ],
-    kind: Annotated[str, typer.Option(help="The kind of condition; its default detector makes it.")] = "canny",
+    kind_: Annotated[
+        str | None,
+        typer.Option("--kind", help="The kind of condition; its default detector makes it. (default: canny)"),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the detector.")
     ] = None,
@@ -112,8 +116,7 @@ def build(
 
     if resize not in ("crop", "pad", "stretch"):
         raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")
-    options = options_of(kind, set_ or [])
-    found = find_pairs(photos)
+    found, kind = find_pairs(photos), kind_ or "canny"
     packed = place(out_)
     out = _pairs_of(packed) if to is not None else packed
     if is_url(out):
@@ -123,8 +126,11 @@ def build(
     if per_file < 1:
         raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
     if found.form != "photos" and to is not None:
-        _pack(found, packed, to, kind_of_pairs(found)[0], per_file, as_json, quiet)
+        if shard is not None:
+            raise UsageError(f"--shard {shard}: pairs that are there are packed by one process", "without --shard")
+        _pack(found, packed, to, kind_of_pairs(found, kind_ or "")[0], per_file, as_json, quiet)
         return
+    options = options_of(kind, set_ or [])
     if found.form != "photos":
         hint = f"controlnet train {photos}; or --to webdataset packs them"
         raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)
@@ -179,6 +185,6 @@ def _pack(found: Pairs, out: Path, to: str, kind: str, per_file: int, as_json: b
     """Pack pairs into large files, and say so."""
     with count_bar("packing", len(found.pairs), quiet) as on_pair:
         manifest = pack(found, out, to, kind, per_file, on_pair)
-    pattern = "*.tar" if to == "webdataset" else "train-*.parquet"
-    say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train '{out}/{pattern}'")
+    shards = quote(f"{out}/" + ("*.tar" if to == "webdataset" else "train-*.parquet"))
+    say(f"{manifest['pairs']} pairs, {manifest['held_out']} of them held out; now: controlnet train {shards}")
     print(dumps({"output": str(out), **manifest}) if as_json else out)

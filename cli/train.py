@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -111,7 +112,7 @@ def train(
     folder = out or next_run(Path(data), resume)
     run = RunFolder(folder)
     if resume and not run.holds_run:
-        raise InputError(f"{folder}: no run to go on with", f"controlnet train {data}")
+        raise InputError(f"{folder}: no run to go on with", f"controlnet train {quote(data)}")
     if main and not resume and run.holds_run:
         raise UsageError(f"{folder}: holds a run already", "--resume to go on with it, or another -o")
     keeps(run.record, overwrite=True, skip_existing=False)
@@ -177,7 +178,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
         for line in state["lines"]:
             say(line)
         if progress.step < config.max_steps:
-            say(f"go on with: controlnet train {found.folder} --resume -o {folder}")
+            say(f"go on with: controlnet train {quote(str(found.folder))} --resume -o {quote(str(folder))}")
         tell({"output": str(folder)} | state, as_json)
     if progress.step < config.max_steps and progress.seconds < 60 * config.minutes:
         raise typer.Exit(Exit.INTERRUPTED)

@@ -65,10 +65,10 @@ def read_bytes(source: str) -> bytes:
     InputError naming what is wrong."""
     if source == "-":
         data = sys.stdin.buffer.read()
-    elif is_url(source):
-        data = read_url(source)
     elif inside := split(source):
         data = read_member(*inside)
+    elif is_url(source):
+        data = read_url(source)
     else:
         path = Path(source)
         if not exists(path):

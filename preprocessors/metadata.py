@@ -55,10 +55,9 @@ def text_of(path: Path) -> dict[str, str]:
 
 def _opened(path: str) -> str | io.BytesIO:
     """What Pillow opens: a path, or the bytes of a file behind a URL or in a tar file."""
-    if is_url(path):
-        return io.BytesIO(read_url(path))
-    inside = split(path)
-    return path if inside is None else io.BytesIO(read_member(*inside))
+    if inside := split(path):
+        return io.BytesIO(read_member(*inside))
+    return io.BytesIO(read_url(path)) if is_url(path) else path
 
 
 def kind_of(name: str, text: dict[str, str], given: str | None = None) -> str:

@@ -79,13 +79,18 @@ def read_url(name: str) -> bytes:
 
 
 def fetch(name: str, to: Path) -> None:
-    """Copy a large file to this machine, whole or with an InputError; the part that came stays in `to` then."""
+    """Copy a large file to this machine. Raises InputError, after which the part that came is in `to`, and OutputError
+    when the disk is full."""
     path = place(name)
 
     def copy() -> None:
         with path.open("rb") as file, open(to, "wb") as copied:
             while data := file.read(CHUNK):
-                copied.write(data)
+                try:
+                    copied.write(data)
+                    copied.flush()
+                except OSError as error:  # the disk here is at fault, and asking again does not help
+                    raise OutputError(f"{to}: cannot be written ({error.strerror})", "free some disk") from error
 
     _tried(name, copy)
 
@@ -112,20 +117,35 @@ def put_new(path: Path, data: bytes) -> bool:
     return True
 
 
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether fsspec says of a server that does not answer that there is no such file."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a server wants other credentials, or a client has none."""
+    denied = isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403)
+    return denied or "redential" in type(error).__name__
+
+
 def _tried(name: str, act: Callable[[], T], kind: type[ControlNetError] = InputError) -> T:
     """What `act` returns, with several tries where the network may be at fault."""
     for number in range(1, TRIES + 1):
         try:
             return act()
-        except (FileNotFoundError, IsADirectoryError) as error:
-            why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
-            raise kind(f"{name}: no such file{why}", "look at the URL; a folder ends in /") from error
         except NotImplementedError:
             raise
+        except ControlNetError:
+            raise
         except Exception as error:  # each client has its own types
-            if isinstance(error, PermissionError) or "redential" in type(error).__name__:
-                raise kind(f"{name}: {reason(error)}", CREDENTIALS) from error
+            why = reason(error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error)
+            if isinstance(error, (FileNotFoundError, IsADirectoryError)) and not _is_out_of_reach(error):
+                more = f" ({why})" if error.__cause__ else ""
+                raise kind(f"{name}: no such file{more}", "look at the URL; a folder ends in /") from error
+            if _is_refused(error):
+                raise kind(f"{name}: {why}", CREDENTIALS) from error
             if number == TRIES:
-                raise kind(f"{name}: {reason(error)}, asked {TRIES} times", "the same command again") from error
+                raise kind(f"{name}: {why}, asked {TRIES} times", "the same command again") from error
             time.sleep(0.2 * 4**number)
     raise AssertionError

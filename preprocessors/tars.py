@@ -1,31 +1,77 @@
-"""Files inside tar files, by names of the form `data/000000.tar#0001.png`: indexed once, read without unpacking."""
+"""Files inside tar files, by names of the form `data/000000.tar#0001.png`: indexed once, read without unpacking.
+
+The tar file may lie behind a URL; then it is copied to this machine when its first file is read.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from controlnet.preprocessors.errors import InputError, reason
-from controlnet.preprocessors.files import beside, is_file, not_written
-from controlnet.preprocessors.remote import is_url, put
+from controlnet.preprocessors.files import beside, is_file, not_written, scratch
+from controlnet.preprocessors.remote import fetch, is_url, put
 
-MARK = ".tar#"
+_NAME = re.compile(r"(.*?\.tar(?:\?[^#]*)?)#(.*)", re.DOTALL)
 BLOCK = 512
 """Bytes of a tar file's blocks."""
 
 
 def split(name: str) -> tuple[Path, str] | None:
-    """The tar file and the member that a name means; None for the name of a file on disk."""
-    before, mark, member = name.partition(MARK)
-    return (Path(before + mark[:-1]), member) if mark else None
+    """The tar file, on this machine, and the member that a name means; None for the name of a file on disk. Raises
+    InputError for a URL that cannot be read."""
+    match = _NAME.fullmatch(name)
+    return (kept_copy(match[1]), match[2]) if match else None
+
+
+def member_of(name: str) -> str:
+    """The part of a name behind its tar file; a name that means none as it is."""
+    match = _NAME.fullmatch(name)
+    return match[2] if match else name
 
 
 def is_member(name: str) -> bool:
     """Whether a name means a file in a tar file, and that tar file is there."""
-    inside = split(name)
-    return inside is not None and is_file(inside[0])
+    match = _NAME.fullmatch(name)
+    return match is not None and is_file(match[1])
+
+
+@cache
+def kept_copy(name: str) -> Path:
+    """A tar file on this machine: itself, or for a URL a copy, which stays until this process ends."""
+    return local_copy(name)
+
+
+def local_copy(name: str) -> Path:
+    """A tar file on this machine: itself, or for a URL a copy in a folder of its own, which is removed when this
+    process ends at the latest. Raises InputError, for one that came in part with its last whole file."""
+    if not is_url(name):
+        return Path(name)
+    from controlnet.preprocessors.weights import cache_folder  # here: it knows the files of weights
+
+    path = scratch(cache_folder() / "stream") / Path(name.partition("?")[0]).name
+    try:
+        fetch(name, path)
+    except InputError as error:
+        raise InputError(f"{error}{_how_far(path)}", error.hint) from error
+    return path
+
+
+def _how_far(path: Path) -> str:
+    """What is said of a tar file that came in part: the last file in it that is whole."""
+    import tarfile  # here: other commands need not wait for it
+
+    whole = ""
+    with suppress(tarfile.TarError, OSError), tarfile.open(path) as tar:
+        for member in tar:
+            if member.offset_data + member.size <= path.stat().st_size:
+                whole = member.name
+    return f"; the last file that came whole: {whole or 'none'}"
 
 
 def name_of(tar: Path, member: str) -> Path:

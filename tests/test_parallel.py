@@ -17,7 +17,9 @@ from controlnet.model.training.optimizers import make_optimizer
 from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.run import train
 from controlnet.preprocessors.data.pairs import find_pairs
-from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.errors import Exit, UsageError
+from controlnet.preprocessors.images import png_bytes
+from controlnet.preprocessors.tars import write_tar
 from helpers import log_of, losses
 from test_survival import start, wait_for
 from torch import nn
@@ -98,6 +100,45 @@ def test_a_process_that_is_killed_ends_the_run_which_goes_on_later(data, config,
     train(find_pairs(data), config, folder, CPU, resume=True)
     train(find_pairs(data), config, tmp_path / "one", CPU)
     assert same_losses(tmp_path / "one", folder)
+
+
+def broken_late(folder):
+    """Six tar files, of which one has a picture that none can read."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        files = []
+        for i in range(16):
+            picture = png_bytes(np.kron(rng.integers(0, 255, (8, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8)))
+            broken = number == 5 and i == 11
+            files += [(f"{i:04d}.png", b"not a picture" if broken else picture), (f"{i:04d}.txt", b"a cube")]
+        write_tar(folder / f"{number}.tar", files)
+    return f"{folder}/*.tar"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_error_of_one_process_is_told_and_all_save(config, tmp_path, monkeypatch, sharded):
+    for name, value in SHARDED.items() if sharded else ():
+        monkeypatch.setenv(name, value)
+    data, folder = broken_late(tmp_path), tmp_path / "run"
+    more = ("--kind", "canny", "--set=max_steps=60", "--set=batch_size=4", "--set=save_every=1e9",
+            "--set=validate_every=100", "--processes", "2")  # fmt: skip
+    process = start(data, config, folder, *more)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == Exit.INPUT and err.count("error:") == 1 and "Traceback" not in err, err
+    assert "5.tar#0011.png: is not a picture" in err
+    (step,) = Checkpoints(folder / "checkpoints").steps()
+    assert step == losses(folder)[-1][0] > 0
+
+
+def test_a_full_disk_under_shards_is_told_and_leaves_nothing(data, config, tmp_path):
+    command = f"ulimit -f 300; exec {sys.executable} -m controlnet.cli.main train {data} --base {config.base}"
+    sets = {"max_steps": 20, "batch_size": 2, "validate_every": 10, "held_out": 2, "pictures": 0, "save_every": 1e-9}
+    command += f" -o {tmp_path}/run --processes 2 " + " ".join(f"--set {k}={v}" for k, v in sets.items())
+    environment = os.environ | SHARDED
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == Exit.OUTPUT and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1 and "free some disk" in done.stderr
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
 
 def test_what_another_launcher_starts_needs_a_named_folder(data, config):

@@ -18,11 +18,11 @@ from controlnet.model.training.samples import Samples
 from controlnet.preprocessors import remote
 from controlnet.preprocessors.data.pack import pack
 from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
-from controlnet.preprocessors.data.stream import _how_far, expand, is_stream, open_stream
+from controlnet.preprocessors.data.stream import expand, is_stream, open_stream
 from controlnet.preprocessors.errors import InputError, OutputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
-from controlnet.preprocessors.tars import members, write_tar
+from controlnet.preprocessors.tars import _how_far, members, write_tar
 from helpers import log_of, losses, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,6 +142,7 @@ def test_an_epoch_of_a_stream_has_every_pair_once(shards):
 def test_lanes_read_no_shard_of_another_process(shards, monkeypatch):
     """Of eight places and four shards, the first half of the batch needs two shards in an epoch."""
     stream = open_stream(f"{shards}/*.tar")
+    assert stream.pairs  # the first ones, which every process looks at
     read = []
     for shard in stream.shards:
         monkeypatch.setattr(shard, "groups", lambda shard=shard, own=shard.groups: read.append(shard.name) or own())
@@ -204,6 +205,65 @@ def test_a_stream_is_checked_by_its_first_pairs(shards, tmp_path, monkeypatch, c
     assert [path.name for path in tmp_path.iterdir()] == [f"{shards.name}-check.png"]
 
 
+def numbered(count, kinds=("depth",)):
+    """The files of a tar file of so many noisy pairs."""
+    rng = np.random.default_rng(count)
+    for i in range(count):
+        yield f"{i:04d}.png", png_bytes(rng.integers(0, 255, (64, 64, 3), np.uint8))
+        for k, kind in enumerate(kinds):
+            ramp = np.linspace(0, 100 + 60 * k + i, 64).astype(np.uint8)
+            yield f"{i:04d}.{kind}.png", png_bytes(np.repeat(np.tile(ramp, (64, 1))[..., None], 3, 2))
+
+
+def test_counts_are_of_the_shards_that_are_there(config, tmp_path, monkeypatch):
+    """Shards made anew under the same names: the numbers of the old ones would lead to other samples."""
+    monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path / "cache"))
+    config = replace(config, kind="depth", cache=False, max_steps=12, validate_every=100, held_out=2)
+    write_tar(tmp_path / "e/0.tar", numbered(12))
+    for count in (6, 20):
+        write_tar(tmp_path / "e/1.tar", numbered(count))
+        train(open_stream(f"{tmp_path}/e/*.tar"), config, tmp_path / f"whole-{count}", CPU)
+    train(open_stream(f"{tmp_path}/e/*.tar"), replace(config, max_steps=8), tmp_path / "cut", CPU)
+    train(open_stream(f"{tmp_path}/e/*.tar"), config, tmp_path / "cut", CPU, resume=True)
+    assert losses(tmp_path / "whole-20") == losses(tmp_path / "cut")
+
+
+def test_of_several_maps_the_one_of_the_kind_is_taken(config, tmp_path):
+    write_tar(tmp_path / "0.tar", numbered(8, ("canny", "depth")))
+    config = replace(config, kind="depth", held_out=2)
+    for found in (find_pairs(tmp_path), open_stream(f"{tmp_path}/*.tar")):
+        with pytest.raises(UsageError, match="several kinds: canny, depth"):
+            kind_of_pairs(found)
+        training, held_out = split(found, config)
+        levels = {int(pair.read_condition("depth").map.max()) for pair in (*training, *held_out)}
+        assert levels == set(range(160, 168))
+    order = Lanes(found, 0, 2)
+    assert {int(order.at(k, 0)[2].read_condition("depth").map.max()) for k in range(3)} <= set(range(160, 168))
+
+
+def test_a_lane_that_processes_share_is_read_through_once(shards, monkeypatch):
+    """Of four places two belong to another process, in the same lane."""
+    stream = open_stream(f"{shards}/*.tar")
+    stream.shards = stream.shards[:1]
+    assert stream.pairs
+    read = []
+    monkeypatch.setattr(stream.shards[0], "groups", lambda own=stream.shards[0].groups: read.append(1) or own())
+    whole, part = Lanes(stream, 0, 4), Lanes(stream, 0, 4)
+    seen = [part.at(k, slot)[1] for k in range(6) for slot in (2, 3)]
+    epochs = len(read)
+    assert seen == [whole.at(k, slot)[1] for k in range(6) for slot in range(4) if slot >= 2] and epochs <= 9
+
+
+def test_pairs_are_packed_as_what_they_are(pairs_folder, tmp_path, capsys):
+    """Conditions that say no kind; and a kind of one's own, which the manifest says beside the shards."""
+    command = ["dataset", "build", pairs_folder, "--to", "webdataset", "-o"]
+    assert run(*command, tmp_path / "a") == 2 and "do not tell their kind" in capsys.readouterr().err
+    assert run(*command, tmp_path / "b", "--kind", "blueprint") == 0
+    assert members(tmp_path / "b/000000.tar")[1].endswith(".blueprint.png")
+    assert kind_of_pairs(open_stream(f"{tmp_path}/b/*.tar")) == ("blueprint", "from the manifest")
+    assert run(*command, tmp_path / "c", "--kind", "depth", "--shard", "1/2") == 2
+
+
 def test_shards_come_from_a_server_and_leave_no_trace(shards, server, tmp_path, monkeypatch):
     monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path))
     url, handler = server
@@ -212,7 +272,7 @@ def test_shards_come_from_a_server_and_leave_no_trace(shards, server, tmp_path, 
     there = {data for batch in keys(Lanes(stream, 3, 4), range(3), 4) for _, data in batch}
     here = {data for batch in keys(Lanes(local, 3, 4), range(3), 4) for _, data in batch}
     assert there == here and len(there) == 12
-    assert {Path(name).name for name in handler.asked} == {f"{i:06d}.tar" for i in range(4)}
+    assert {Path(name).name for name in handler.asked} == {f"{i:06d}.tar" for i in range(4)} | {"manifest.json"}
 
 
 def test_a_server_that_dies_in_the_middle_is_asked_again(server, monkeypatch):
@@ -341,6 +401,10 @@ def test_buckets(width, height, size):
     assert bucket_of((height, width), size) == (h, w)
     if 0.5 <= width / height <= 2:
         assert abs(np.log(w / h / (width / height))) < 0.15
+
+
+def test_a_size_smaller_than_a_step_is_square():
+    assert bucket_of((100, 50), 8) == (8, 8)
 
 
 def test_batches_of_one_size_each():

@@ -1,5 +1,6 @@
 """Inputs and results behind URLs: what one gets is what one gets from files."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from controlnet.preprocessors import remote
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import exists, is_dir, is_file, read_text, write_file, write_new
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.metadata import load
 from controlnet.preprocessors.shards import MANIFEST
 from controlnet.preprocessors.tars import write_tar
 from helpers import run
@@ -137,9 +139,31 @@ def test_jobs_in_parquet_and_in_tar_files_are_those_in_text(jobs, tmp_path, smal
     assert len(a) == len(b) == 4 and all(np.array_equal(pixels(x), pixels(y)) for x, y in zip(a, b, strict=True))
 
 
+def test_jobs_of_a_tar_file_behind_a_url_are_known_by_it(jobs, tmp_path, small_base_folder, capsys):
+    """Their records name the URL, so shards agree and images are made again; a template adds what samples lack."""
+    given, flags = jobs
+    files = [(f"{i}.canny.png", (tmp_path / f"{i}.canny.png").read_bytes()) for i in range(4)]
+    files += [(f"{i}.json", json.dumps({"prompt": given[i]["prompt"], "seed": i}).encode()) for i in range(4)]
+    for path in (remote.place(f"{STORE}/0.tar"), tmp_path / "0.tar"):
+        write_tar(path, files)
+    cond = ["--cond", f"@sample,net={small_base_folder / 'net'},scale=0.5"]
+    assert run("generate", "--jobs", "0.tar", *flags, *cond, "-o", "here/") == 0
+    for part in ("1/2", "2/2"):
+        assert run("generate", "--jobs", f"{STORE}/0.tar", *flags, *cond, "-o", "there/", "--shard", part) == 0
+    for i in range(4):
+        assert np.array_equal(pixels(f"here/{i}-{i}.png"), pixels(f"there/{i}-{i}.png"))
+    entry = load(read_image(Path("there/2-2.png").read_bytes(), "")[1])["conditions"][0]
+    assert entry["path"] == f"{STORE}/0.tar#2.canny.png" and entry["scale"] == 0.5
+    assert run("replay", "there/2-2.png") == 0 and run("score", "there/2-2.png") == 0
+    write_tar(tmp_path / "empty.tar", [])
+    capsys.readouterr()
+    assert run("generate", "--jobs", "empty.tar", *flags, "-o", "x/") == Exit.INPUT
+    assert "no jobs in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, error, told", [
     ("memory://nowhere.png", InputError, "no such file"),
-    ("http://127.0.0.1:9/photo.png", InputError, "no such file .*connect"),
+    ("http://127.0.0.1:9/photo.png", InputError, "connect.*asked 4 times"),
     ("nosuch://a/b.png", UsageError, "nosuch"),
     ("s3://bucket/photo.png", UsageError, "s3fs"),
 ])  # fmt: skip
@@ -163,7 +187,15 @@ class NoCredentialsError(Exception):
     """As botocore has it."""
 
 
-@pytest.mark.parametrize("error", [NoCredentialsError("Unable to locate credentials"), PermissionError("Forbidden")])
+class ResponseError(Exception):
+    """As aiohttp has it."""
+
+    status = 403
+
+
+@pytest.mark.parametrize("error", [
+    NoCredentialsError("Unable to locate credentials"), PermissionError("Forbidden"), ResponseError("Forbidden"),
+])  # fmt: skip
 def test_missing_credentials_are_said_at_once(monkeypatch, error):
     calls = []
 
@@ -175,6 +207,17 @@ def test_missing_credentials_are_said_at_once(monkeypatch, error):
     with pytest.raises(InputError, match=str(error)) as raised:
         remote.read_url(f"{STORE}/a")
     assert len(calls) == 1 and "credentials" in raised.value.hint
+
+
+def test_a_full_disk_under_a_copy_is_told_at_once(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    write_file(remote.place(f"{STORE}/a.tar"), b"1")
+    monkeypatch.setattr(remote, "open", lambda *a: Full(), raising=False)
+    with pytest.raises(OutputError, match="No space left"):
+        remote.fetch(f"{STORE}/a.tar", tmp_path / "a.tar")
 
 
 def test_a_store_that_fails_for_a_moment_is_asked_again(monkeypatch):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from controlnet.preprocessors.errors import ModelError
-from controlnet.preprocessors.files import beside
+from controlnet.preprocessors.files import beside, scratch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -78,13 +78,14 @@ class Checkpoints:
         from torch.distributed import checkpoint
 
         saved, parallel = state.saved(), state.parallel
-        temporary = self.folder / f".{self.path(step).name}.tmp"
-        if parallel.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        parallel.wait()
-        with _quiet():
-            checkpoint.save(_tensors(saved), checkpoint_id=temporary)
+        temporary = Path(parallel.once(lambda: str(scratch(self.folder))))
+        try:
+            with _quiet():
+                checkpoint.save(_tensors(saved), checkpoint_id=temporary)
+        except CheckpointException as error:  # in all processes; it is no Exception
+            if parallel.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise _why(error, self.path(step)) from error
         if parallel.is_main:
             _save(_rest(saved), temporary / REST, self.path(step))
             _remove(self.path(step))
@@ -132,6 +133,13 @@ class Checkpoints:
         moments = {int(number): values for number, values in tensors.pop("moments").items()}
         lists = {key: [tensors[key][str(i)] for i in range(len(tensors[key]))] for key in TENSORS}
         return rest | lists | {"optimizer": rest["optimizer"] | {"state": moments}}
+
+
+def _why(error: CheckpointException, path: Path) -> OSError:
+    """What went wrong in one of the processes: a full disk, or what the system says else."""
+    told = next((one for one, _ in error.failures.values() if isinstance(one, OSError) and one.errno), None)
+    number = told.errno if told is not None and told.errno else errno.ENOSPC  # torch's writer tells no number
+    return OSError(number, os.strerror(number), str(path))
 
 
 def _tensors(saved: dict[str, Any]) -> dict[str, Any]:

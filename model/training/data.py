@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,9 @@ def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     chosen = set(list(dict.fromkeys(own + by_chance))[:count])
     if len(own) == len(found.pairs):
         raise InputError(f"{found.folder}: its split holds every pair out, none is left to train on", "split: train")
-    training = [pair for index, pair in enumerate(found.pairs) if index not in chosen and not pair.held_out]
-    return training, [pair for index, pair in enumerate(found.pairs) if index in chosen]
+    pairs = [pair.of_kind(config.kind) for pair in found.pairs]
+    training = [pair for index, pair in enumerate(pairs) if index not in chosen and not pair.held_out]
+    return training, [pair for index, pair in enumerate(pairs) if index in chosen]
 
 
 def _split_stream(stream: Stream, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
@@ -58,9 +58,9 @@ def _split_stream(stream: Stream, config: TrainConfig) -> tuple[list[Pair], list
     if len(head) < LEAST_PAIRS:
         raise InputError(f"{stream.folder}: {len(head)} of at least {LEAST_PAIRS} pairs", "hundreds are better")
     count = max(2, min(config.held_out, len(head) // 4))
-    stream.held_out = {key for key, _ in head[:count]}
-    training = [pair for key, pair in stream.head if key not in stream.held_out and not pair.held_out]
-    return training, [pair for _, pair in head[:count]]
+    stream.held_out, stream.kind = {key for key, _ in head[:count]}, config.kind
+    training = [pair for _, pair in stream.to_train_on(stream.head)]
+    return training, [pair.of_kind(config.kind) for _, pair in head[:count]]
 
 
 def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], check: str) -> dict[str, float]:
@@ -98,9 +98,7 @@ def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
     """A sha256 for each part of the data: file names, captions, the held-out split, contents of the files. Of a stream
     only names and sizes of its shards count."""
     if isinstance(found, Stream):
-        with ThreadPoolExecutor(32) as pool:  # servers are asked many questions at once
-            marks = list(pool.map(lambda shard: [shard.name, shard.mark()], found.shards))
-        return {"shards": key_of(marks)}
+        return {"shards": key_of([[name, size] for name, size, *_ in found.marks()])}
     assert isinstance(found, Pairs)
     parts: dict[str, list] = {"file names": [], "captions": [], "held-out split": [], "contents": []}
     for pair in found.pairs:

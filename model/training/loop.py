@@ -23,7 +23,7 @@ from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.precision import PRECISIONS
 from controlnet.model.training.signals import Stop
 from controlnet.model.training.state import Progress, State
-from controlnet.preprocessors.errors import ControlNetError
+from controlnet.preprocessors.errors import ControlNetError, Exit
 from torch import Tensor, nn
 
 EXPLODED = 4.0
@@ -93,6 +93,12 @@ class ExplodedError(ArithmeticError):
     """The loss is not finite, or far above its first value. Every checkpoint is from before that."""
 
 
+class OtherFailedError(ControlNetError):
+    """Another process has an error, which it reports itself."""
+
+    code = Exit.INTERRUPTED
+
+
 def fit(
     module: nn.Module,
     loss_of: Callable[[int], Tensor],
@@ -103,6 +109,7 @@ def fit(
     on_validated: Callable[[Progress], None] = lambda progress: None,
     on_step: Callable[[Progress], None] = lambda progress: None,
     pairs: int = 0,
+    fetch: Callable[[int], None] = lambda k: None,
 ) -> Progress:
     """Train `module` in place and leave its exponential moving average in it.
 
@@ -110,14 +117,15 @@ def fit(
     checkpoint in `folder/checkpoints`. `validate` is called with the averaged weights in the module before the first
     step, every `validate_every` steps and at the end. It returns fields for the log; the step with the lowest
     `validation_loss` is the best one. `on_validated` is called when the fields are written. The log's last line says
-    how the loop ended: finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. `pairs` is the number of
+    how the loop ended: finished, stopped (SIGTERM, SIGINT; after a checkpoint) or exploded. `fetch(k)` gets what
+    loss_of(k) needs; if it fails in one of several processes, all save and stop. `pairs` is the number of
     samples in a step, for the throughput in the log. With several processes (parallel.py), each computes its own part
     of batch k, and gradients are averaged; the first one validates and writes, and all know what it found.
 
     Raises UsageError for settings that several processes cannot have, ExplodedError when the loss stops being finite
     or explodes, OSError when a checkpoint cannot be written; earlier checkpoints stay in both cases.
     """
-    return _Loop(module, loss_of, config, folder, report, validate, on_validated, on_step, pairs).run()
+    return _Loop(module, loss_of, config, folder, report, validate, on_validated, on_step, pairs, fetch).run()
 
 
 class _Loss(nn.Module):
@@ -135,10 +143,11 @@ class _Loop:
     """One call of `fit`."""
 
     def __init__(
-        self, module, loss_of, config: LoopConfig, folder: Path, report, validate, on_validated, on_step, pairs: int
+        self, module, loss_of, config: LoopConfig, folder: Path, report, validate, on_validated, on_step, pairs, fetch
     ):
         self.module, self.config, self.folder, self.report = module, config, folder, report
-        self.validate, self.on_validated, self.on_step, self.pairs = validate, on_validated, on_step, pairs
+        self.validate, self.on_validated, self.on_step = validate, on_validated, on_step
+        self.pairs, self.fetch = pairs, fetch
         self.parallel = Parallel(next(module.parameters()).device)
         self.parallel.check(config.optimizer, config.precision)
         self.state = State(
@@ -155,6 +164,7 @@ class _Loop:
         self.looked_at: int | None = None
         self.last_save, self.save_due = time.perf_counter(), False
         self.busy, self.logged = 0.0, (0, 0.0)
+        self.failed_together = False
 
     @property
     def progress(self) -> Progress:
@@ -179,7 +189,8 @@ class _Loop:
             ended = "exploded"
             raise
         except ControlNetError:  # such as a picture that cannot be read, halfway: what was trained is kept
-            if self.progress.step and self.state.is_finite:
+            together = self.failed_together or self.parallel.count == 1
+            if self.progress.step and together and self.state.is_finite:
                 self.save()
             raise
         finally:
@@ -217,10 +228,11 @@ class _Loop:
         """One optimiser step; returns its learning rate."""
         config, state, progress = self.config, self.state, self.progress
         rate = self.rate()
+        numbers = range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation)
         # The mean loss of the step's batches, and its gradient over all processes.
         loss = torch.zeros((), device=state.device)
-        numbers = range(progress.step * config.accumulation, (progress.step + 1) * config.accumulation)
         for k in numbers:
+            self.fetch_together(k)
             with self.parallel.accumulating(state.module, last=k == numbers[-1]):
                 began = time.perf_counter()
                 part = state.module(k) / config.accumulation
@@ -242,6 +254,18 @@ class _Loop:
         progress.recent = [*progress.recent, value][-RECENT:]
         progress.window.append(value)
         return rate
+
+    def fetch_together(self, k: int) -> None:
+        """Get what batch k needs. Raises the error of this process, or OtherFailedError for that of another one, in all
+        of them before any waits for the others' gradients."""
+        failed: ControlNetError | None = None
+        try:
+            self.fetch(k)
+        except ControlNetError as error:
+            failed = error
+        if self.parallel.any(failed is not None):
+            self.failed_together = True
+            raise failed or OtherFailedError("")
 
     def rate(self) -> float:
         """The learning rate: it rises over the warm-up and falls over the last part of the run."""

@@ -26,6 +26,9 @@ from controlnet.preprocessors.jsons import object_or_empty
 MOST_LANES = 64
 """Shards that are open at once, in all processes together."""
 
+NEAR = 10_000
+"""Pairs of a lane that are rather passed over than found anew."""
+
 Size = tuple[int, int]
 
 
@@ -115,7 +118,10 @@ class _Lane:
 
     def take(self, n: int) -> tuple[int, str, Pair]:
         """(epoch, key, pair) of the lane's pair n, counted from the beginning of the run."""
-        if n != self.next:
+        if 0 <= self.next <= n < self.next + NEAR:  # what is between is another process's
+            for _ in range(n - self.next):
+                next(self.rows)
+        else:
             self.rows = self._from(n)
         self.next = n + 1
         return next(self.rows)
@@ -132,8 +138,7 @@ class _Lane:
                     following.prefetch()
                 own = 0
                 for number, whole in enumerate(shard.groups()):
-                    group = [(key, pair) for key, pair in whole if key not in self.stream.held_out]
-                    group = [(key, pair) for key, pair in group if not pair.held_out]
+                    group = self.stream.to_train_on(whole)
                     place = zlib.crc32(shard.name.encode()), number
                     for index in islice(shuffled(len(group), self.seed, epoch, *place), n, None):
                         yield epoch, *group[index]
@@ -160,9 +165,10 @@ class _Counts:
     def set(self, name: str, number: int) -> None:
         if self.counts.get(name) == number:
             return
-        self.counts[name] = number
         if self.path is not None:
             self.counts |= self._kept()  # what other processes have counted
+        self.counts[name] = number
+        if self.path is not None:
             try:
                 write_file(self.path, json.dumps({"held_out": self.held_out, "counts": self.counts}).encode())
             except OutputError:  # it only saves time
@@ -193,5 +199,7 @@ def bucket_of(picture: Size, size: int, step: int = 64) -> Size:
         height = min(size * size // width // step * step, 2 * size)
         if height >= sides[0]:
             fitting[width, height] = True
+    if not fitting:  # smaller than a step
+        return size, size
     fitting |= {(height, width): True for width, height in fitting}
     return min(fitting, key=lambda s: (abs(np.log(s[0] / s[1] / aspect)), -s[0] * s[1]))

@@ -84,7 +84,7 @@ def train(
         store = Cache(cache_folder() / "training" if config.cache else None)
         order = None
         if isinstance(found, Stream):
-            counts = cache_folder() / "stream" / f"{key_of(found.folder)[:16]}.json"
+            counts = cache_folder() / "stream" / f"{key_of(found.marks())[:16]}.json"
             order = Lanes(found, config.seed, config.batch_size, counts)
         samples = Samples(training, config, base, base_hash, store, order, config.buckets)
         validation = Samples(held_out, config, base, base_hash, store)
@@ -112,8 +112,9 @@ def train(
             base.unet.enable_gradient_checkpointing()
         work = _Training(net, base, samples, validation, config, run, device, processes, watcher)
         with work.pool, attention_kernels(device, config.precision, samples.size <= 256):
-            report = watcher.say, work.validate, work.show, watcher.on_step
-            return fit(net, work.loss_of, config, folder, *report, pairs=config.batch_size * config.accumulation)
+            pairs = config.batch_size * config.accumulation
+            report = watcher.say, work.validate, work.show, watcher.on_step, pairs, work.fetch
+            return fit(net, work.loss_of, config, folder, *report)
 
 
 def _check_settings(config: TrainConfig, processes: Parallel) -> None:
@@ -200,6 +201,7 @@ class _Training:
         base.unet.to(memory_format=torch.channels_last)
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
+        self.batch: tuple[int, list[Batch]] = -1, []
         self.held_out: list[tuple[Batch, Tensor]] = []
         writes = config.tensorboard and processes.is_main
         self.board = _tensorboard()(str(run.tensorboard)) if writes else None
@@ -212,6 +214,11 @@ class _Training:
         self.next = k + 1, self.pool.submit(self.samples.batch, k + 1, *part)
         return batch
 
+    def fetch(self, k: int) -> None:
+        """Get batch k, so that what is wrong with its files is known before anything is computed. Raises as `Samples`
+        does."""
+        self.batch = k, self._batch(k)
+
     def losses_of(self, batch: Batch) -> Tensor:
         batch = batch.map(lambda x: x.to(self.device))
         batch.condition = batch.condition.contiguous(memory_format=torch.channels_last)
@@ -219,7 +226,7 @@ class _Training:
             return control_losses(self.base.unet, self.net, self.schedule, batch, self.config.min_snr or None)
 
     def loss_of(self, k: int) -> Tensor:
-        return torch.cat([self.losses_of(part) for part in self._batch(k)]).mean()
+        return torch.cat([self.losses_of(part) for part in self.batch[1]]).mean()
 
     def validate(self, progress: Progress) -> dict[str, Any]:
         """Fields for the log: the control gap, and pictures at the chosen steps."""

@@ -6,12 +6,15 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlnet.model.control.modes import WEIGHTINGS
 from controlnet.preprocessors.errors import UsageError
-from controlnet.preprocessors.files import exists
+from controlnet.preprocessors.files import exists, is_file
 from controlnet.preprocessors.kinds import union_kinds
+from controlnet.preprocessors.remote import place
+from controlnet.preprocessors.tars import is_member, member_of
 
 if TYPE_CHECKING:
     from controlnet.model.control.strength import Strength
@@ -165,3 +168,9 @@ _READERS = {
     "end": lambda flag, value: _number(flag, value, "end=1"),
     "weighting": parse_weighting,
 }
+
+
+def where_now(path: str, image: str | Path) -> str:
+    """A file that an image's record names: where it was, or beside the image if it lies there now."""
+    beside = place(str(image)).parent / Path(member_of(path)).name
+    return str(beside) if not (is_file(path) or is_member(path)) and is_file(beside) else path

@@ -26,10 +26,12 @@ from controlnet.preprocessors.errors import InputError, ModelError, UsageError
 from controlnet.preprocessors.files import exists, is_file
 from controlnet.preprocessors.kinds import KINDS
 from controlnet.preprocessors.metadata import kind_of, size_of, text_of
-from controlnet.preprocessors.tars import MARK, is_member
+from controlnet.preprocessors.tars import is_member, member_of
 
 INIT = "@init"
 """A condition's path that means the picture to start from."""
+SAMPLE = "@sample"
+"""A condition's path that means those of each sample, where jobs come from tar files."""
 ALPHA = "@alpha"
 """A mask's path that means the transparency of the picture to start from."""
 STRENGTH = 0.6
@@ -345,8 +347,7 @@ class Job:
 
 
 def stem_of(path: str) -> str:
-    _, _, member = path.rpartition(MARK)  # of a file in a tar file, its own name
-    stem = Path(member).stem if path != "-" else "stdin"
+    stem = Path(member_of(path)).stem if path != "-" else "stdin"
     for kind in KINDS:
         stem = stem.removesuffix(f".{kind}").removesuffix(f"_{kind}")
     return stem or "image"
@@ -373,11 +374,20 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
         if value is None or (value == "" and key not in ("prompt", "negative")):
             continue
         values[key] = value
+    values["cond"] = _of_samples(values.get("cond"), defaults.get("cond"))
     place = values.get("out")
     if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder):
         # Places in a file of jobs are below -o.
         values["out"] = str(remote.place(folder) / place) + "/" * place.endswith("/")
     return Job(**{key: value for key, value in values.items() if value is not None})
+
+
+def _of_samples(given: Any, default: Any) -> Any:
+    """The conditions of a sample in a tar file, with the keys of `--cond @sample,key=value`, if that is the default."""
+    (template, *more) = [default] if isinstance(default, str) else list(default or [""])
+    if not isinstance(template, str) or not template.startswith(SAMPLE) or more or given is default:
+        return given
+    return [f"{path}{template.removeprefix(SAMPLE)}" for path in ([given] if isinstance(given, str) else given or [])]
 
 
 def check_names(job: Job) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 from controlnet.model.work.batch import EXAMPLE, Line
 from controlnet.preprocessors.data.forms import pictures_in, samples_in
 from controlnet.preprocessors.data.rows import parquet_rows
-from controlnet.preprocessors.data.stream import expand, local
-from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.data.stream import expand
+from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.files import decoded
 from controlnet.preprocessors.images import read_bytes
 from controlnet.preprocessors.jsons import read_object
-from controlnet.preprocessors.tars import name_of, read_member
+from controlnet.preprocessors.tars import kept_copy, read_member
 
 
 def read(path: str) -> Iterator[Line]:
@@ -24,15 +24,20 @@ def read(path: str) -> Iterator[Line]:
         for number, row in enumerate(parquet_rows(path, read_bytes(path)), 1):
             yield f"{path} row {number}", {key: value for key, value in row.items() if value is not None}
         return
+    some = False
     for tar in expand(path):
-        yield from _jobs_in(local(tar))
+        for line in _jobs_in(tar, kept_copy(tar)):
+            some = True
+            yield line
+    if not some:
+        raise InputError(f"{path}: no jobs in it", "samples such as 0001.canny.png, 0001.txt, 0001.json")
 
 
-def _jobs_in(tar: Path) -> Iterator[Line]:
+def _jobs_in(name: str, tar: Path) -> Iterator[Line]:
     """A job for each sample of a tar file: its maps NAME.KIND.png, or else its picture, are the conditions, NAME.txt is
     the prompt, NAME.json has the other keys."""
     for key, files in samples_in(tar).items():
-        where = f"{tar}#{key.removeprefix('/')}"
+        where = f"{name}#{key.removeprefix('/')}"
         try:
             job: dict[str, Any] = {}
             if "json" in files:
@@ -41,7 +46,7 @@ def _jobs_in(tar: Path) -> Iterator[Line]:
                 job["prompt"] = decoded(read_member(tar, files["txt"]), where).strip()
             pictures = pictures_in(files)
             maps = [member for ending, member in pictures.items() if "." in ending] or list(pictures.values())
-            job.setdefault("cond", [str(name_of(tar, member)) for member in maps])
+            job.setdefault("cond", [f"{name}#{member}" for member in maps])
             yield where, job
         except UsageError as error:
             yield where, error

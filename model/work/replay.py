@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from controlnet.model.sampling.schedulers import SCHEDULERS
 from controlnet.model.work.batch import Wanted
-from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting
+from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting, where_now
 from controlnet.model.work.jobs import OPTIONS, Job
 from controlnet.model.work.machine import choose_device
 from controlnet.model.work.studio import Image, Studio
 from controlnet.preprocessors.errors import InputError, UsageError, reason
-from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load
 
@@ -133,7 +132,7 @@ def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
         for name in ("init", "mask"):
             if values.get(name):
-                values[name] = _beside(values[name], image.path)
+                values[name] = where_now(values[name], image.path)
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error
@@ -166,7 +165,7 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
     path = moved or condition["path"]
     if path == "-":
         raise InputError(f"{image}: its condition came from standard input", f"controlnet replay {image} --cond MAP")
-    path = _beside(path, image)
+    path = where_now(path, image)
     scale, detect = condition["scale"], condition.get("detect") or {}
     return ConditionFlag(
         path,
@@ -179,12 +178,6 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
         parse_weighting("weighting", condition.get("weighting") or "uniform"),
         condition.get("region"),
     )
-
-
-def _beside(path: str, image: Path) -> str:
-    """A file where it was, or beside the image if it lies there now."""
-    beside = image.parent / Path(path).name
-    return str(beside) if not is_file(path) and is_file(beside) else path
 
 
 def _batch(record: dict[str, Any]) -> tuple[int, int]:

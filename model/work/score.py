@@ -6,14 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from controlnet.model.sampling.canvas import to_canvas
 from controlnet.model.work.cluster import on_ray
-from controlnet.model.work.condition import parse_condition
+from controlnet.model.work.condition import parse_condition, where_now
 from controlnet.model.work.crew import Crew, in_order, killed_twice
 from controlnet.preprocessors.agreement import (
     aligned,
@@ -304,8 +303,6 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def _recorded_path(entry: dict[str, Any], image: str) -> str:
     """The path where a condition in an image's record is now."""
-    path = Path(entry["path"])
     if entry["path"] == "-":
         raise InputError(f"{image}: its condition came from standard input", f"controlnet score {image} --cond MAP")
-    beside = Path(image).parent / path.name
-    return str(beside if not path.is_file() and beside.is_file() else path)
+    return where_now(entry["path"], image)

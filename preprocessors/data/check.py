@@ -85,7 +85,7 @@ def check_pairs(found: Pairs | Stream, kind: str, on_pair=lambda done: None) -> 
     good: list[Cell] = []
     bad: list[Cell] = []
     for done, pair in enumerate(found.pairs, 1):
-        own, digest, size, preview = check_pair(pair, kind)
+        own, digest, size, preview = check_pair(pair.of_kind(kind), kind)
         problems += own
         if size:
             sizes[size] = sizes.get(size, 0) + 1

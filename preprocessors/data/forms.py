@@ -147,13 +147,13 @@ def _pair_in(tar: Path, sample: dict[str, str]) -> Pair | None:
     image = next((member for ending, member in pictures.items() if "." not in ending), None)
     if image is None:
         return None
-    condition = next((member for ending, member in pictures.items() if "." in ending), None)
+    maps = tuple(name_of(tar, member) for ending, member in pictures.items() if "." in ending)
     row = read_object(read_member(tar, sample["json"]), f"{tar}#{sample['json']}") if "json" in sample else {}
     caption = caption_of(row, f"{tar}#{image}")
     if "txt" in sample:
         caption = decoded(read_member(tar, sample["txt"]), f"{tar}#{sample['txt']}").strip()
     held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
-    return Pair(name_of(tar, image), name_of(tar, condition) if condition else None, caption, held_out)
+    return Pair(name_of(tar, image), maps[0] if maps else None, caption, held_out, maps if len(maps) > 1 else ())
 
 
 def _absent(tars: list[Path]) -> tuple[str, ...]:

@@ -40,7 +40,8 @@ def pack(
     """
     if form not in FORMS:
         raise UsageError(f"--to {form}: expected one of {', '.join(FORMS)}", "--to webdataset")
-    ordered = sorted(found.pairs, key=lambda pair: sha256(_name(found, pair).encode()).hexdigest())
+    pairs = [pair.of_kind(kind) for pair in found.pairs]
+    ordered = sorted(pairs, key=lambda pair: sha256(_name(found, pair).encode()).hexdigest())
     manifest = {
         "kind": kind,
         "form": form,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from controlnet.preprocessors.condition import Condition, condition_of
@@ -22,6 +22,13 @@ class Pair:
     caption: str
     held_out: bool | None = None
     """Whether the data's own split holds it out from training; None if there is no split."""
+    maps: tuple[Path, ...] = ()
+    """All its conditions, if it has several; `condition` is the first one."""
+
+    def of_kind(self, kind: str) -> Self:
+        """The pair with that one of its conditions whose name says this kind, `0001.depth.png`, if one does."""
+        own = next((path for path in self.maps if path.stem.endswith(f".{kind}")), self.condition)
+        return replace(self, condition=own) if own != self.condition else self
 
     @property
     def name(self) -> str:

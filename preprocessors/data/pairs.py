@@ -87,11 +87,11 @@ def kind_of_pairs(found: Source, given: str = "") -> tuple[str, str]:
     kinds = set()
     for pair in found.pairs[:8]:
         assert pair.condition is not None
-        try:
-            text = read_image(pair.read(pair.condition), str(pair.condition))[1]
-            kinds.add(kind_of(pair.condition.name, text))
-        except UsageError:
-            kinds.add("")
+        for map_ in pair.maps or (pair.condition,):
+            try:
+                kinds.add(kind_of(map_.name, read_image(pair.read(map_), str(map_))[1]))
+            except UsageError:
+                kinds.add("")
     if len(kinds) == 1 and (kind := kinds.pop()):
         return kind, "from the conditions' text or names"
     if len(kinds) > 1:

@@ -55,7 +55,7 @@ def parquet_rows(path: str, data: bytes) -> list[dict]:
     except ImportError as error:
         raise InputError(f"{path}: reading it needs pyarrow", "pip install pyarrow") from error
     try:
-        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        return pyarrow.parquet.read_table(io.BytesIO(data), use_threads=False, pre_buffer=False).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a Parquet file ({reason(error)})") from error
 

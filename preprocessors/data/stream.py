@@ -9,13 +9,12 @@ and the disk that are used do not grow with the data.
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,10 +25,9 @@ from controlnet.preprocessors.data.pair import HeldPair, Pair, Pairs
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.data.rows import caption_of
 from controlnet.preprocessors.errors import InputError, UsageError, reason
-from controlnet.preprocessors.files import scratch
-from controlnet.preprocessors.remote import fetch, is_url, place
-from controlnet.preprocessors.tars import forget
-from controlnet.preprocessors.weights import cache_folder
+from controlnet.preprocessors.jsons import object_or_empty
+from controlnet.preprocessors.remote import is_url, place
+from controlnet.preprocessors.tars import forget, local_copy
 
 IMAGE_COLUMNS = ("image", "target", "picture", "jpg", "png", "webp")
 HUB = "hf://datasets/"
@@ -46,8 +44,9 @@ class Shard(Protocol):
     def name(self) -> str:
         """The same on every machine."""
 
-    def mark(self) -> object:
-        """Something that changes with its content. Raises InputError if it is not there."""
+    def mark(self) -> list:
+        """Its size, or what else is known of it from afar, and then more that changes with its content. Raises
+        InputError if it is not there."""
 
     def groups(self) -> Iterator[list[tuple[str, Pair]]]:
         """(key, pair) of all its pairs, in groups small enough for the memory; a group's pairs can be read until the
@@ -64,9 +63,10 @@ class TarShard:
         self.name = name
         self.coming: Future[Path] | None = None
 
-    def mark(self) -> object:
+    def mark(self) -> list:
         try:
-            return place(self.name).stat().st_size
+            stat = place(self.name).stat()
+            return [stat.st_size, *([] if is_url(self.name) else [stat.st_mtime_ns])]
         except OSError as error:
             raise InputError(
                 f"{self.name}: no such shard ({reason(error)})", "look at the names of the shards"
@@ -74,7 +74,7 @@ class TarShard:
 
     def prefetch(self) -> None:
         if is_url(self.name) and self.coming is None:
-            self.coming = _fetchers().submit(local, self.name)
+            self.coming = _fetchers().submit(local_copy, self.name)
 
     def groups(self) -> Iterator[list[tuple[str, Pair]]]:
         self.prefetch()
@@ -89,29 +89,6 @@ class TarShard:
                 shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def local(name: str) -> Path:
-    """A tar file on this machine: itself, or for a URL a copy, which is removed when this process ends. Raises
-    InputError."""
-    if not is_url(name):
-        return Path(name)
-    path = scratch(cache_folder() / "stream") / Path(name.partition("?")[0]).name
-    try:
-        fetch(name, path)
-    except InputError as error:
-        raise InputError(f"{error}{_how_far(path)}", error.hint) from error
-    return path
-
-
-def _how_far(path: Path) -> str:
-    """What is said of a tar file that came in part: the last file in it that is whole."""
-    whole = ""
-    with suppress(tarfile.TarError, OSError), tarfile.open(path) as tar:
-        for member in tar:
-            if member.offset_data + member.size <= path.stat().st_size:
-                whole = member.name
-    return f"; the last file that came whole: {whole or 'none'}"
-
-
 @cache
 def _fetchers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4, thread_name_prefix="shards")
@@ -123,8 +100,8 @@ class TableShard:
     def __init__(self, name: str, table: Any, number: int):
         self.name, self.table, self.number = f"{name}#{number}", table, number
 
-    def mark(self) -> object:
-        return self.name
+    def mark(self) -> list:
+        return [self.name]
 
     def prefetch(self) -> None:
         pass  # the library reads ahead
@@ -169,7 +146,7 @@ def _pair_of(row: dict[str, Any], key: str) -> Pair:
         )
     condition = file_in((*CONDITION_COLUMNS, "condition", "source", "conditioning_image.png"), "condition")
     held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
-    return HeldPair(image, condition, caption_of(row, key), held_out, files)
+    return HeldPair(image, condition, caption_of(row, key), held_out, files=files)
 
 
 @dataclass
@@ -180,7 +157,10 @@ class Stream:
     form: str
     shards: list[Shard]
     held_out: set[str] = field(default_factory=set)
+    kind: str = ""
+    """Of the conditions that are read, where a sample has several."""
     manifest: dict = field(default_factory=dict)
+    """What lies beside the shards says of them, as `dataset build --to` writes it."""
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -199,12 +179,27 @@ class Stream:
     def pairs(self) -> list[Pair]:
         return [pair for _, pair in self.head]
 
+    def to_train_on(self, group: list[tuple[str, Pair]]) -> list[tuple[str, Pair]]:
+        """Those of a shard's pairs that are not held out. Where the first pairs have conditions, one without is left
+        out, as one without a picture is."""
+        paired = self.pairs[0].condition is not None
+        return [
+            (key, pair.of_kind(self.kind))
+            for key, pair in group
+            if key not in self.held_out and not pair.held_out and (pair.condition is not None or not paired)
+        ]
+
+    def marks(self) -> list[list]:
+        """The name and the mark of each shard. Raises InputError for one that is not there."""
+        with ThreadPoolExecutor(32) as pool:  # servers are asked many questions at once
+            return list(pool.map(lambda shard: [shard.name, *shard.mark()], self.shards))
+
 
 def _kept(one: tuple[str, Pair]) -> tuple[str, Pair]:
     """A pair with its files in memory, which stays readable when its shard is gone."""
     key, pair = one
-    files = {file: pair.read(file) for file in (pair.image, pair.condition) if file is not None}
-    return key, HeldPair(pair.image, pair.condition, pair.caption, pair.held_out, files)
+    files = {file: pair.read(file) for file in (pair.image, pair.condition, *pair.maps) if file is not None}
+    return key, HeldPair(pair.image, pair.condition, pair.caption, pair.held_out, pair.maps, files)
 
 
 def is_stream(name: str) -> bool:
@@ -223,11 +218,22 @@ def open_stream(name: str) -> Stream:
     if name.startswith(HUB) and not name.endswith((".tar", ".parquet")):
         return _table(name, name.removeprefix(HUB))
     names = expand(name)
-    if name.endswith(".parquet"):
-        return _table(name, "parquet", data_files=names)
-    if not name.endswith(".tar"):
+    plain = name.partition("?")[0]
+    if plain.endswith(".parquet"):
+        files = [one if is_url(one) else glob.escape(one) for one in names]
+        return replace(_table(name, "parquet", data_files=files), manifest=_manifest(names[0]))
+    if not plain.endswith(".tar"):
         raise UsageError(f"{name}: expected shards (.tar, .parquet) or {HUB}USER/NAME", "'https://host/{000..999}.tar'")
-    return Stream(name, "webdataset", [TarShard(one) for one in names])
+    return Stream(name, "webdataset", [TarShard(one) for one in names], manifest=_manifest(names[0]))
+
+
+def _manifest(shard: str) -> dict:
+    """manifest.json in the folder of a shard; empty if there is none."""
+    path = place(shard.partition("?")[0]).parent / "manifest.json"
+    try:
+        return object_or_empty(path.read_bytes())
+    except Exception:  # each client has its own types, and it need not be there
+        return {}
 
 
 def _table(name: str, path: str, **options: Any) -> Stream:
@@ -236,6 +242,7 @@ def _table(name: str, path: str, **options: Any) -> Stream:
     except ImportError:
         raise UsageError(f"{name}: needs datasets", "pip install 'controlnet-toolkit[datasets]'") from None
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below
     try:
         table = datasets.load_dataset(path, split="train", streaming=True, **options)
         features = table.features or {}
@@ -268,10 +275,13 @@ def expand(name: str) -> list[str]:
     return found
 
 
+def _is_pattern(name: str) -> bool:
+    return "*" in name or (not is_url(name) and not Path(name).is_file() and bool(re.search(r"[\[?]", name)))
+
+
 def _listed(pattern: str) -> list[str]:
     if not is_url(pattern):
-        folder, _, name = pattern.rpartition("/")
-        return sorted(map(str, Path(folder).glob(name)))
+        return sorted(glob.glob(pattern))  # noqa: PTH207 - of the whole name, and as it was given
     before, _, name = pattern.rpartition("/")
     try:
         return sorted(str(path) for path in place(f"{before}/").glob(name))
