@@ -23,6 +23,7 @@ Vae = Annotated[str | None, typer.Option(metavar="FILE", help="Where the recorde
 Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the image made again.")]
 Size = Annotated[str | None, typer.Option(help="Make it in another size: needs -o, and compares nothing.")]
 Seed = Annotated[int | None, typer.Option(help="Make it with another seed: needs -o, and compares nothing.")]
+Hires = Annotated[str | None, typer.Option(metavar="2x", help="Make it so many times as large: needs -o.")]
 Steps = Annotated[int | None, typer.Option(help="Make it in this many steps: needs -o, and compares nothing.")]
 
 
@@ -33,6 +34,7 @@ def replay(
     size: Size = None,
     seed: Seed = None,
     steps: Steps = None,
+    hires: Hires = None,
     vae: Vae = None,
     device: Device = None,
     as_json: Json = False,
@@ -46,7 +48,7 @@ def replay(
     job = replace(job, vae=vae or job.vae)
 
     # What is to be made: the recorded job, or a changed one, which needs -o and is not compared.
-    given: dict[str, Any] = {"size": size, "seed": seed, "steps": steps}
+    given: dict[str, Any] = {"size": size, "seed": seed, "steps": steps, "hires": hires}
     changed = {name: OPTIONS[name].read(name, value) for name, value in given.items() if value is not None}
     if changed and out is None:
         flags = " ".join(f"--{name}" for name in changed)

@@ -328,3 +328,43 @@ def test_pictures_on_sdxl(run, photos, masks, sdxl_folder):
     image, text = pixels("b.png")
     assert np.array_equal(image[~masks], photo[~masks]) and (image[masks] != photo[masks]).any()
     assert run("replay", "a.png")[0] == run("replay", "b.png")[0] == 0 and load(text)["size"][0] > 0
+
+
+def test_larger(run, photos, flags, small_base_folder):
+    """A second pass from the enlarged image; its conditions are on the larger canvas."""
+    cond = f"photos/0.png,detect=canny,net={small_base_folder / 'net'}"
+    command = ["generate", "--cond", cond, "--prompt", "a cube", "--size", "96x64", *flags]
+    assert run(*command, "-o", "a.png")[0] == 0
+    assert run(*command, "--hires", "2x", "-o", "b.png")[0] == 0
+    small, (large, text) = pixels("a.png")[0], pixels("b.png")
+    record = load(text)
+    assert large.shape == (128, 192, 3) and (record["hires"], record["hires_strength"]) == (2.0, 0.5)
+    assert run("replay", "b.png")[0] == 0
+    assert run(*command, "--hires", "2", "--hires-strength", "0.2", "-o", "c.png")[0] == 0
+    near = pixels("c.png")[0].reshape(64, 2, 96, 2, 3).mean((1, 3))
+    far = large.reshape(64, 2, 96, 2, 3).mean((1, 3))
+    assert np.abs(near - small).mean() < np.abs(far - small).mean()  # less strength, more of the first image
+
+    # A recorded image made again, larger: as if it had been asked for.
+    assert run("replay", "a.png", "--hires", "2x", "-o", "d.png")[0] == 0
+    assert np.array_equal(pixels("d.png")[0], large)
+    assert run("replay", "a.png", "--hires", "2x")[0] == Exit.USAGE
+
+
+def test_larger_in_a_mask(run, photos, masks, flags):
+    photo = pixels("photos/0.png")[0]
+    command = ["generate", "--init", "photos/0.png", "--mask", "mask.png", "--prompt", "x", *flags, "--hires", "1.5x"]
+    assert run(*command, "-o", "a.png")[0] == 0
+    image = pixels("a.png")[0]
+    assert image.shape == photo.shape and np.array_equal(image[~masks], photo[~masks])
+
+
+@pytest.mark.parametrize("fields, told", [
+    ({"hires": "1x"}, "a factor above 1"), ({"hires": 9}, "up to 4"), ({"hires": "big"}, "a factor such as 2x"),
+    ({"hires_strength": 0.5}, "without --hires"), ({"hires": 2, "hires_strength": 0}, "above 0 and up to 1"),
+    ({"hires": 2, "hires_strength": 0.1, "steps": 5}, "leaves none to make"),
+])  # fmt: skip
+def test_second_passes_that_cannot_be(fields, told):
+    with pytest.raises(UsageError, match=told) as error:
+        Job(**{"prompt": "x"} | fields)
+    assert error.value.hint

@@ -35,6 +35,8 @@ SAMPLE = "@sample"
 ALPHA = "@alpha"
 """A mask's path that means the transparency of the picture to start from."""
 STRENGTH = 0.6
+HIRES_STRENGTH = 0.5
+MOST_LARGER = 4
 MAX_NUM = 10_000
 MAX_SIDE = 100_000
 MAX_STEPS = 999  # schedulers with an offset of one step have no more
@@ -82,6 +84,13 @@ def _number(name: str, value: Any, reader: Callable[[Any], Any] = float, what: s
 
 def _whole(name: str, value: Any) -> int:
     return _number(name, value, int, "a whole number")
+
+
+def _factor(name: str, value: Any) -> float:
+    factor = _number(name, str(value).removesuffix("x"), float, "a factor such as 2x")
+    if not 1 < factor <= MOST_LARGER:
+        raise UsageError(f"--{name} {value}: expected a factor above 1 and up to {MOST_LARGER}", f"--{name} 2x")
+    return factor
 
 
 def _yes_or_no(name: str, value: Any) -> bool:
@@ -188,6 +197,10 @@ class Job:
     """Make anew what is black in the mask."""
     feather: int = option(0, _whole, int)
     """Width in pixels over which the new goes over into the old, inside of the mask."""
+    hires: float | None = option(None, _factor, str, metavar="2x")
+    """Make the image so many times as large: sampled again from itself, enlarged, under the same conditions."""
+    hires_strength: float | None = option(None, _number, float)
+    """How much of the sampling is made for that; see --strength. (default: 0.5)"""
     original_size: tuple[int, int] | None = option(None, _told_size)
     """What SDXL is told of the original picture's size, WIDTHxHEIGHT. (default: the canvas)"""
     crop: tuple[int, int] | None = option(None, _point, str, metavar="LEFT,TOP")
@@ -243,6 +256,12 @@ class Job:
                 )
 
         self._check_start()
+        if self.hires is None and self.hires_strength is not None:
+            raise UsageError(f"--hires-strength {self.hires_strength:g} without --hires", "--hires 2x")
+        if self.hires is not None:
+            self._check_strength(
+                "hires-strength", HIRES_STRENGTH if self.hires_strength is None else self.hires_strength
+            )
         if not 0 <= self.clip_skip <= 30:
             raise UsageError(f"--clip-skip {self.clip_skip}: expected 0 to 30", "--clip-skip 1")
         for flag in ("prompt", "negative", "prompt2", "negative2"):
@@ -269,13 +288,16 @@ class Job:
             raise UsageError("--invert-mask and --feather: no --mask to change", "--mask mask.png")
         if not 0 <= self.feather <= 1000:
             raise UsageError(f"--feather {self.feather}: expected 0 to 1000 pixels", "--feather 16")
-        if not 0 < self.strength_or_default <= 1:
-            raise UsageError(f"--strength {self.strength:g}: expected a number above 0 and up to 1", "--strength 0.6")
-        if int(self.steps * self.strength_or_default) == 0:
+        self._check_strength("strength", self.strength_or_default)
+
+    def _check_strength(self, flag: str, strength: float) -> None:
+        if not 0 < strength <= 1:
+            raise UsageError(f"--{flag} {strength:g}: expected a number above 0 and up to 1", f"--{flag} 0.6")
+        if int(self.steps * strength) == 0:
             least = math.ceil(100 / self.steps) / 100
             raise UsageError(
-                f"--strength {self.strength_or_default:g} of {self.steps} steps leaves none to make",
-                f"--strength {least:g}, or more --steps",
+                f"--{flag} {strength:g} of {self.steps} steps leaves none to make",
+                f"--{flag} {least:g}, or more --steps",
             )
 
     @property
@@ -304,6 +326,7 @@ class Job:
             guidance=base.guidance if self.guidance is None else self.guidance,
             control_on=self.acts_on or base.control_on,
             strength=None if self.init is None else self.strength_or_default,
+            hires_strength=(self.hires_strength or HIRES_STRENGTH) if self.hires else None,
         )
 
     def record(self) -> dict[str, Any]:
@@ -332,6 +355,14 @@ class Job:
             return self
         digest = int(hashlib.sha256(self.content.encode(errors="surrogateescape")).hexdigest(), 16)
         return replace(self, seed=digest % 2**31 if fixed else random.randrange(2**31))
+
+    @property
+    def larger(self) -> tuple[int, int] | None:
+        """The canvas (width, height) of the second pass; None if there is none. `size` must be set."""
+        if self.hires is None or self.size is None:
+            return None
+        width, height = (round(side * self.hires / 8) * 8 for side in self.size)
+        return width, height
 
     @property
     def shown(self) -> str | None:

@@ -143,7 +143,7 @@ _RECORD: dict[str, tuple[type, ...]] = {
     "size": (list,), "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)),
     "control_on": (str, type(None)), "device": (str, type(None)), "dtype": (str, type(None)),
     "versions": (dict, type(None)), "init": (str, type(None)), "mask": (str, type(None)),
-    "strength": (int, float, type(None)),
+    "strength": (int, float, type(None)), "hires": (int, float, type(None)),
 }  # fmt: skip
 _CONDITION: dict[str, tuple[type, ...]] = {
     "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -100,13 +100,27 @@ class Prepared:
     shared: str
     record: dict[str, Any]
 
+    larger: list[ActiveCondition] = field(default_factory=list)
+    """The conditions on the canvas of the second pass, if there is one."""
+
     @property
     def request(self) -> Request:
-        maps = tuple(one.map for one in self.acting)
+        return self._request(self.acting, self.init, self.mask)
+
+    def request_of(self, image: np.ndarray, size: tuple[int, int]) -> Request:
+        """The request of the second pass, from an image of the first one, on a canvas (width, height)."""
+        init, mask = fit(image, size, "stretch"), None
+        if self.painting is not None:
+            photo, mask = self.painting.on_canvas(size)
+            init = np.where(mask[..., None], init, photo)
+        return self._request(self.larger, init, mask)
+
+    def _request(self, acting: list[ActiveCondition], init: np.ndarray | None, mask: np.ndarray | None) -> Request:
+        maps = tuple(one.map for one in acting)
         job = self.job
-        types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in self.acting)
+        types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in acting)
         texts = job.negative, job.prompt2, job.negative2
-        return Request(job.prompt, self.wanted.seed, maps, types, *texts, self.init, self.mask)
+        return Request(job.prompt, self.wanted.seed, maps, types, *texts, init, mask)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -201,11 +215,37 @@ class Studio:
 
     def _sample(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
         first, job = group[0], group[0].job
-        images = generate(
+        assert job.size is not None
+        images = self._pass(
+            first, [one.request for one in group], first.acting, job.size, job.strength_or_default,
+            partial(_tell_part, on_step, 0.0, 1.0 if job.larger is None else 0.5),
+        )  # fmt: skip
+        if job.larger is not None and job.hires_strength is not None:
+            requests = [one.request_of(image, job.larger) for one, image in zip(group, images, strict=True)]
+            images = self._pass(
+                first, requests, first.larger, job.larger, job.hires_strength,
+                partial(_tell_part, on_step, len(group) / 2, 0.5),
+            )  # fmt: skip
+        for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
+            pixels = pixels if one.painting is None else one.painting.laid_over(pixels)
+            yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
+
+    def _pass(
+        self,
+        first: Prepared,
+        requests: list[Request],
+        acting: list[ActiveCondition],
+        size: tuple[int, int],
+        strength: float,
+        on_step: Callable[[float], None],
+    ) -> Iterator[np.ndarray]:
+        """An image (H, W, 3) uint8 on a canvas for each request; they agree with `first` in everything else."""
+        job = first.job
+        return generate(
             first.base,
-            [one.request for one in group],
-            [(one.net, one.strength) for one in first.acting],
-            job.size,
+            requests,
+            [(one.net, one.strength) for one in acting],
+            size,
             job.steps,
             job.guidance,
             job.scheduler,
@@ -213,12 +253,9 @@ class Studio:
             first.encoded,
             batch=TOGETHER,
             clip_skip=job.clip_skip,
-            ids=first.base.size_ids(job.size or (0, 0), job.original_size, job.crop or (0, 0), job.target_size),
-            strength=job.strength_or_default,
+            ids=first.base.size_ids(size, job.original_size, job.crop or (0, 0), job.target_size),
+            strength=strength,
         )
-        for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
-            pixels = pixels if one.painting is None else one.painting.laid_over(pixels)
-            yield Image(one.wanted, pixels, one.record | {"batch": len(group), "place": place})
 
     def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
         bad = None
@@ -248,6 +285,13 @@ class Studio:
         for flag, at_work in zip(job.cond, acting, strict=True):
             check_window(flag, at_work.strength, evaluations)
 
+        larger = []
+        if job.larger is not None:
+            check_memory(base, job.larger, self.low_memory)
+            at = replace(job, size=job.larger)
+            larger = [self._acting(at, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
+
+        # The picture to start from, and the part of it that is painted.
         init, init_hash = self.start(job.init, size) if job.init else (None, None)
         painting = mask = None
         if job.mask is not None:
@@ -272,7 +316,7 @@ class Studio:
             "seed": one.seed,
         }
         shared = job.shared() + json.dumps([acts, job.mask is None], sort_keys=True)
-        return Prepared(one, job, base, encoded, acting, init, mask, painting, shared, record)
+        return Prepared(one, job, base, encoded, acting, init, mask, painting, shared, record, larger)
 
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
@@ -429,6 +473,10 @@ class Studio:
 
     def _warn(self, text: str) -> None:
         self.say(f"warning: {text}")
+
+
+def _tell_part(on_step: Callable[[float], None], before: float, part: float, images: float) -> None:
+    on_step(before + part * images)
 
 
 def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:
