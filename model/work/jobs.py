@@ -259,9 +259,8 @@ class Job:
         if self.hires is None and self.hires_strength is not None:
             raise UsageError(f"--hires-strength {self.hires_strength:g} without --hires", "--hires 2x")
         if self.hires is not None:
-            self._check_strength(
-                "hires-strength", HIRES_STRENGTH if self.hires_strength is None else self.hires_strength
-            )
+            given = self.hires_strength
+            self._check_strength("hires-strength", HIRES_STRENGTH if given is None else given)
         if not 0 <= self.clip_skip <= 30:
             raise UsageError(f"--clip-skip {self.clip_skip}: expected 0 to 30", "--clip-skip 1")
         for flag in ("prompt", "negative", "prompt2", "negative2"):
