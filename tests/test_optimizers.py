@@ -101,5 +101,5 @@ def test_a_resumed_optimizer_goes_on_exactly():
 
 
 def test_an_unknown_one_is_refused():
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, adamw8bit, muon, got 'sgd'"):
         LoopConfig(optimizer="sgd")
