@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from controlnet.model.work.jobs import Job, Option
+from controlnet.model.work.jobs import Job
+from controlnet.model.work.options import Option
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
 from typer.core import TyperCommand

@@ -12,9 +12,10 @@ from controlnet.model.control.zero import ControlledBlock, zero_conv
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.work.jobs import Job
+from controlnet.model.work.prepared import Image
 from controlnet.model.work.replay import replay
 from controlnet.model.work.score import Scored, Scorer, score
-from controlnet.model.work.studio import Image, Studio
+from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.condition import Condition, read_condition
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.stage_one import stage_one

@@ -7,8 +7,9 @@ from dataclasses import replace
 from itertools import groupby
 
 from controlnet.model.work.batch import Wanted
+from controlnet.model.work.prepared import Image
 from controlnet.model.work.score import Scorer
-from controlnet.model.work.studio import Image, Studio
+from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.kinds import kind_named

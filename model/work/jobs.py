@@ -12,14 +12,14 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from controlnet.model.control.modes import CONTROL_ON, MODES
-from controlnet.model.work.condition import ConditionFlag, parse_condition, parse_weighting
+from controlnet.model.work import options
+from controlnet.model.work.condition import ConditionFlag
 from controlnet.model.work.outputs import is_folder
 from controlnet.preprocessors import remote
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError
@@ -36,115 +36,12 @@ ALPHA = "@alpha"
 """A mask's path that means the transparency of the picture to start from."""
 STRENGTH = 0.6
 HIRES_STRENGTH = 0.5
-MOST_LARGER = 4
 MAX_NUM = 10_000
-MAX_SIDE = 100_000
 MAX_STEPS = 999  # schedulers with an offset of one step have no more
-
-Read = Callable[[str, Any], Any]
-"""(name of the field, text or JSON value) -> its value. Raises UsageError."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """How a field of `Job` is read, and where else it appears."""
-
-    read: Read
-    type: type = str
-    """The type of its flag."""
-    flags: tuple[str, ...] = ()
-    """Other names of the flag, beside --NAME."""
-    metavar: str | None = None
-    flag_default: Any = ...
-    """The flag's default, if the command determines the field's own."""
-    recorded: bool = True
-    """Whether its settled value (`Job.settled`) is in an image's record, where `replay` reads it."""
-    shared: bool = True
-    """Whether images that are sampled together must agree in it."""
-
-
-def option(default: Any, read: Read, type: type = str, *flags: str, **more: Any) -> Any:
-    return field(default=default, metadata={"option": Option(read, type, flags, **more)})
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{name}: {value!r}, expected text", f'"{name}": "..."')
-    return value
-
-
-def _number(name: str, value: Any, reader: Callable[[Any], Any] = float, what: str = "a number") -> Any:
-    try:
-        if isinstance(value, bool) or (reader is int and float(value) != int(value)):
-            raise ValueError
-        return reader(value)
-    except (ValueError, TypeError, OverflowError):
-        raise UsageError(f"{name}: {value!r}, expected {what}", f"{name}=1") from None
-
-
-def _whole(name: str, value: Any) -> int:
-    return _number(name, value, int, "a whole number")
-
-
-def _factor(name: str, value: Any) -> float:
-    factor = _number(name, str(value).removesuffix("x"), float, "a factor such as 2x")
-    if not 1 < factor <= MOST_LARGER:
-        raise UsageError(f"--{name} {value}: expected a factor above 1 and up to {MOST_LARGER}", f"--{name} 2x")
-    return factor
-
-
-def _yes_or_no(name: str, value: Any) -> bool:
-    known = {"true": True, "false": False, "1": True, "0": False, "": False}
-    if str(value).lower() not in known:
-        raise UsageError(f"{name}: {value!r}, expected true or false", f'"{name}": true')
-    return known[str(value).lower()]
-
-
-def _size(name: str, value: Any) -> tuple[int, int]:
-    from controlnet.preprocessors.geometry import parse_size  # here: it imports the libraries of pictures
-
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        value = f"{value[0]}x{value[1]}"
-    return parse_size(str(value))
-
-
-def _told_size(name: str, value: Any) -> tuple[int, int]:
-    """A size that is only told to the base, not made: any."""
-    texts = value.split("x") if isinstance(value, str) else value
-    texts = texts if isinstance(texts, (list, tuple)) else [texts]
-    texts = texts * 2 if len(texts) == 1 else texts
-    return _pair(name, value, texts, "WIDTHxHEIGHT or one number", 1, f"--{name.replace('_', '-')} 1024x1024")
-
-
-def _point(name: str, value: Any) -> tuple[int, int]:
-    texts = value.split(",") if isinstance(value, str) else value
-    return _pair(name, value, texts, "LEFT,TOP, in pixels", 0, f"--{name} 0,0")
-
-
-def _pair(name: str, value: Any, texts: Any, what: str, least: int, hint: str) -> tuple[int, int]:
-    """Two whole numbers from `least` to MAX_SIDE."""
-    try:
-        a, b = (_whole(name, text) for text in texts)
-        if not (least <= a <= MAX_SIDE and least <= b <= MAX_SIDE):
-            raise ValueError
-    except (UsageError, ValueError, TypeError):
-        raise UsageError(f"--{name.replace('_', '-')} {value}: expected {what}", hint) from None
-    return a, b
-
-
-def _conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
-    texts = [value] if isinstance(value, (str, ConditionFlag)) else value
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, ConditionFlag)) for text in texts):
-        raise UsageError(f"{name}: {texts!r}, expected text or a list of texts", f'"{name}": ["map.png,scale=0.8"]')
-    return tuple(text if isinstance(text, ConditionFlag) else parse_condition(text) for text in texts)
 
 
 def _of_init(flag: ConditionFlag, init: str) -> ConditionFlag:
     return replace(flag, path=init) if flag.path == INIT else flag
-
-
-def _weighting(name: str, value: Any) -> str | tuple[float, ...]:
-    return value if isinstance(value, tuple) else parse_weighting("--weighting", str(value))
 
 
 @dataclass(frozen=True)
@@ -153,69 +50,75 @@ class Job:
     `Job("map.canny.png,scale=0.8", "a red cube", size="768x512")`. Raises UsageError for what is wrong without a model.
     """
 
-    cond: tuple[ConditionFlag, ...] = option(
-        (), _conditions, list[str], metavar="PATH[,key=value...]", flag_default=None, recorded=False, shared=False
+    cond: tuple[ConditionFlag, ...] = options.option(
+        (),
+        options.conditions,
+        list[str],
+        metavar="PATH[,key=value...]",
+        flag_default=None,
+        recorded=False,
+        shared=False,
     )
     """A condition map, or a folder of maps; repeat for several. Keys: detect=KIND, kind, net, scale, start, end,
     weighting, region."""
-    prompt: str = option("", _text, str, "-p", shared=False)
+    prompt: str = options.option("", options.text, str, "-p", shared=False)
     """What the image shows; @FILE reads it from a file."""
-    negative: str | None = option(None, _text, shared=False)
+    negative: str | None = options.option(None, options.text, shared=False)
     """What it should not show; or @FILE. (default: nothing, for SDXL the zeros that it was trained with)"""
-    prompt2: str | None = option(None, _text, shared=False)
+    prompt2: str | None = options.option(None, options.text, shared=False)
     """What the second text encoder of SDXL reads. (default: the prompt)"""
-    negative2: str | None = option(None, _text, shared=False)
+    negative2: str | None = options.option(None, options.text, shared=False)
     """What it reads as the negative prompt. (default: the negative prompt)"""
-    clip_skip: int = option(0, _whole, int)
+    clip_skip: int = options.option(0, options.whole, int)
     """How many layers to leave out at the end of the text encoders, for both prompts (A1111's number minus 1)."""
-    out: str | None = option(None, _text, str, "-o", recorded=False, shared=False)
+    out: str | None = options.option(None, options.text, str, "-o", recorded=False, shared=False)
     """Where the result goes: a .png, a folder (any other name), or - for standard output."""
-    num: int = option(1, _whole, int, "-n", recorded=False, shared=False)
+    num: int = options.option(1, options.whole, int, "-n", recorded=False, shared=False)
     """How many images; image k uses seed + k."""
-    steps: int = option(20, _whole, int)
+    steps: int = options.option(20, options.whole, int)
     """Sampling steps."""
-    guidance: float | None = option(None, _number, float)
+    guidance: float | None = options.option(None, options.number, float)
     """Classifier-free guidance scale; 1 turns it off. (default: the base's)"""
-    scheduler: str | None = option(None, _text)
+    scheduler: str | None = options.option(None, options.text)
     """ddim, euler, unipc, ... (default: the base's)"""
-    base: str = option("tiny", _text, flag_default=None)
+    base: str = options.option("tiny", options.text, flag_default=None)
     """The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub id.
     (default: $CONTROLNET_BASE, what `models use` said, tiny)"""
-    vae: str | None = option(None, _text)
+    vae: str | None = options.option(None, options.text)
     """Another VAE than the base's own: a folder, a single file, or a hub id."""
-    size: tuple[int, int] | None = option(None, _size)
+    size: tuple[int, int] | None = options.option(None, options.size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
-    init: str | None = option(None, _text, shared=False)
+    init: str | None = options.option(None, options.text, shared=False)
     """A picture to start from, or a folder of them; `--cond @init,detect=KIND` takes its condition from it."""
-    strength: float | None = option(None, _number, float)
+    strength: float | None = options.option(None, options.number, float)
     """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6, with
     --mask 1)"""
-    mask: str | None = option(None, _text, shared=False)
+    mask: str | None = options.option(None, options.text, shared=False)
     """A picture that is white where the one to start from is made anew; the rest stays, byte for byte. @alpha: where it
     is transparent."""
-    invert_mask: bool = option(False, _yes_or_no, bool)
+    invert_mask: bool = options.option(False, options.yes_or_no, bool)
     """Make anew what is black in the mask."""
-    feather: int = option(0, _whole, int)
+    feather: int = options.option(0, options.whole, int)
     """Width in pixels over which the new goes over into the old, inside of the mask."""
-    hires: float | None = option(None, _factor, str, metavar="2x")
+    hires: float | None = options.option(None, options.factor, str, metavar="2x")
     """Make the image so many times as large: sampled again from itself, enlarged, under the same conditions."""
-    hires_strength: float | None = option(None, _number, float)
+    hires_strength: float | None = options.option(None, options.number, float)
     """How much of the sampling is made for that; see --strength. (default: 0.5)"""
-    original_size: tuple[int, int] | None = option(None, _told_size)
+    original_size: tuple[int, int] | None = options.option(None, options.told_size)
     """What SDXL is told of the original picture's size, WIDTHxHEIGHT. (default: the canvas)"""
-    crop: tuple[int, int] | None = option(None, _point, str, metavar="LEFT,TOP")
+    crop: tuple[int, int] | None = options.option(None, options.point, str, metavar="LEFT,TOP")
     """What SDXL is told of the crop's corner. (default: 0,0)"""
-    target_size: tuple[int, int] | None = option(None, _told_size)
+    target_size: tuple[int, int] | None = options.option(None, options.told_size)
     """What SDXL is told of the target's size. (default: the canvas)"""
-    seed: int | None = option(None, _whole, int, shared=False)
+    seed: int | None = options.option(None, options.whole, int, shared=False)
     """Seed of the first image. (default: random, and printed)"""
-    mode: str | None = option(None, _text, recorded=False, shared=False)
+    mode: str | None = options.option(None, options.text, recorded=False, shared=False)
     """balanced; prompt: deep connections count more; control: only on the half of the guidance with the prompt,
     weighted by resolution; guess: the same, deep ones more, for empty prompts. (default: the base's)"""
-    control_on: str | None = option(None, _text)
+    control_on: str | None = options.option(None, options.text)
     """Halves of the guidance that are controlled: both, or cond (with the prompt). (default: the mode's, else the
     base's)"""
-    weighting: str | tuple[float, ...] | None = option(None, _weighting, recorded=False, shared=False)
+    weighting: str | tuple[float, ...] | None = options.option(None, options.weighting, recorded=False, shared=False)
     """Weights of the connections: uniform, resolution, soft, or 1/.5/... (default: the mode's)"""
 
     def __post_init__(self):
@@ -224,13 +127,8 @@ class Job:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, option.read(name, value))
 
-        for name in (
-            "prompt2",
-            "negative2",
-            "vae",
-            "init",
-            "mask",
-        ):  # as diffusers has it, and empty cells of CSV files
+        # As diffusers has it, and empty cells of CSV files.
+        for name in ("prompt2", "negative2", "vae", "init", "mask"):
             if getattr(self, name) == "":
                 object.__setattr__(self, name, None)
 
@@ -383,7 +281,7 @@ def stem_of(path: str) -> str:
     return stem or "image"
 
 
-OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(Job)}
+OPTIONS: dict[str, options.Option] = {f.name: f.metadata["option"] for f in fields(Job)}
 KEYS = tuple(OPTIONS)
 """The keys of a job in a file: the flags of `generate`, with _ or - between words."""
 

@@ -13,7 +13,8 @@ from controlnet.model.work.batch import Wanted
 from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting, where_now
 from controlnet.model.work.jobs import OPTIONS, Job
 from controlnet.model.work.machine import choose_device
-from controlnet.model.work.studio import Image, Studio
+from controlnet.model.work.prepared import Image
+from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.errors import InputError, UsageError, reason
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load

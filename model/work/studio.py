@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
@@ -40,6 +38,7 @@ from controlnet.model.work.condition import (
 from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import choose_device, choose_dtype, is_out_of_memory, silence_libraries
 from controlnet.model.work.paint import Painting, read_painting
+from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
 from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
@@ -47,80 +46,15 @@ from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, UsageError
 from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
-from controlnet.preprocessors.kinds import kind_named
-from controlnet.preprocessors.metadata import dump, kind_of, load, sha256
-from controlnet.preprocessors.stage_one import MAKING, stage_one, version
+from controlnet.preprocessors.metadata import kind_of, load, sha256
+from controlnet.preprocessors.stage_one import MAKING, stage_one
 
 FEW = 12
 """The most steps that suit a base that was distilled for few."""
 ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
 """What a condition's entry in the record says of how it acts."""
-
-
-@dataclass(frozen=True, eq=False)
-class Image:
-    """An image that was made: its pixels (H, W, 3) uint8, and the record that makes it again."""
-
-    wanted: Wanted
-    pixels: np.ndarray
-    record: dict[str, Any]
-
-    def png(self) -> bytes:
-        """A PNG that carries the record, and the `parameters` line that other tools read."""
-        return png_bytes(self.pixels, {**dump(self.record), "parameters": parameters(self.record)})
-
-
-@dataclass(frozen=True, eq=False)
-class ActiveCondition:
-    """A condition at work: its ControlNet, its strength, its map on the canvas, and its entry in the record."""
-
-    net: Any
-    strength: Strength
-    map: np.ndarray
-    entry: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A wanted image with all that it is made from; its job is settled. Images of equal `shared` are made together."""
-
-    wanted: Wanted
-    job: Job
-    base: Base
-    encoded: Encoded
-    acting: list[ActiveCondition]
-    init: np.ndarray | None
-    """The picture to start from, on the canvas."""
-    mask: np.ndarray | None
-    """Where it is made anew, on the canvas."""
-    painting: Painting | None
-    """Where the result is laid over."""
-    shared: str
-    record: dict[str, Any]
-
-    larger: list[ActiveCondition] = field(default_factory=list)
-    """The conditions on the canvas of the second pass, if there is one."""
-
-    @property
-    def request(self) -> Request:
-        return self._request(self.acting, self.init, self.mask)
-
-    def request_of(self, image: np.ndarray, size: tuple[int, int]) -> Request:
-        """The request of the second pass, from an image of the first one, on a canvas (width, height)."""
-        init, mask = fit(image, size, "stretch"), None
-        if self.painting is not None:
-            photo, mask = self.painting.on_canvas(size)
-            init = np.where(mask[..., None], init, photo)
-        return self._request(self.larger, init, mask)
-
-    def _request(self, acting: list[ActiveCondition], init: np.ndarray | None, mask: np.ndarray | None) -> Request:
-        maps = tuple(one.map for one in acting)
-        job = self.job
-        types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in acting)
-        texts = job.negative, job.prompt2, job.negative2
-        return Request(job.prompt, self.wanted.seed, maps, types, *texts, init, mask)
 
 
 def fail(name: str, error: ControlNetError) -> None:
@@ -495,23 +429,3 @@ def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
         if flag.net:
             return trained or OWN
         raise
-
-
-def parameters(record: dict[str, Any]) -> str:
-    """The record as the `parameters` line that other tools read."""
-    size = "x".join(map(str, record["size"]))
-    lines = [record["prompt"], f"Negative prompt: {record['negative']}" if record["negative"] else ""]
-    settings = f"Steps: {record['steps']}, Sampler: {record['scheduler']}, CFG scale: {record['guidance']:g}, "
-    settings += f"Seed: {record['seed']}, Size: {size}, Model: {record['base']}"
-    nets = "".join(f", ControlNet {i}: {c['kind']} weight {c['scale']}" for i, c in enumerate(record["conditions"]))
-    return "\n".join(line for line in (*lines, settings + nets) if line)
-
-
-@cache
-def versions() -> dict[str, str]:
-    return {
-        "controlnet": version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-    }
