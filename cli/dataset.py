@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Quiet, RayAddress, ShardFlag, say, warn
-from controlnet.model.work.cluster import on_ray
+from controlnet.model.work.cluster import share
 from controlnet.model.work.crew import killed_twice, without_models
 from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.data.pack import FORMS as PACKED
@@ -174,7 +174,7 @@ def _pairs_of(packed: Path) -> Path:
 
 
 def _on_ray(address: str, orders: list[Any], work: Callable[[Any], Any]) -> Iterator[Any]:
-    return on_ray(orders, without_models(work, _died), address)
+    return share(orders, without_models(work, _died), [], address)
 
 
 def _died(order: Any) -> tuple[str, ControlNetError]:

@@ -297,9 +297,10 @@ def _run(
     targets = maps.targets_of(sources, out, kind)
     points = maps.points_of(sources, keypoints, targets)
     mine = [source for source in sources if part.holds(source)]
+    orders = maps.orders_of(mine, targets, points, previews)
     failed, shown = 0, {}
     with count_bar("detect", len(mine), quiet or len(mine) < FEW) as on_item:
-        for done, (source, made) in enumerate(run(mine, targets, points, previews, say), 1):
+        for done, (source, made) in enumerate(zip(mine, run(orders, say), strict=True), 1):
             if made.error is not None:
                 if len(sources) == 1:
                     raise made.error

@@ -39,12 +39,14 @@ from controlnet.model.work.outputs import check_png, exists_already, is_folder, 
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
 from controlnet.preprocessors.remote import place
-from controlnet.preprocessors.shards import WHOLE, Shard, claim, parse_shard
+from controlnet.preprocessors.shards import Shard, claim, parse_shard
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from controlnet.model.work.pool import Made
 
+FILES = ("init", "mask", "vae", "base")
+"""Flags that name a file; in a table an empty cell means none, on the command line it is a mistake."""
 TEXTS = ("prompt", "negative", "prompt2", "negative2")
 SHOWN = 24
 """Images on a preview."""
@@ -150,14 +152,17 @@ def _generate(
     **job,
 ) -> None:
     defaults = job | {name: _from_file(f"--{name}", job[name]) for name in TEXTS}
+    for name in FILES:
+        if defaults[name] == "":
+            raise UsageError(f'--{name} "": the name of a file is empty', "a variable of the shell that is not set?")
     defaults["base"] = defaults["base"] or default_base()
     if preview is not None:
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
     used = places(processes, devices, ray)
     failed = _Failures()
-    part = parse_shard(shard)
-    if part != WHOLE and is_folder(defaults["out"] or "out/"):
+    part, sharded = parse_shard(shard), shard is not None
+    if sharded and is_folder(defaults["out"] or "out/"):
         lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
         settings = {name: value for name, value in defaults.items() if name != "out"}
         claim(place(defaults["out"] or "out"), part, [settings, lines, keep_best, tar, dtype, low_memory])
@@ -165,7 +170,9 @@ def _generate(
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
 
-    groups = _groups(todo, part, failed, overwrite, skip_existing, keep_best, tar, defaults["out"], as_json)
+    groups = _groups(todo, part, sharded, failed, overwrite, skip_existing, keep_best, tar, defaults["out"], as_json)
+    if sharded and not groups:
+        say(f"{part.name}: nothing to make here")
     if as_json and any(one.path is None for group in groups for one in group):
         raise UsageError("--json and an image would both go to standard output", "-o image.png --json")
     rows: list[list] = []
@@ -242,6 +249,7 @@ def _tell(image: Made, as_json: bool) -> None:
 def _groups(
     jobs: list[tuple[str, Job]],
     part: Shard,
+    sharded: bool,
     failed: _Failures,
     overwrite: bool,
     skip_existing: bool,
@@ -252,10 +260,10 @@ def _groups(
 ) -> list[list[Wanted]]:
     """The images that are to be made here, in the groups that are made together, or go into a tar file. Those that are
     there already are told, or are errors."""
-    asked = targets(jobs, overwrite, skip_existing, failed, keep_best, part != WHOLE, tar is not None)
+    asked = targets(jobs, overwrite, skip_existing, failed, keep_best, sharded, tar is not None, out)
     groups = in_units(asked, keep_best is not None)
     if tar is not None:
-        groups = _in_tars(groups, tar, out, overwrite, skip_existing or part != WHOLE)
+        groups = _in_tars(groups, tar, out, overwrite, skip_existing or sharded)
     groups = [group for group in groups if part.holds(group[0].content)]
     for one in (one for group in groups for one in group if one.there):
         if skip_existing:

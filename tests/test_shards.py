@@ -105,6 +105,34 @@ def test_a_seed_that_is_not_given_follows_from_the_job():
     assert job.seeded().seed != job.seeded().seed and Job("a.canny.png", "x", seed=3).seeded(fixed=True).seed == 3
 
 
+def test_shards_may_have_folders_of_their_own(run, tmp_path, small_base_folder, monkeypatch):
+    """Neither the choice of the shard nor a seed depends on where the results go."""
+    monkeypatch.chdir(tmp_path)
+    jobs = [{"prompt": f"a cube {i}", "out": f"f{i}.png"} for i in range(9)]
+    jobs.append({"prompt": "many", "num": 20})
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
+    command = ["generate", "--jobs", "jobs.jsonl", "--base", small_base_folder / "base", "--dtype", "float32", "-q"]
+    command += ["--steps", 1, "--size", 64]
+    made = [dict(), dict()]
+    for together, names in zip(made, (("only/",) * 3, ("./n1", f"{tmp_path}/n2/", "n3/")), strict=True):
+        for number, name in enumerate(names, 1):
+            code, _, _ = run(*command, "-o", name, "--shard", f"{number}/3")
+            assert code == Exit.OK
+        for name in dict.fromkeys(names):
+            found = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")}
+            assert not found.keys() & together.keys()
+            together |= found
+    assert made[0].keys() == made[1].keys() and len(made[0]) == 29
+    assert all(made[0][name] == made[1][name] for name in made[0])
+    assert min(len(list((tmp_path / name).glob("*.png"))) for name in ("n1", "n2", "n3")) > 0
+    run(*command, "-o", "whole/", "--shard", "1/1")
+    assert images(tmp_path / "whole") == made[0]  # one shard has the same seeds
+    (tmp_path / "one.jsonl").write_text(json.dumps(jobs[0]) + "\n")
+    command[2] = "one.jsonl"
+    told = [run(*command, "-o", f"e{i}/", "--shard", f"{i}/2")[2] for i in (1, 2)]
+    assert sum("nothing to make here" in text for text in told) == 1
+
+
 def test_a_shard_goes_on_where_it_was_killed(run, jobs, tmp_path):
     for part in ("1/2", "2/2"):
         run(*jobs, "set/", "--shard", part)

@@ -147,11 +147,13 @@ class Wanted:
     """Its place among all that are asked for."""
     unit: int = 0
     """Images of one unit are made by one process, those that agree in everything shared at once (see `in_units`)."""
+    asked: str = ""
+    """`Job.content`, the same on every machine."""
 
     @property
     def content(self) -> str:
         """What tells the image from all others that are asked for."""
-        return json.dumps([self.job.content, self.seed, str(self.path)])
+        return json.dumps([self.asked, self.seed])
 
 
 def in_units(wanted: list[Wanted], by_job: bool = False) -> list[list[Wanted]]:
@@ -186,20 +188,22 @@ def targets(
     keep_best: int | None = None,
     sharded: bool = False,
     in_tars: bool = False,
+    folder: str | None = None,
 ) -> list[Wanted]:
     """The images that are asked for, also those that are there already and stay. A job fails if its output path is
     taken. `keep_best` of a job's images are written, by default all; a single one may have a file name of its own. Of
-    `sharded` jobs others make images meanwhile, and seeds that are not given follow from the job. Images that go into
-    tar files have no path yet."""
+    `sharded` jobs others make images meanwhile, and seeds that are not given follow from the job; neither depends on
+    the `folder` of all results. Images that go into tar files have no path yet."""
     wanted: list[Wanted] = []
     taken: dict[Path | None, str] = {}
     several = sum(keep_best or job.num for _, job in jobs) > 1
     for name, job in jobs:
         try:
-            seeded = job.seeded(fixed=sharded)
+            seeded = job.seeded(sharded, folder)
             assert seeded.seed is not None
+            one = Wanted(name, seeded, seeded.seed, None, asked=seeded.content(folder))
             if in_tars:  # the files inside have names of their own
-                wanted += [Wanted(name, seeded, seed, None) for seed in range(seeded.seed, seeded.seed + job.num)]
+                wanted += [replace(one, seed=seed) for seed in range(seeded.seed, seeded.seed + job.num)]
                 continue
             images: list[Wanted] = []
             for seed in range(seeded.seed, seeded.seed + job.num):
@@ -207,7 +211,7 @@ def targets(
                 alone = (keep_best or job.num) == 1 and (not several or (job.out or "").endswith(".png"))
                 path = output_path(job.out, default, not alone)
                 if images and images[0].path == path:  # the best one goes there
-                    images.append(Wanted(name, seeded, seed, path))
+                    images.append(replace(one, seed=seed, path=path))
                     continue
                 if (
                     job.seed is None
@@ -220,7 +224,7 @@ def targets(
                 if path in taken:
                     raise OutputError(f"{path}: {taken[path]} is written there too", "a seed or an out of its own")
                 there = path is not None and keeps(path, overwrite, skip_existing or sharded)
-                images.append(Wanted(name, seeded, seed, path, there))
+                images.append(replace(one, seed=seed, path=path, there=there))
                 if path is not None:
                     taken[path] = name
             wanted += images

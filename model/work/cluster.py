@@ -12,13 +12,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from controlnet.model.work.crew import Crew, Item, Result
+from controlnet.model.work.crew import Crew, Item, Result, in_order
 from controlnet.preprocessors.errors import ModelError, UsageError
 
 PATIENCE = 5.0
 """Seconds that a cluster gets to answer."""
 INSTALL = "pip install 'controlnet-toolkit[ray]'"
 HINT = "ray status; RAY_AUTH_MODE=token and the token if the cluster asks for one; or --ray local"
+
+
+def share(
+    items: list[Item], crew: Crew[Item, Result], devices: list[str | None], address: str | None
+) -> Iterator[Result]:
+    """The results of the items, in order, made on the Ray cluster at this address, else in a process for each
+    device."""
+    return in_order(items, crew, devices) if address is None else on_ray(items, crew, address)
 
 
 def on_ray(items: list[Item], crew: Crew[Item, Result], address: str) -> Iterator[Result]:

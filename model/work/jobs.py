@@ -234,10 +234,13 @@ class Job:
         """The values that images sampled together must share, as one text."""
         return json.dumps([getattr(self, name) for name, option in OPTIONS.items() if option.shared])
 
-    @property
-    def content(self) -> str:
-        """All that is asked for, as text."""
-        return json.dumps([getattr(self, name) for name in OPTIONS], default=str)
+    def content(self, folder: str | None = None) -> str:
+        """All that is asked for, as text. Where its results go counts from `folder` on, that of all results, which
+        may be another one on each machine."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        out, below = (str(remote.place(name or "out")) for name in (self.out, folder))
+        values["out"] = out.removeprefix(below).strip("/")
+        return json.dumps(list(values.values()), default=str)
 
     def looks(self) -> str:
         """What tells, without a model, which images can be made together: flags, and the size of the picture that
@@ -246,11 +249,11 @@ class Job:
         size = size_of(self.shown) if self.shown and self.size is None else None
         return self.shared() + repr([acts, self.mode, self.weighting, size, self.init is None, self.mask is None])
 
-    def seeded(self, fixed: bool = False) -> Job:
-        """The job with a seed if it has none: random, or `fixed` by what is asked for."""
+    def seeded(self, fixed: bool = False, folder: str | None = None) -> Job:
+        """The job with a seed if it has none: random, or `fixed` by what is asked for (`content`)."""
         if self.seed is not None:
             return self
-        digest = int(hashlib.sha256(self.content.encode(errors="surrogateescape")).hexdigest(), 16)
+        digest = int(hashlib.sha256(self.content(folder).encode(errors="surrogateescape")).hexdigest(), 16)
         return replace(self, seed=digest % 2**31 if fixed else random.randrange(2**31))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,8 +16,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from controlnet.model.work.cluster import on_ray
-from controlnet.model.work.crew import Crew, in_order, killed_twice
+from controlnet.model.work.cluster import share
+from controlnet.model.work.crew import Crew, killed_twice
 from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Detector, Ready
@@ -99,45 +100,36 @@ def points_of(sources: list[str], keypoints: Path | None, targets: dict[str, Pat
     return points
 
 
-def run(
-    job: Detection,
-    sources: list[str],
-    targets: dict[str, Path | None],
-    points: dict[str, Path | None],
-    previews: bool,
-    say: Callable[[str], None] = lambda text: None,
-) -> Iterator[tuple[str, Made]]:
-    """(source, what became of it) for every source, in order; with `previews`, the first ones come with a small photo
-    and map. A photo that fails is reported in its turn. `say` gets warnings about pictures."""
-    lock = Lock()
-
-    def work(source: str, wanted: bool) -> Made:
-        return _tried(job, (source, targets[source], points[source], wanted), lock, say)
-
-    return _in_order(work, sources, previews)
-
-
 Order = tuple[str, Path | None, Path | None, bool]
 """A source, where its map and its key points go, and whether a preview is wanted."""
+
+
+def orders_of(
+    sources: list[str], targets: dict[str, Path | None], points: dict[str, Path | None], previews: bool
+) -> list[Order]:
+    """An order for each source; with `previews`, the first ones come with a small photo and map."""
+    return [(source, targets[source], points[source], previews and i < SHOWN) for i, source in enumerate(sources)]
+
+
+def run(job: Detection, orders: list[Order], say: Callable[[str], None] = lambda text: None) -> Iterator[Made]:
+    """What became of every order, in turn. A photo that fails is reported in its turn. `say` gets warnings about
+    pictures."""
+    lock = Lock()
+    return _in_order(lambda order: _tried(job, order, lock, say), orders)
 
 
 def run_by(
     crew: Crew[Order, Made],
     devices: list[str | None],
     ray: str | None,
-    sources: list[str],
-    targets: dict[str, Path | None],
-    points: dict[str, Path | None],
-    previews: bool,
+    orders: list[Order],
     say: Callable[[str], None] = lambda text: None,
-) -> Iterator[tuple[str, Made]]:
+) -> Iterator[Made]:
     """The same in several processes."""
-    orders = [(source, targets[source], points[source], previews and i < SHOWN) for i, source in enumerate(sources)]
-    results = on_ray(orders, crew, ray) if ray is not None else in_order(orders, crew, devices)
-    for source, made in zip(sources, results, strict=True):
+    for made in share(orders, crew, devices, ray):
         for line in made.said:
             say(line)
-        yield source, made
+        yield made
 
 
 def crew_of(job: Detection, weights: Path | None, offline: bool) -> Crew[Order, Made]:
@@ -169,28 +161,26 @@ def _tried(job: Detection, order: Order, lock: Lock, say: Callable[[str], None])
         return Made({}, error=error)
 
 
-def _in_order(work, sources: list[str], previews: bool) -> Iterator[tuple[str, Made]]:
-    """(source, work(source, whether a preview is wanted)) for every source, in order; several are in work at once. If
-    the command is interrupted, those that are finished are still yielded."""
-    if len(sources) == 1:
-        yield sources[0], work(sources[0], previews)
+def _in_order(work: Callable[[Order], Made], orders: list[Order]) -> Iterator[Made]:
+    """work(order) of every order, in turn; several are in work at once. If the command is interrupted, those that are
+    finished are still yielded."""
+    if len(orders) == 1:
+        yield work(orders[0])
         return
     threads = os.cpu_count() or 1
     cv2.setNumThreads(1)  # each core takes a photo of its own, not a part of one
-    waiting: dict[str, Future] = {}
+    waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for i, source in enumerate(sources):
-            waiting[source] = pool.submit(work, source, previews and i < SHOWN)
+        for order in orders:
+            waiting.append(pool.submit(work, order))
             if len(waiting) >= AHEAD * threads:
-                first = next(iter(waiting))
-                yield first, waiting[first].result()
-                del waiting[first]
-        for source, future in waiting.items():
-            yield source, future.result()
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
-        yield from ((source, future.result()) for source, future in waiting.items() if _is_ready(future))
+        yield from (future.result() for future in waiting if _is_ready(future))
         raise
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from controlnet.model.work.batch import Wanted
-from controlnet.model.work.cluster import on_ray
-from controlnet.model.work.crew import Crew, in_order, killed_twice
+from controlnet.model.work.cluster import share
+from controlnet.model.work.crew import Crew, killed_twice
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
@@ -140,7 +140,7 @@ def make(
         yield from make_here(tasks, setup, failed, say, on_step)
         return
     crew = Crew(partial(make_worker, setup), _died, _images_of, Outcome.joined)
-    outcomes = on_ray(tasks, crew, ray) if ray is not None else in_order(tasks, crew, devices)
+    outcomes = share(tasks, crew, devices, ray)
     counts = (len(task.wanted) for task in tasks)
     yield from told(zip(counts, outcomes, strict=True), failed, say, on_step)
 

@@ -11,9 +11,9 @@ from typing import Any
 import cv2
 import numpy as np
 from controlnet.model.sampling.canvas import to_canvas
-from controlnet.model.work.cluster import on_ray
+from controlnet.model.work.cluster import share
 from controlnet.model.work.condition import parse_condition, where_now
-from controlnet.model.work.crew import Crew, in_order, killed_twice
+from controlnet.model.work.crew import Crew, killed_twice
 from controlnet.preprocessors.agreement import (
     aligned,
     depth_rmse,
@@ -76,7 +76,7 @@ def score_lines(lines: list[Line], offline: bool, devices: list[str | None], ray
     """The scores of each line, in order, here or in several processes."""
     if devices or ray is not None:
         crew = Crew(partial(make_scorer, offline), _died, on_devices=False)
-        yield from on_ray(lines, crew, ray) if ray is not None else in_order(lines, crew, devices)
+        yield from share(lines, crew, devices, ray)
         return
     yield from map(make_scorer(offline), lines)
 
