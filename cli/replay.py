@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from controlnet.cli.options import Device, Json, Offline, Overwrite, say, tell
 from controlnet.model.work.jobs import OPTIONS
-from controlnet.model.work.outputs import check_png, keeps
-from controlnet.preprocessors.errors import Exit, InputError, UsageError
-from controlnet.preprocessors.files import write_file
+from controlnet.model.work.outputs import keeps, output_path
+from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
+from controlnet.preprocessors.files import exists, write_file
 from controlnet.preprocessors.jsons import dumps
 
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that `generate` made.")]
@@ -19,8 +20,13 @@ Cond = Annotated[
     list[str] | None,
     typer.Option("--cond", metavar="PATH", help="Where a condition is now, in the recorded order; repeat for several."),
 ]
+Init = Annotated[str | None, typer.Option(metavar="FILE", help="Where the picture that it started from is now.")]
+Mask = Annotated[str | None, typer.Option(metavar="FILE", help="Where its mask is now.")]
 Vae = Annotated[str | None, typer.Option(metavar="FILE", help="Where the recorded VAE is now.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the image made again.")]
+Out = Annotated[
+    str | None,
+    typer.Option("-o", "--out", metavar="FILE", help="Also write the image made again; - for standard output."),
+]
 Size = Annotated[str | None, typer.Option(help="Make it in another size: needs -o, and compares nothing.")]
 Seed = Annotated[int | None, typer.Option(help="Make it with another seed: needs -o, and compares nothing.")]
 Hires = Annotated[str | None, typer.Option(metavar="2x", help="Make it so many times as large: needs -o.")]
@@ -35,16 +41,18 @@ def replay(
     seed: Seed = None,
     steps: Steps = None,
     hires: Hires = None,
+    init: Init = None,
+    mask: Mask = None,
     vae: Vae = None,
     device: Device = None,
     as_json: Json = False,
     overwrite: Overwrite = False,
     offline: Offline = False,
 ) -> None:
-    from controlnet.model.work.replay import changes, compare, job_of, read_recorded, remake
+    from controlnet.model.work.replay import job_of, read_recorded, remake
 
     before = read_recorded(image)
-    job = job_of(before, cond)
+    job = job_of(before, cond, init, mask)
     job = replace(job, vae=vae or job.vae)
 
     # What is to be made: the recorded job, or a changed one, which needs -o and is not compared.
@@ -55,20 +63,41 @@ def replay(
         raise UsageError(
             f"{flags} makes another image: where to?", f"controlnet replay {image} {flags} ... -o again.png"
         )
-    if out is not None:
-        check_png("-o", out)
-        keeps(out, overwrite, skip_existing=False)
+    path = _place(image, out, changed, as_json, overwrite)
     after = remake(before, replace(job, **changed), device, offline, say)
-    if out is not None:
-        write_file(out, after.png())
-    if changed:
-        tell({"output": str(out), **after.record}, as_json)
+    if path is not None:
+        write_file(path, after.png())
+    elif out is not None:
+        sys.stdout.buffer.write(after.png())
         return
+    if changed:
+        tell({"output": str(path), **after.record}, as_json)
+    else:
+        _tell_difference(before, after, as_json)
 
-    # How far off it is, and what may be the reason.
+
+def _place(image: Path, out: str | None, changed: dict[str, Any], as_json: bool, overwrite: bool) -> Path | None:
+    """Where the image made again goes; None for nowhere, or for standard output."""
+    if out is None:
+        return None
+    path = output_path(out, Path(image.name), several=False)
+    if path is None:
+        if not changed or as_json:
+            raise UsageError("the image and what is said of it would both go to standard output", "-o again.png")
+        return None
+    if exists(path) and not overwrite:
+        raise OutputError(f"{path}: exists already", "add --overwrite to replace it, or another -o")
+    keeps(path, overwrite, skip_existing=False)
+    return path
+
+
+def _tell_difference(before: Any, after: Any, as_json: bool) -> None:
+    """How far off the image made again is, and what may be the reason."""
+    from controlnet.model.work.replay import changes, compare
+
     if after.pixels.shape != before.pixels.shape:
         raise InputError(
-            f"{image}: {before.pixels.shape[1]}x{before.pixels.shape[0]} pixels, but its record says"
+            f"{before.path}: {before.pixels.shape[1]}x{before.pixels.shape[0]} pixels, but its record says"
             f" {list(after.record['size'])}",
             "the image was resized after it was made: replay the one that generate wrote",
         )
@@ -76,7 +105,7 @@ def replay(
     same = off.largest == 0
     if as_json:
         told = {"largest": off.largest, "mean": round(off.mean, 4), "changed": round(off.changed, 4)}
-        print(dumps({"image": str(image), "identical": same, **told, "differs": causes}))
+        print(dumps({"image": str(before.path), "identical": same, **told, "differs": causes}))
     elif same:
         print("identical")
     else:

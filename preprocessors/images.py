@@ -118,13 +118,13 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
         raise InputError(f"{name}: {what} ({reason(error)})", f"file {name}") from error
 
 
-def alpha_of(data: bytes) -> np.ndarray | None:
-    """How opaque a picture's pixels are, (H, W) uint8, turned as `read_image` turns it; None if it has no such
-    channel."""
+def read_rgba(data: bytes) -> np.ndarray | None:
+    """A picture with its transparency, (H, W, 4) uint8, its colours not laid over white, turned as `read_image` turns
+    it; None if it has none. `data` is of a picture that `read_image` reads."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if "A" not in image.getbands() and "transparency" not in image.info:
+    if not {"A", "a"} & set(image.getbands()) and "transparency" not in image.info:
         return None
-    return np.asarray(image.convert("RGBA").getchannel("A"))
+    return np.asarray(image.convert("RGBA"))
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

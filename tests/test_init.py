@@ -290,13 +290,73 @@ def test_a_part_of_a_photo_is_painted(run, photos, masks, flags, small_base_fold
     assert np.array_equal(pixels("e.png")[0][~masks], photo[~masks])
 
 
+def test_soft_masks_and_transparent_ones(run, photos, masks, flags):
+    """Grey is made anew in part; under a transparency are the photo's own colours, no white; a mask may be painted on a
+    transparent layer."""
+    from PIL import Image
+
+    photo = pixels("photos/0.png")[0]
+    Image.fromarray(np.where(masks, 255, 0).astype(np.uint8)).save("hard.png")
+    Image.fromarray(np.where(masks, 128, 0).astype(np.uint8)).save("half.png")
+    layer = np.dstack([np.full((72, 96, 3), 255, np.uint8), np.where(masks, 255, 0).astype(np.uint8)])
+    Image.fromarray(layer).save("layer.png")
+    Image.fromarray(np.dstack([photo, np.where(masks, 127, 255).astype(np.uint8)])).save("veil.png")
+    made = {}
+    for name, init, mask in (("hard", "photos/0.png", "hard.png"), ("half", "photos/0.png", "half.png"),
+                             ("layer", "photos/0.png", "layer.png"), ("veil", "veil.png", "@alpha")):  # fmt: skip
+        command = ["generate", "--init", init, "--mask", mask, "--prompt", "x", *flags, "-o", f"{name}.out.png"]
+        assert run(*command)[0] == 0
+        made[name] = pixels(f"{name}.out.png")[0].astype(int)
+        assert np.array_equal(made[name][~masks], photo[~masks])
+    middle = (made["hard"] + photo) / 2
+    assert np.array_equal(made["layer"], made["hard"])
+    assert np.abs(made["half"] - middle)[masks].max() <= 2 and np.abs(made["veil"] - middle)[masks].max() <= 2
+
+
+def test_one_photo_with_a_folder_of_masks(run, photos, masks, flags):
+    """Each image is named after both."""
+    (photos / "masks").mkdir()
+    for name in ("mask", "negative"):
+        (photos / f"masks/{name}.png").write_bytes((photos / f"{name}.png").read_bytes())
+    command = ["generate", "--init", "photos/0.png", "--mask", "masks/", "--prompt", "x", *flags, "-o", "set/"]
+    assert run(*command)[0] == 0
+    assert sorted(path.name for path in (photos / "set").iterdir()) == ["1-0-mask.png", "1-0-negative.png"]
+
+
+def test_replay_is_told_where_pictures_are_now(run, photos, masks, flags, monkeypatch):
+    command = ["generate", "--init", "photos/0.png", "--mask", "mask.png", "--prompt", "x", *flags]
+    assert run(*command, "-o", "a.png")[0] == 0
+    (photos / "else").mkdir()
+    monkeypatch.chdir(photos / "else")
+    code, _, err = run("replay", "../a.png", "--mask", "../mask.png")
+    assert code == Exit.INPUT and "photos/0.png: no such file" in err and "--init FILE" in err
+    moved = ["--init", "../photos/0.png", "--mask", "../mask.png"]
+    assert run("replay", "../a.png", *moved)[0] == 0
+    code, _, err = run("replay", "../a.png", *moved, "-o", "-")
+    assert code == Exit.USAGE and "both go to standard output" in err
+    assert run("replay", "../a.png", *moved, "--seed", "2", "-o", "again/")[0] == 0
+    assert (photos / "else/again/a.png").is_file()
+    code, _, err = run("replay", "../a.png", *moved, "--seed", "2", "-o", "again/")
+    assert code == Exit.OUTPUT and "--skip-existing" not in err
+    monkeypatch.chdir(photos)
+    assert run("generate", "--prompt", "x", *flags, "-o", "plain.png")[0] == 0
+    assert run("replay", "plain.png", "--init", "photos/0.png")[0] == Exit.USAGE
+
+
+@pytest.mark.parametrize("flag", ["--init", "--mask", "--base"])
+def test_an_empty_name_is_no_name(run, photos, flags, flag):
+    """A variable of the shell that was not set must not mean: the whole photo."""
+    code, _, err = run("generate", "--init", "photos/0.png", flag, "", "--prompt", "x", *flags[2:], "-o", "x.png")
+    assert code == Exit.USAGE and "is empty" in err and not (photos / "x.png").exists()
+
+
 @pytest.mark.parametrize("more, code, told", [
     (["--mask", "black.png"], Exit.INPUT, "nothing is to be made anew"),
     (["--mask", "white.png"], Exit.INPUT, "all of it is to be made anew"),
     (["--mask", "white.png", "--invert-mask"], Exit.INPUT, "nothing is to be made anew"),
     (["--mask", "@alpha"], Exit.INPUT, "has no transparency"),
     (["--mask", "nowhere.png"], Exit.INPUT, "nowhere.png: no such file"),
-    (["--mask", "mask.png", "--size", "128x64"], Exit.USAGE, "another aspect"),
+    (["--mask", "mask.png", "--size", "128x64"], Exit.USAGE, "expected the photo's aspect"),
     (["--mask", "mask.png", "--feather", "-1"], Exit.USAGE, "0 to 1000"),
     (["--invert-mask"], Exit.USAGE, "no --mask to change"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count, groupby
@@ -110,18 +111,19 @@ def spread(job: Job) -> list[Job]:
 
     # The pictures of each folder by name; all folders must have the same names.
     found: list[dict[str, str]] = []
-    for _, folder in folders:
+    for number, folder in folders:
         pictures = sorted(p for p in place(folder).iterdir() if p.suffix.lower() in suffixes())
         stems = {stem_of(str(p)): str(p) for p in pictures}
         if not stems:
-            raise InputError(f"{folder}: the folder holds no pictures", f"controlnet detect canny PHOTOS -o {folder}")
+            hint = "a folder of pictures" if number < 0 else f"controlnet detect canny PHOTOS -o {folder}"
+            raise InputError(f"{folder}: the folder holds no pictures", hint)
         if len(stems) < len(pictures):
             raise InputError(f"{folder}: holds several maps of one photo", "a folder for each kind")
         found.append(stems)
         if lacking := sorted(found[0].keys() ^ stems.keys()):
             raise InputError(
                 f"{folders[0][1]} and {folder}: {lacking[0]} is in one and not in the other",
-                "give both folders maps of the same names",
+                "give both folders pictures of the same names",
             )
 
     # A job for each name.
@@ -180,6 +182,13 @@ def in_tars(units: list[list[Wanted]], size: int) -> list[list[Wanted]]:
     return tars
 
 
+def stems_of(jobs: list[Job]) -> dict[int, str]:
+    """The stem of each job's file names, by the job's `id`: its own, and with the other pictures' names where jobs that
+    have the same prompt and seed would be named alike."""
+    alike = Counter((job.out, job.seed, job.prompt, job.stem) for job in jobs)
+    return {id(job): job.stem if alike[job.out, job.seed, job.prompt, job.stem] == 1 else job.long_stem for job in jobs}
+
+
 def targets(
     jobs: list[tuple[str, Job]],
     overwrite: bool,
@@ -197,6 +206,7 @@ def targets(
     wanted: list[Wanted] = []
     taken: dict[Path | None, str] = {}
     several = sum(keep_best or job.num for _, job in jobs) > 1
+    stems = stems_of([job for _, job in jobs])
     for name, job in jobs:
         try:
             seeded = job.seeded(sharded, folder)
@@ -207,7 +217,7 @@ def targets(
                 continue
             images: list[Wanted] = []
             for seed in range(seeded.seed, seeded.seed + job.num):
-                default = Path("out") / f"{seed}-{job.stem}.png"
+                default = Path("out") / f"{seed}-{stems[id(job)]}.png"
                 alone = (keep_best or job.num) == 1 and (not several or (job.out or "").endswith(".png"))
                 path = output_path(job.out, default, not alone)
                 if images and images[0].path == path:  # the best one goes there

@@ -94,14 +94,15 @@ class Job:
     """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6, with
     --mask 1)"""
     mask: str | None = options.option(None, options.text, shared=False)
-    """A picture that is white where the one to start from is made anew; the rest stays, byte for byte. @alpha: where it
-    is transparent."""
+    """A picture that is white where the one to start from is made anew, grey in part; what is black stays, byte for
+    byte. @alpha: where it is transparent."""
     invert_mask: bool = options.option(False, options.yes_or_no, bool)
     """Make anew what is black in the mask."""
     feather: int = options.option(0, options.whole, int)
     """Width in pixels over which the new goes over into the old, inside of the mask."""
     hires: float | None = options.option(None, options.factor, str, metavar="2x")
-    """Make the image so many times as large: sampled again from itself, enlarged, under the same conditions."""
+    """Make the image so many times as large: sampled again from itself, enlarged, under the same conditions. With a
+    mask its size stays the photo's, and what is made anew is finer."""
     hires_strength: float | None = options.option(None, options.number, float)
     """How much of the sampling is made for that; see --strength. (default: 0.5)"""
     original_size: tuple[int, int] | None = options.option(None, options.told_size)
@@ -275,6 +276,12 @@ class Job:
         for a map."""
         path = self.cond[0].path if self.cond else self.init
         return stem_of(path) if path else "image"
+
+    @property
+    def long_stem(self) -> str:
+        """The names of all its pictures."""
+        paths = [*(flag.path for flag in self.cond), self.init, self.mask]
+        return "-".join(dict.fromkeys(stem_of(path) for path in paths if path and path != ALPHA)) or self.stem
 
 
 def stem_of(path: str) -> str:

@@ -58,7 +58,10 @@ def whole(name: str, value: Any) -> int:
 
 
 def factor(name: str, value: Any) -> float:
-    factor = number(name, str(value).removesuffix("x"), float, "a factor such as 2x")
+    try:
+        factor = number(name, str(value).removesuffix("x"))
+    except UsageError:
+        raise UsageError(f"--{name} {value}: expected a factor such as 2x", f"--{name} 2x") from None
     if not 1 < factor <= MOST_LARGER:
         raise UsageError(f"--{name} {value}: expected a factor above 1 and up to {MOST_LARGER}", f"--{name} 2x")
     return factor

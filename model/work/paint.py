@@ -11,7 +11,7 @@ from controlnet.model.work.jobs import ALPHA, Job
 from controlnet.preprocessors.data.check import same_aspect
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import alpha_of, read_bytes, read_image
+from controlnet.preprocessors.images import read_bytes, read_image, read_rgba
 from controlnet.preprocessors.metadata import sha256
 
 
@@ -46,36 +46,50 @@ def read_painting(job: Job, size: tuple[int, int], say: Callable[[str], None]) -
     height, width = photo.shape[:2]
     if not same_aspect(size, (width, height), tolerance=0.05):
         raise UsageError(
-            f"--size {size[0]}x{size[1]} with --mask: the photo is {width}x{height}, of another aspect",
-            "leave --size out",
+            f"a canvas of {size[0]}x{size[1]} to paint on {job.init} of {width}x{height}: expected the photo's aspect",
+            "no --size, or one of the photo's aspect",
         )
-    mask, digest = _mask(job, data, say)
+    if job.mask == ALPHA:
+        rgba = read_rgba(data)
+        if rgba is None:
+            raise InputError(f"{job.init}: has no transparency for --mask {ALPHA}", "--mask mask.png")
+        photo, mask, digest = rgba[..., :3], 255 - rgba[..., 3], sha256(data)  # the colours under the transparency
+    else:
+        mask, digest = _read_mask(job.mask, say)
     if mask.shape != (height, width):
         say(f"{job.mask}: mask of {mask.shape[1]}x{mask.shape[0]} brought to the photo's {width}x{height}")
         mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
-    anew = (mask <= 127) if job.invert_mask else (mask > 127)
-    if anew.all() or not anew.any():
-        what = "all of it is" if anew.all() else "nothing is"
-        hint = "leave --mask out" if anew.all() else "white is made anew; --invert-mask exchanges black and white"
+    share = _share(255 - mask if job.invert_mask else mask)
+    if share.min() == 1 or share.max() == 0:
+        what = "all of it is" if share.min() == 1 else "nothing is"
+        hint = "leave --mask out" if share.min() == 1 else "white is made anew; --invert-mask exchanges black and white"
         raise InputError(f"{job.mask}: {what} to be made anew", hint)
-    return Painting(photo, _feathered(anew, job.feather), digest)
+    return Painting(photo, _feathered(share, job.feather), digest)
 
 
-def _mask(job: Job, photo: bytes, say: Callable[[str], None]) -> tuple[np.ndarray, str]:
-    """(H, W) uint8, white where the photo is made anew; and the sha256 of its file."""
-    assert job.init is not None and job.mask is not None
-    if job.mask != ALPHA:
-        data = read_bytes(job.mask)
-        return read_image(data, job.mask, say)[0].max(2), sha256(data)
-    alpha = alpha_of(photo)
-    if alpha is None:
-        raise InputError(f"{job.init}: has no transparency for --mask {ALPHA}", "--mask mask.png")
-    return 255 - alpha, sha256(photo)
+def _read_mask(path: str, say: Callable[[str], None]) -> tuple[np.ndarray, str]:
+    """(H, W) uint8 of a mask's file, what is transparent in it black; and the sha256 of the file."""
+    data = read_bytes(path)
+    mask = read_image(data, path, say)[0].max(2)
+    rgba = read_rgba(data)
+    if rgba is not None:
+        mask = np.rint(rgba[..., :3].max(2) * (rgba[..., 3] / 255)).astype(np.uint8)
+    return mask, sha256(data)
 
 
-def _feathered(anew: np.ndarray, width: int) -> np.ndarray:
-    """1 inside of the mask and 0 outside, rising over `width` pixels inside."""
+NEAR_BLACK = 16
+"""Levels from black, and from white, that count as it: JPEG does not keep them."""
+
+
+def _share(mask: np.ndarray) -> np.ndarray:
+    """How much of each pixel is made anew, (H, W) float32, by a mask's grey levels."""
+    levels = (mask.astype(np.float32) - NEAR_BLACK) / (255 - 2 * NEAR_BLACK)
+    return levels.clip(0, 1)
+
+
+def _feathered(share: np.ndarray, width: int) -> np.ndarray:
+    """The share, rising from 0 over `width` pixels inside of the mask."""
     if width == 0:
-        return anew.astype(np.float32)
-    distance = cv2.distanceTransform(anew.astype(np.uint8), cv2.DIST_L2, 5)
-    return np.minimum(distance / (width + 1), 1).astype(np.float32)
+        return share
+    distance = cv2.distanceTransform((share > 0).astype(np.uint8), cv2.DIST_L2, 5)
+    return share * np.minimum(distance / (width + 1), 1).astype(np.float32)

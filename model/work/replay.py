@@ -11,13 +11,15 @@ import numpy as np
 from controlnet.model.sampling.schedulers import SCHEDULERS
 from controlnet.model.work.batch import Wanted
 from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting, where_now
-from controlnet.model.work.jobs import OPTIONS, Job
+from controlnet.model.work.jobs import ALPHA, OPTIONS, Job
 from controlnet.model.work.machine import choose_device
 from controlnet.model.work.prepared import Image
 from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.errors import InputError, UsageError, reason
+from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load
+from controlnet.preprocessors.tars import is_member
 
 MOST_TOGETHER = 64
 WHOLE = "replay the file that generate wrote"
@@ -71,7 +73,9 @@ def remake(
     )
     # Away from the base's native size, rounding makes an image depend on how many are sampled together and on its place
     # among them; so the same number is sampled again.
-    together, place = _batch(record) if job == job_of(image, [flag.path for flag in job.cond]) else (1, 0)
+    together, place = (
+        _batch(record) if job == job_of(image, [flag.path for flag in job.cond], job.init, job.mask) else (1, 0)
+    )
     copies = [Wanted("", job, job.seed or 0, None)] * together
     return list(studio.make(copies))[place]
 
@@ -116,24 +120,27 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
-def job_of(image: Recorded, moved: list[str] | None = None) -> Job:
-    """The job in an image's record; `moved` are the conditions' present paths, in the recorded order. Raises InputError
-    for a record that `generate` cannot have written, UsageError for a wrong number of paths."""
+def job_of(image: Recorded, moved: list[str] | None = None, init: str | None = None, mask: str | None = None) -> Job:
+    """The job in an image's record; `moved` are the conditions' present paths, in the recorded order, `init` and `mask`
+    those of the picture that it started from and of its mask. Raises InputError for a record that `generate` cannot
+    have written and for a picture that is not there, UsageError for paths of what the image does not have."""
     record = image.record
     _check(record, _RECORD, image.path)
     conditions = record.get("conditions") or []
     for condition in conditions:
         _check(condition, _CONDITION, image.path)
     if moved and len(moved) != len(conditions):
-        raise UsageError(f"--cond is given {len(moved)} times, the image has {len(conditions)} conditions")
+        raise UsageError(
+            f"--cond is given {len(moved)} times, the image has {len(conditions)} conditions",
+            "one for each, in the order of its record",
+        )
+    pictures = {name: _picture(image, name, given) for name, given in (("init", init), ("mask", mask))}
     try:
         values = {name: record[name] for name, option in OPTIONS.items() if option.recorded and name in record}
         if record["scheduler"] not in SCHEDULERS:  # the class name of the base's own scheduler
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
-        for name in ("init", "mask"):
-            if values.get(name):
-                values[name] = where_now(values[name], image.path)
+        values |= pictures
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error
@@ -179,6 +186,19 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
         parse_weighting("weighting", condition.get("weighting") or "uniform"),
         condition.get("region"),
     )
+
+
+def _picture(image: Recorded, name: str, given: str | None) -> str | None:
+    """Where the picture that an image started from, or its mask, is now."""
+    recorded = image.record.get(name)
+    if recorded is None:
+        if given is not None:
+            raise UsageError(f"--{name} {given}: the image has none in its record", f"without --{name}")
+        return None
+    path = given or (recorded if recorded == ALPHA else where_now(recorded, image.path))
+    if path != ALPHA and not (is_file(path) or is_member(path)):
+        raise InputError(f"{path}: no such file", f"controlnet replay {image.path} --{name} FILE says where it is now")
+    return path
 
 
 def _batch(record: dict[str, Any]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.registry import Ready, find_detector
 from controlnet.preprocessors.doubts import doubts
-from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, NothingFoundError, UsageError
 from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
@@ -350,7 +351,11 @@ class Studio:
             return recorded(image, self.kind(flag), flag.path, load(text))
         assert canvas is not None
         ready = self.detector(flag.detect)
-        made = stage_one(image, ready, detection_size(canvas), "crop", flag.path, digest)
+        try:
+            made = stage_one(image, ready, detection_size(canvas), "crop", flag.path, digest)
+        except NothingFoundError as error:  # its hint is for `detect`
+            map_ = f"controlnet detect {flag.detect} {quote(flag.path)}"
+            raise NothingFoundError(f"{flag.path}: {error}", f"{map_}, with other options; then --cond MAP") from error
         return recorded(made.map, self.kind(flag), flag.path, made.record)
 
     def _placed(self, flag: ConditionFlag, condition: Condition, size: tuple[int, int]) -> np.ndarray:
