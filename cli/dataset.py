@@ -119,26 +119,11 @@ def build(
     found, kind = find_pairs(photos), kind_ or "canny"
     packed = place(out_)
     out = _pairs_of(packed) if to is not None else packed
-    if is_url(out):
-        raise UsageError(f"-o {out}: a URL gets whole files only", "--to webdataset")
-    if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
-        raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", f"-o {photos}-data")
-    if per_file < 1:
-        raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
+    _check_build(photos, found, out, packed, to, per_file, shard)
     if found.form != "photos" and to is not None:
-        if shard is not None:
-            raise UsageError(f"--shard {shard}: pairs that are there are packed by one process", "without --shard")
         _pack(found, packed, to, kind_of_pairs(found, kind_ or "")[0], per_file, as_json, quiet)
         return
     options = options_of(kind, set_ or [])
-    if found.form != "photos":
-        hint = f"controlnet train {photos}; or --to webdataset packs them"
-        raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)
-    if to is not None:
-        if to not in PACKED:
-            raise UsageError(f"--to {to}: expected one of {', '.join(PACKED)}", "--to webdataset")
-        if is_file(packed / "manifest.json"):
-            raise OutputError(f"{packed}: holds a data set already", f"-o {packed}-{to}")
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
 
     # Our part of it, and what came of it.
@@ -164,6 +149,27 @@ def build(
     print(dumps({"output": str(out), **(manifest or {})}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _check_build(
+    photos: Path, found: Pairs, out: Path, packed: Path, to: str | None, per_file: int, shard: str | None
+) -> None:
+    """Raises UsageError for what `build` cannot do, OutputError if the data set is there already."""
+    if is_url(out):
+        raise UsageError(f"-o {out}: a URL gets whole files only", "--to webdataset")
+    if to is not None and to not in PACKED:
+        raise UsageError(f"--to {to}: expected one of {', '.join(PACKED)}", "--to webdataset")
+    if per_file < 1:
+        raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
+    if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
+        raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", f"-o {photos}-data")
+    if found.form != "photos" and to is None:
+        hint = f"controlnet train {photos}; or --to webdataset packs them"
+        raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)
+    if found.form != "photos" and shard is not None:
+        raise UsageError(f"--shard {shard}: pairs that are there are packed by one process", "without --shard")
+    if found.form == "photos" and to is not None and is_file(packed / "manifest.json"):
+        raise OutputError(f"{packed}: holds a data set already", f"-o {packed}-{to}")
 
 
 def _pairs_of(packed: Path) -> Path:

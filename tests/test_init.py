@@ -32,20 +32,23 @@ def condition():
     return np.repeat((rng.random((64, 64, 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
 
 
+def both(folder, cls, scheduler):
+    """Our base and ControlNet, and diffusers' pipeline of them, in float64."""
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    net = load_controlnet(folder / "net", torch.float64)
+    theirs = ControlNetModel.from_pretrained(folder / "net").double()
+    pipeline = cls.from_pretrained(folder / "base", controlnet=theirs, safety_checker=None).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    return base, net, pipeline
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_parity_with_diffusers_img2img(small_base_folder, condition, scheduler, monkeypatch):
     """Latents in float64 from two pictures' latents, strength 0.6 of 10 steps, guidance 7.5."""
     import diffusers.pipelines.controlnet.pipeline_controlnet_img2img as module
 
-    folder = small_base_folder
-    base = load_base(str(folder / "base"), dtype=torch.float64)
-    net = load_controlnet(folder / "net", torch.float64)
-    theirs_net = ControlNetModel.from_pretrained(folder / "net").double()
-    pipeline = StableDiffusionControlNetImg2ImgPipeline.from_pretrained(
-        folder / "base", controlnet=theirs_net, safety_checker=None
-    ).to(torch.float64)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    base, net, pipeline = both(small_base_folder, StableDiffusionControlNetImg2ImgPipeline, scheduler)
     z0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)).double()  # theirs are rounded to float32
     noise = FromNoise.seeded([5, 6], (4, 8, 8))
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise.noise.double())
@@ -191,15 +194,7 @@ def test_parity_with_diffusers_inpainting(small_base_folder, condition, schedule
     from controlnet.model.sampling.starts import InMask
     from diffusers import StableDiffusionControlNetInpaintPipeline
 
-    folder = small_base_folder
-    base = load_base(str(folder / "base"), dtype=torch.float64)
-    net = load_controlnet(folder / "net", torch.float64)
-    theirs_net = ControlNetModel.from_pretrained(folder / "net").double()
-    pipeline = StableDiffusionControlNetInpaintPipeline.from_pretrained(
-        folder / "base", controlnet=theirs_net, safety_checker=None
-    ).to(torch.float64)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    base, net, pipeline = both(small_base_folder, StableDiffusionControlNetInpaintPipeline, scheduler)
     picture = np.random.default_rng(3).integers(0, 255, (64, 64, 3), np.uint8)
     mask = np.zeros((64, 64), bool)
     mask[16:40, 8:48] = True

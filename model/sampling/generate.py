@@ -21,7 +21,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
-from controlnet.model.sampling.starts import FromNoise, FromPicture, InMask
+from controlnet.model.sampling.starts import FromNoise, FromPicture, InMask, Start
 from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
@@ -158,14 +158,7 @@ def generate(
         ]
 
         # All of them at once, each from its own noise.
-        start = FromNoise.seeded([r.seed for r in group], shape)
-        pictures = [r.init for r in group if r.init is not None]
-        if pictures:
-            z0 = encoded.encode_pictures(base, pictures)
-            start = FromPicture(start.noise, start.generators, z0, strength)
-            if group[0].mask is not None:
-                cells = torch.cat([_cells(r.mask, shape[1:]) for r in group])
-                start = InMask(start.noise, start.generators, z0, strength, cells)
+        start = _start(base, encoded, group, shape, strength)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):
@@ -181,6 +174,22 @@ def generate(
         made += len(group)
 
 
+def _start(
+    base: Base, encoded: Encoded, group: Sequence[Request], shape: tuple[int, int, int], strength: float
+) -> Start:
+    """Where the sampling of a group begins; its requests all have a picture and a mask, or none has."""
+    noise = FromNoise.seeded([request.seed for request in group], shape)
+    pictures = [request.init for request in group if request.init is not None]
+    if not pictures:
+        return noise
+    z0 = encoded.encode_pictures(base, pictures)
+    masks = [request.mask for request in group if request.mask is not None]
+    if not masks:
+        return FromPicture(noise.noise, noise.generators, z0, strength)
+    cells = torch.cat([_cells(mask, shape[1:]) for mask in masks])
+    return InMask(noise.noise, noise.generators, z0, strength, cells)
+
+
 def _tell_step(on_step: Callable[[float], None], before: int, count: int, done: int, of: int) -> None:
     on_step(before + count * done / of)
 
@@ -191,7 +200,7 @@ def _groups(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
         yield group
 
 
-def _cells(mask: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+def _cells(mask: np.ndarray, size: tuple[int, int]) -> Tensor:
     """The latent cells (1, 1, h, w) that a mask touches: 1, the others 0."""
     whole = torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None]
     return F.adaptive_max_pool2d(whole, size)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.config import TrainConfig
+from controlnet.model.training.order import Lanes, Order
 from controlnet.model.training.report import read_run
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors.data.check import LEAST_PAIRS
@@ -21,6 +22,7 @@ from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.kinds import kind_named
+from controlnet.preprocessors.weights import cache_folder
 
 FREE_TO_CHANGE = {
     "max_steps", "minutes", "save_every", "keep", "log_every", "validate_every", "pictures", "cache", "tensorboard",
@@ -61,6 +63,14 @@ def _split_stream(stream: Stream, config: TrainConfig) -> tuple[list[Pair], list
     stream.held_out, stream.kind = {key for key, _ in head[:count]}, config.kind
     training = [pair for _, pair in stream.to_train_on(stream.head)]
     return training, [pair.of_kind(config.kind) for _, pair in head[:count]]
+
+
+def order_of(found: Source, config: TrainConfig) -> Order | None:
+    """The order of a stream that has been split; None for pairs that are all known, whose order `Samples` makes."""
+    if not isinstance(found, Stream):
+        return None
+    counts = cache_folder() / "stream" / f"{key_of(found.marks())[:16]}.json"
+    return Lanes(found, config.seed, config.batch_size, counts)
 
 
 def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], check: str) -> dict[str, float]:

@@ -19,13 +19,12 @@ from controlnet.model.nets import save_controlnet
 from controlnet.model.training.cache import Cache, key_of
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.config import TrainConfig, to_toml
-from controlnet.model.training.data import check_resumed, fingerprint, look_at, split
+from controlnet.model.training.data import check_resumed, fingerprint, look_at, order_of, split
 from controlnet.model.training.explain import explained
 from controlnet.model.training.loop import Progress, fit
 from controlnet.model.training.network import make_controlnet
 from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.optimizers import adamw_of_8_bits
-from controlnet.model.training.order import Lanes
 from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.pictures import draw, draw_strip
 from controlnet.model.training.precision import PRECISIONS, attention_kernels, autocast
@@ -33,7 +32,6 @@ from controlnet.model.training.report import describe, draw_curve, model_card, r
 from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
 from controlnet.preprocessors.data.pair import Pairs, Source
-from controlnet.preprocessors.data.stream import Stream
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
@@ -82,10 +80,7 @@ def train(
         # The data, checked before anything is computed from it.
         training, held_out = split(found, config)
         store = Cache(cache_folder() / "training" if config.cache else None)
-        order = None
-        if isinstance(found, Stream):
-            counts = cache_folder() / "stream" / f"{key_of(found.marks())[:16]}.json"
-            order = Lanes(found, config.seed, config.batch_size, counts)
+        order = order_of(found, config)
         samples = Samples(training, config, base, base_hash, store, order, config.buckets)
         validation = Samples(held_out, config, base, base_hash, store)
         samples.check_command = validation.check_command = check_command(found.folder, config.kind)
@@ -105,16 +100,21 @@ def train(
         if config.cache and order is None:
             base.unload()
             gc.collect()
-        base.keep_on_device()
-        base.unet.to(dtype=PRECISIONS[config.precision])
-        if config.gradient_checkpointing:
-            net.gradient_checkpointing = True
-            base.unet.enable_gradient_checkpointing()
+        _make_ready(net, base, config)
         work = _Training(net, base, samples, validation, config, run, device, processes, watcher)
         with work.pool, attention_kernels(device, config.precision, samples.size <= 256):
             pairs = config.batch_size * config.accumulation
             report = watcher.say, work.validate, work.show, watcher.on_step, pairs, work.fetch
             return fit(net, work.loss_of, config, folder, *report)
+
+
+def _make_ready(net: ControlNet, base: Base, config: TrainConfig) -> None:
+    """The networks on the device, in the arithmetic of the settings."""
+    base.keep_on_device()
+    base.unet.to(dtype=PRECISIONS[config.precision])
+    if config.gradient_checkpointing:
+        net.gradient_checkpointing = True
+        base.unet.enable_gradient_checkpointing()
 
 
 def _check_settings(config: TrainConfig, processes: Parallel) -> None:
