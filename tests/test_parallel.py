@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate import DistributedType
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.optimizers import make_optimizer
 from controlnet.model.training.parallel import Parallel
@@ -29,13 +30,13 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What Accelerate's launcher sets for a configuration with FSDP2."""
 
 
-def in_processes(data, config, folder, *more, sharded=False):
-    """`controlnet train` in processes of its own, to the end."""
+def in_processes(data, config, folder, *more, launcher=None):
+    """`controlnet train` in processes of its own, to the end; `launcher` is what one has set."""
     settings = {"max_steps": config.max_steps, "batch_size": 4, "validate_every": 3, "held_out": 3, "pictures": 1,
                 "save_every": 1e9, "keep": 3}  # fmt: skip
     more = (*(f"--set={key}={value}" for key, value in settings.items()), *more)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SHARDED.items() if sharded else ():
+        for name, value in (launcher or {}).items():
             patch.setenv(name, value)
         process = start(data, config, folder, *more)
         _, err = process.communicate(timeout=300)
@@ -52,7 +53,7 @@ def test_shards_train_as_one_process_and_are_read_by_any_number(data, config, tm
     config = replace(config, max_steps=9)
     train(find_pairs(data), config, tmp_path / "one", CPU)
     folder = tmp_path / "shards"
-    in_processes(data, replace(config, max_steps=6), folder, "--processes", "2", sharded=True)
+    in_processes(data, replace(config, max_steps=6), folder, "--processes", "2", launcher=SHARDED)
     saved = Checkpoints(folder / "checkpoints")
     assert saved.path(6).is_dir() and len(list(saved.path(6).glob("*.distcp"))) == 2
     assert same_losses_until(6, tmp_path / "one", folder)
@@ -63,13 +64,13 @@ def test_shards_train_as_one_process_and_are_read_by_any_number(data, config, tm
     one, two = Checkpoints(tmp_path / "one/checkpoints").load(), saved.load()
     assert two["progress"]["step"] == 6 and len(one["ema"]) == len(two["ema"])
 
-    for name, sharded in (("4", True), ("2", False), ("1", False)):
+    for name, launcher in (("4", SHARDED), ("2", None), ("1", None)):
         copy = tmp_path / f"on-{name}"
         shutil.copytree(folder, copy)
         if name == "1":
             train(find_pairs(data), config, copy, CPU, resume=True)
         else:
-            in_processes(data, config, copy, "--resume", "--processes", name, sharded=sharded)
+            in_processes(data, config, copy, "--resume", "--processes", name, launcher=launcher)
         assert same_losses(tmp_path / "one", copy), name
         last = Checkpoints(copy / "checkpoints").load()
         assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(one["ema"], last["ema"], strict=True))
@@ -153,11 +154,11 @@ def test_what_another_launcher_starts_needs_a_named_folder(data, config):
 def test_what_cannot_be_sharded_is_refused(optimizer, precision):
     parallel = Parallel(CPU)
     parallel.check(optimizer, precision)
-    accelerator = SimpleNamespace(is_fsdp2=True, distributed_type=SimpleNamespace(value="FSDP"))
+    accelerator = SimpleNamespace(is_fsdp2=True, distributed_type=DistributedType.FSDP)
     parallel.accelerator = accelerator
     with pytest.raises(UsageError, match=optimizer if precision == "float32" else precision):
         parallel.check(optimizer, precision)
-    accelerator.is_fsdp2, accelerator.distributed_type.value = False, "MEGATRON_LM"
+    accelerator.is_fsdp2, accelerator.distributed_type = False, DistributedType.MEGATRON_LM
     with pytest.raises(UsageError, match="MEGATRON_LM"):
         parallel.check("adamw", "float32")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from controlnet.model.files.hashes import model_hash
@@ -102,6 +103,9 @@ def test_packed_pairs_are_the_pairs(pairs_folder, shards, tmp_path):
     assert len(table.shards) == 3 and {pair.picture().tobytes() for pair in table.pairs} == set(found)
     assert all(pair.caption == found[pair.picture().tobytes()].caption for pair in table.pairs)
     assert all(np.array_equal(pair.read_condition("depth").map, pair.picture()) for pair in table.pairs)
+    first = next((tmp_path / "p").glob("train-*.parquet"))
+    pq.write_table(pq.read_table(first).slice(0, 0), first.with_name("train-99999-of-99999.parquet"))
+    assert len(open_stream(f"{tmp_path}/p/train-*.parquet").pairs) == 12  # a file of no rows is one
 
 
 def test_packing_goes_on_and_does_not_mix(pairs_folder, tmp_path):

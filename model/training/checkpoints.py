@@ -66,10 +66,12 @@ class Checkpoints:
         call it together."""
         if state.parallel.is_sharded:
             self._save_sharded(state, step)
+        else:
+            saved = state.saved()  # from all processes, with ZeRO
+            if state.parallel.is_main:
+                save_atomic(saved, self.path(step))
         if not state.parallel.is_main:
             return
-        if not state.parallel.is_sharded:
-            save_atomic(state.saved(), self.path(step))
         for old in self.steps()[: -self.keep]:
             if old != best:
                 _remove(self.path(old))
@@ -124,7 +126,7 @@ class Checkpoints:
         from torch.distributed import checkpoint
 
         rest = _to(torch.load(path / REST, weights_only=True), device)
-        if state is None:
+        if state is None or state.parallel.zero:
             tensors = _read_whole(path)
         else:
             tensors = _tensors(state.with_moments())

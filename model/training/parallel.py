@@ -2,27 +2,31 @@
 
 DDP is the default: each process has the whole network and a part of each batch, and gradients are averaged while the
 backward pass goes on. `accelerate launch` with a configuration for FSDP2 shards weights, gradients, moments and average
-instead. Variables of the environment say which process this is, whoever launched it.
+instead, with one for DeepSpeed gradients and moments (zero.py). Variables of the environment say which process this is,
+whoever launched it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
     gather_object,
+    is_deepspeed_available,
     reduce,
 )
+from controlnet.model.training.zero import Zero, check_zero
 from controlnet.preprocessors.errors import UsageError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -36,51 +40,87 @@ class Parallel:
 
     def __init__(self, device: torch.device):
         options = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not is_deepspeed_available():
+            raise UsageError("DeepSpeed is not installed", "pip install 'controlnet-toolkit[deepspeed]'")
         # Autocast, scaling and accumulation are the loop's own: they do not depend on the number of processes.
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[options])
+        self.zero: Zero | None = None
         self._shard_on_cpu()
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main = self.accelerator.is_main_process
 
     def _shard_on_cpu(self) -> None:
-        """Accelerate shards on accelerators only. torch does it on CPUs as well, if the launcher was asked for it."""
-        wanted = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        """Accelerate shards on accelerators only. torch and DeepSpeed do it on CPUs as well, if the launcher was asked
+        for it."""
         state = self.accelerator.state
-        if wanted and state.distributed_type is DistributedType.MULTI_CPU:
-            for known in (PartialState, AcceleratorState):
-                known._shared_state["distributed_type"] = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for variable, (kind, plug_in) in ON_CPU.items():
+            if os.environ.get(variable) == "true" and state.distributed_type is DistributedType.MULTI_CPU:
+                for known in (PartialState, AcceleratorState):
+                    known._shared_state["distributed_type"] = kind
+                plug_in(state)
 
     @property
     def is_sharded(self) -> bool:
         """Whether each process has a part of the network only."""
         return self.accelerator.is_fsdp2
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether each process has a part of the moments only."""
+        return self.accelerator.distributed_type is DistributedType.DEEPSPEED
+
     def check(self, optimizer: str, precision: str) -> None:
         """Raises UsageError for what cannot be done in several processes as they were launched."""
-        kind = self.accelerator.distributed_type.value
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") and not self.is_sharded:
-            raise UsageError(f"Accelerate's configuration asks for {kind}: expected DDP or FSDP2", SHARDED_CONFIG)
-        if not self.is_sharded:
+        kind = self.accelerator.distributed_type
+        name = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}.get(kind)
+        if self.is_zero:
+            check_zero(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        elif kind.value not in ("NO", "MULTI_CPU", "MULTI_GPU") and not self.is_sharded:
+            raise UsageError(
+                f"Accelerate's configuration asks for {kind.value}: expected DDP, FSDP2 or DeepSpeed", SHARDED_CONFIG
+            )
+        if name is None:
             return
         if optimizer != "adamw":
-            raise UsageError(f"optimizer={optimizer} needs whole matrices, FSDP2 shards them", "--set optimizer=adamw")
+            raise UsageError(f"optimizer={optimizer} needs whole matrices, {name} shards them", "--set optimizer=adamw")
         if precision == "float16":
-            raise UsageError("precision=float16 with FSDP2: its scaled loss is not shared", "--set precision=bfloat16")
+            raise UsageError(
+                f"precision=float16 with {name}: its scaled loss is not shared", "--set precision=bfloat16"
+            )
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """The module to call, whose gradients are shared, and the optimiser of its parameters. With FSDP2 the
         parameters inside become DTensors."""
-        if self.is_sharded:
-            module.to(memory_format=torch.contiguous_format)  # the only one that it shards
+        if self.is_sharded or self.is_zero:
+            module.to(memory_format=torch.contiguous_format)  # the only one that is sharded
+        if self.is_zero:
+            self.zero = Zero(self.accelerator, module, optimizer)
+            return self.zero.engine, self.zero
         module, prepared = self.accelerator.prepare(module, optimizer)
         for part in _sharded_in(module):
             part.set_reshard_after_forward(False)  # when one process validates, nothing is to be gathered
         return module, prepared.optimizer
 
-    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager:
+    @contextmanager
+    def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
         """Inside, gradients are added up, and shared only if this is the last batch of a step."""
-        return nullcontext() if last else self.accelerator.no_sync(module)
+        if self.zero:
+            self.zero.accumulating(last)
+        with nullcontext() if last or self.zero else self.accelerator.no_sync(module):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        if self.zero:
+            self.zero.backward(loss)
+        else:
+            loss.backward()
+
+    def clip(self, parameters: list[nn.Parameter], norm: float) -> float:
+        """Clip the whole gradient to `norm`; returns the norm that it had."""
+        if self.zero:
+            return self.zero.clip(norm)
+        found = nn.utils.clip_grad_norm_(parameters, norm)
+        return float(found.full_tensor() if isinstance(found, DTensor) else found)
 
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
@@ -112,7 +152,7 @@ class Parallel:
 
     def agree(self, flag: bool) -> bool:
         """`flag`; where something is done by all processes or none, whether one of them has it set."""
-        return self.any(flag) if self.is_sharded else flag
+        return self.any(flag) if self.is_sharded or self.is_zero else flag
 
     def all_of(self, value: Any) -> list[Any]:
         """The value of each process, in order."""
@@ -120,6 +160,24 @@ class Parallel:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+
+def _plug_in_fsdp(state: AcceleratorState) -> None:
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+
+
+def _plug_in_deepspeed(state: AcceleratorState) -> None:
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision("no")
+    plugin.select(_from_accelerator_state=True)
+    state.deepspeed_plugins = {"default": plugin}
+
+
+ON_CPU = {
+    "ACCELERATE_USE_FSDP": (DistributedType.FSDP, _plug_in_fsdp),
+    "ACCELERATE_USE_DEEPSPEED": (DistributedType.DEEPSPEED, _plug_in_deepspeed),
+}
+"""The launcher's variables, and what they ask for."""
 
 
 def _sharded_in(module: nn.Module) -> list[FSDPModule]:
@@ -132,9 +190,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(value: Any, owner: Tensor) -> Any:
-    """A whole tensor sharded as `owner` is, if it has its shape; anything else as it is."""
-    if not isinstance(owner, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+    """A whole tensor sharded and laid out in memory as `owner` is, if it has its shape; anything else as it is."""
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.shape != owner.shape:
         return value
-    if value.shape == owner.shape:
+    if isinstance(owner, DTensor):
         return distribute_tensor(value.to(owner.device), owner.device_mesh, owner.placements)
-    return value
+    # Fused optimisers take it that moments lie as their parameters do.
+    return value if value.stride() == owner.stride() else torch.empty_like(owner).copy_(value)

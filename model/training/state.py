@@ -12,7 +12,6 @@ import torch
 from controlnet.model.training.optimizers import make_optimizer
 from controlnet.model.training.parallel import Parallel, like, local
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -64,6 +63,8 @@ class State:
         for own, kept in ((self.parameters, saved["parameters"]), (self.ema, saved["ema"])):
             values = [like(value, p) for value, p in zip(kept, own, strict=True)]
             torch._foreach_copy_(locals_of(own), locals_of(values))
+        if self.parallel.zero:
+            self.parallel.zero.take_parameters()
         if saved.get("optimizer_is", "adamw") == self.optimizer_is:
             self._load_optimizer(saved["optimizer"])
         for group in self.optimizer.param_groups:
@@ -72,9 +73,8 @@ class State:
         self.progress = Progress(**saved["progress"])
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        owners = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {
-            number: {name: like(value, owners[number]) for name, value in kept.items()}
+            number: {name: like(value, self.parameters[number]) for name, value in kept.items()}
             for number, kept in saved["state"].items()
         }
         self.optimizer.load_state_dict(saved | {"state": moments})
@@ -103,13 +103,12 @@ class State:
         }
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        self.parallel.backward(self.scaler.scale(loss))
 
     def clip(self, norm: float) -> float:
         """Clip the whole gradient to `norm`; returns the norm that it had."""
         self.scaler.unscale_(self.optimizer)
-        found = nn.utils.clip_grad_norm_(self.parameters, norm)
-        return float(found.full_tensor() if isinstance(found, DTensor) else found)
+        return self.parallel.clip(self.parameters, norm)
 
     def update(self, rate: float, ema_decay: float) -> None:
         """One optimiser step at a learning rate, and an update of the average."""

@@ -221,7 +221,8 @@ def open_stream(name: str) -> Stream:
     plain = name.partition("?")[0]
     if plain.endswith(".parquet"):
         files = [one if is_url(one) else glob.escape(one) for one in names]
-        return replace(_table(name, "parquet", data_files=files), manifest=_manifest(names[0]))
+        # Read by as many rows as are shuffled: left to itself, the library takes a file of none for damaged.
+        return replace(_table(name, "parquet", data_files=files, batch_size=ROWS), manifest=_manifest(names[0]))
     if not plain.endswith(".tar"):
         raise UsageError(f"{name}: expected shards (.tar, .parquet) or {HUB}USER/NAME", "'https://host/{000..999}.tar'")
     return Stream(name, "webdataset", [TarShard(one) for one in names], manifest=_manifest(names[0]))
