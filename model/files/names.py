@@ -89,15 +89,17 @@ def open_clip(config: Mapping) -> Names:
 def rename(state: State, names: Names) -> State:
     """The tensors under their new names. A tensor is left out if neither its module nor one around it is in the
     table."""
-    renamed = {}
-    for name, tensor in state.items():
-        module, rest = name, ""
-        while module not in names and "." in module:
-            module, _, end = module.rpartition(".")
-            rest = f".{end}{rest}"
-        if module in names:
-            renamed[names[module] + rest] = tensor
-    return renamed
+    found = {name: renamed(name, names) for name in state}
+    return {new: state[name] for name, new in found.items() if new is not None}
+
+
+def renamed(name: str, names: Names) -> str | None:
+    """The new name of a tensor or module; None if neither it nor a module around it is in the table."""
+    module, rest = name, ""
+    while module not in names and "." in module:
+        module, _, end = module.rpartition(".")
+        rest = f".{end}{rest}"
+    return names[module] + rest if module in names else None
 
 
 def reverse(names: Names) -> Names:
