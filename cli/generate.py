@@ -40,7 +40,6 @@ from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
 from controlnet.preprocessors.remote import place
 from controlnet.preprocessors.shards import Shard, claim, parse_shard
-from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from controlnet.model.work.pool import Made
@@ -89,20 +88,6 @@ PARAMETERS = [
     parameter("processes", Processes, None), parameter("devices", Devices, None),
     parameter("ray", RayAddress, None), parameter("tar", TarSize, None),
 ]  # fmt: skip
-
-
-LATER = {"--lora": "LoRA", "--embedding": "textual inversion"}
-"""Flags that people try, and what they are for; not supported yet."""
-
-
-class Command(TyperCommand):
-    """For a flag in LATER, says what is not supported yet, instead of suggesting a flag that is spelt alike."""
-
-    def parse_args(self, ctx, args):
-        for word in args:
-            if (flag := word.split("=")[0]) in LATER:
-                raise UsageError(f"{flag}: {LATER[flag]} is not supported yet", "controlnet generate --help")
-        return super().parse_args(ctx, args)
 
 
 class _Failures:
@@ -194,7 +179,6 @@ def _generate(
 
 
 generate = typed(_generate, PARAMETERS)
-generate.command_class = Command  # type: ignore[attr-defined]
 
 
 def _from_file(flag: str, text: str | None) -> str | None:

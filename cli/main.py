@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 from controlnet.preprocessors.errors import ControlNetError, Exit
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 COMMANDS = {
     "generate": ("generate:generate", "Make images from condition maps and a prompt."),
@@ -45,7 +45,7 @@ class Commands(TyperGroup):
         found = getattr(importlib.import_module(f"controlnet.cli.{module}"), attribute)
         if not isinstance(found, typer.Typer):
             single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            single.command(args[0], help=help_, cls=getattr(found, "command_class", TyperCommand))(found)
+            single.command(args[0], help=help_)(found)
             found = single
         return args[0], typer.main.get_command(found), args[1:]
 

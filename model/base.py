@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import transformers
 from controlnet.model.control.prompt import Prompt
-from controlnet.model.text import TextEncoder
+from controlnet.model.text import TextEncoder, words_apart
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -68,11 +69,19 @@ class Base:
         return self.unet.dtype
 
     def encode_text(
-        self, prompts: Sequence[str | None], seconds: list[str] | None = None, clip_skip: int = 0
+        self,
+        prompts: Sequence[str | None],
+        seconds: list[str] | None = None,
+        clip_skip: int = 0,
+        emphasis: bool = False,
     ) -> Prompt:
         """The prompt of B texts, without the ids of size and crop. None is no prompt at all (see `zeros_for_none`). A
         second encoder reads `seconds` if they are given, else the same texts. Words beyond the encoders' length are cut
-        (`cut_words` returns them). `clip_skip` is the number of layers left out at the end of each encoder."""
+        (`cut_words` returns them). `clip_skip` is the number of layers left out at the end of each encoder. With
+        `emphasis` the texts may have weights, and be of any length (see emphasis.py)."""
+        if emphasis:
+            rows = zip(prompts, seconds if seconds is not None else repeat(None, len(prompts)), strict=True)
+            return Prompt.cat([self._emphasised(first, second, clip_skip) for first, second in rows])
         features, pooled = [], None
         for i, encoder in enumerate(self.encoders):
             texts = seconds if i and seconds is not None else [text or "" for text in prompts]
@@ -84,6 +93,19 @@ class Base:
             return prompt
         given = torch.tensor([text is not None for text in prompts], device=self.device)
         return prompt.map(lambda rows: rows * given.view(-1, *[1] * (rows.ndim - 1)))
+
+    def _emphasised(self, first: str | None, second: str | None, clip_skip: int) -> Prompt:
+        """A prompt of one row; all encoders read it in as many chunks."""
+        if first is None:
+            return self.encode_text([None], None if second is None else [second], clip_skip)
+        texts = [second if i and second is not None else first for i in range(len(self.encoders))]
+        most = max(len(encoder.chunks(text)) for encoder, text in zip(self.encoders, texts, strict=True))
+        features, pooled = [], None
+        for encoder, text in zip(self.encoders, texts, strict=True):
+            with self.at_work(encoder.network):
+                c_t, pooled = encoder.emphasised(text, self.device, clip_skip, most)
+            features.append(c_t.to(self.dtype))
+        return Prompt(torch.cat(features, -1), None if pooled is None else pooled.to(self.dtype))
 
     @property
     def has_size_ids(self) -> bool:
@@ -127,7 +149,9 @@ class Base:
         """Words of the prompt that are not in `words`; none where that is None."""
         if self.words is None:
             return []
-        return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower())) if w not in self.words]
+        learned = self.encoders[0].learned
+        text = " ".join(part for part in words_apart(prompt, learned) if part.lower() not in learned)
+        return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower())) if w not in self.words]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The VAE's moments of images (B, 3, H, W) in [-1, 1]: mean and log variance (B, 2C, h, w), or the latents

@@ -104,7 +104,7 @@ def test_detect_in_the_same_process_equals_two_commands(run, common, tmp_path, s
 
 
 def test_words_that_the_base_cannot_read_are_told(run, common):
-    code, _, err = run(*common, "-p", "a red zebra " + "cube " * 60, "--seed", 1)
+    code, _, err = run(*common, "-p", "a red zebra " + "cube " * 60, "--seed", 1, "--plain-prompt")
     assert code == 0
     assert "never met these words in training: zebra" in err
     assert "reads 38 tokens; these words are beyond: cube cube" in err
@@ -301,7 +301,7 @@ def test_a_photo_is_detected_at_the_aspect_of_the_canvas(run, common, tmp_path, 
 
 
 @pytest.mark.parametrize("args, said", [
-    (["--init", "a.png"], "a.png: no such file"), (["--lora=x"], "LoRA is not supported"),
+    (["--init", "a.png"], "a.png: no such file"), (["-p", "x", "--lora=x"], "--lora x: no such file"),
     (["-p", "x", "--base", "sdxll"], "--base sdxl"), (["-p", "x", "--base", "sd15x"], "--base sd15"),
     (["--cond", "photo.png"], "detect=canny"), (["--cond", "map.canny.png,region=none.png"], "none.png: no such file"),
     (["-p", "x", "--size", "8"], "8 pixels, expected 64 to 8192"), (["-p", "x", "--size", "100"], "a multiple of 8"),

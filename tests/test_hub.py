@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from controlnet.model.files.hub import complete, is_hub_id, needed
+from controlnet.model.load import load_base
 from controlnet.model.registry import BASES, NETS, net_for
 from controlnet.preprocessors.images import png_bytes
 from huggingface_hub import constants
+from test_lora import write_kohya
 
 SD15 = [
     "model_index.json", "README.md", "v1-5.ckpt", "safety_checker/config.json", "safety_checker/model.safetensors",
@@ -170,6 +172,21 @@ def test_pulled_once_then_used_without_a_network(hub, tmp_path):
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_an_adapter_is_pulled_by_its_id(hub, small_base_folder, tmp_path):
+    write_kohya(tmp_path / "it.safetensors", load_base(str(small_base_folder / "base")), {"unet": "lora_unet_"})
+    (hub.folder / "style").mkdir()
+    shutil.copy(tmp_path / "it.safetensors", hub.folder / "style/pytorch_lora_weights.safetensors")
+    job = ("generate", "--base", small_base_folder / "base", "--lora", "acme/style:0.5", "-p", "a cube", "--steps", 1)
+    code, _, err = hub.call(*job, "--offline")
+    assert code == 5 and "lora acme/style" in err and "controlnet models pull acme/style" in err
+    code, _, err = hub.call(*job)
+    assert code == 0 and "acme/style: scale 0.5; applied: unet" in err, err
+    assert hub.call(*job, "--offline")[0] == 0
+    assert needed(["README.md", "one.safetensors", "x.png"]) == ["one.safetensors"] and not complete(
+        ["a/b.safetensors"]
+    )
 
 
 def test_what_the_hub_lacks(hub):

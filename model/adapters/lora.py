@@ -72,8 +72,8 @@ def _bare(module: Any) -> nn.Module:
     """A float32 layer of a module's shape and weight, for peft."""
     with torch.device("meta"):
         if isinstance(module, nn.Conv2d):
-            size: Any = module.kernel_size, module.stride, module.padding
-            bare: Any = nn.Conv2d(module.in_channels, module.out_channels, *size, bias=False)
+            sides: dict[str, Any] = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding")}
+            bare: Any = nn.Conv2d(module.in_channels, module.out_channels, **sides, bias=False)
         else:
             bare = nn.Linear(module.in_features, module.out_features, bias=False)
     bare.weight = nn.Parameter(module.weight.float(), requires_grad=False)

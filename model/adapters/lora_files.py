@@ -16,13 +16,12 @@ from typing import Any
 
 from controlnet.model.adapters.parts import Parts
 from controlnet.model.files.hashes import model_hash
+from controlnet.model.files.stored import LORA_FILES
 from controlnet.model.files.tensors import Header, check_finite, read_header, read_json, read_tensors
 from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.jsons import object_or_empty
 from torch import Tensor
 
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
-"""What a folder's file may be called; else it is the only .safetensors in it."""
 PREFIXES = {
     "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
     "unet.": "unet", "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder",
@@ -175,12 +174,12 @@ def open_lora(path: Path, parts: Parts, base_name: str) -> LoraFile:
 def _file_in(path: Path) -> Path:
     if not path.is_dir():
         return path
-    for name in NAMES:
+    for name in LORA_FILES:
         if (path / name).is_file():
             return path / name
     only = sorted(path.glob("*.safetensors"))
     if len(only) != 1:
-        raise ModelError(f"{path}: {len(only)} .safetensors files, expected one, or {NAMES[0]}", f"ls {path}")
+        raise ModelError(f"{path}: {len(only)} .safetensors files, expected one, or {LORA_FILES[0]}", f"ls {path}")
     return only[0]
 
 
@@ -232,7 +231,7 @@ def _check(file: Path, part: str, change: Change, parts: Parts, base_name: str) 
 def _alphas(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's settings by part: from the file's metadata, where diffusers writes them, or from adapter_config.json."""
     config = file.parent / "adapter_config.json"
-    if file.name == NAMES[1] and config.is_file():
+    if file.name == "adapter_model.safetensors" and config.is_file():
         return {"unet": read_json(config, "")}
     settings: dict[str, dict[str, Any]] = {}
     for name, value in object_or_empty(metadata.get("lora_adapter_metadata", "{}").encode()).items():

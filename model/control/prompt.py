@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ class Prompt:
 
     @staticmethod
     def cat(prompts: Sequence[Prompt]) -> Prompt:
-        """The rows of all, one after another."""
-        columns = zip(*((p.c_t, p.pooled, p.ids) for p in prompts), strict=True)
-        return Prompt(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+        """The rows of all, one after another. Texts of different lengths are repeated until they are equally long:
+        attention to repeated keys and values is the same."""
+        length = math.lcm(*(prompt.c_t.shape[1] for prompt in prompts))
+        c_t = torch.cat([prompt.c_t.repeat(1, length // prompt.c_t.shape[1], 1) for prompt in prompts])
+        pooled, ids = (
+            None if column[0] is None else torch.cat(column)
+            for column in zip(*((prompt.pooled, prompt.ids) for prompt in prompts), strict=True)
+        )
+        return Prompt(c_t, pooled, ids)

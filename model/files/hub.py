@@ -14,7 +14,7 @@ from typing import Any
 
 from controlnet.model.files.hashes import file_sha256
 from controlnet.model.files.ids import is_hub_id
-from controlnet.model.files.stored import BASE_PARTS, STEMS, TOKENIZERS
+from controlnet.model.files.stored import BASE_PARTS, EMBEDDING_FILES, LORA_FILES, STEMS, TOKENIZERS
 from controlnet.model.files.tensors import shards_of, weights_among
 from controlnet.preprocessors.errors import ModelError, OutputError, UsageError
 from controlnet.preprocessors.files import exists
@@ -69,7 +69,7 @@ def pull(name: str, update: bool = False) -> Path:
         info = HfApi().model_info(name, revision=locked and locked["revision"], files_metadata=True)
         files = needed([file.rfilename for file in info.siblings or []])
         if not complete(files):
-            raise ModelError(f"{name}: holds neither a base nor a ControlNet in diffusers' layout")
+            raise ModelError(f"{name}: holds neither a base nor a ControlNet in diffusers' layout, nor one adapter")
         folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
         told = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
         if wrong := _differing(folder, files, told):  # a damaged copy in the hub's cache
@@ -110,8 +110,11 @@ def verify(name: str) -> list[str]:
 
 
 def needed(files: Iterable[str]) -> list[str]:
-    """The files of a repository that loading reads: configs, tokenizers, one set of weights per part."""
+    """The files of a repository that loading reads: configs, tokenizers, one set of weights per part; or that of an
+    adapter."""
     files = list(files)
+    if adapter := _adapter(files):
+        return [adapter, *(["adapter_config.json"] if "adapter_config.json" in files else [])]
     is_base = "model_index.json" in files
     folders = (*BASE_PARTS, *TOKENIZERS, "scheduler") if is_base else ("",)
     chosen = ["model_index.json"] if is_base else []
@@ -128,14 +131,26 @@ def needed(files: Iterable[str]) -> list[str]:
 
 
 def complete(files: Iterable[str]) -> bool:
-    """Whether these files make a whole base or ControlNet: config and weights of every part."""
+    """Whether these files make a whole base or ControlNet (config and weights of every part), or hold an adapter."""
     files = set(files)
+    if _adapter(files):
+        return True
     if "model_index.json" not in files:
         return _has_network(files, "", "controlnet")
     folders = {file.split("/")[0] for file in files if "/" in file}
     second = {"text_encoder_2", "tokenizer_2"}
     expected = {*BASE_PARTS, *TOKENIZERS, "scheduler"} - (second if not folders & second else set())
     return expected <= folders and all(_has_network(files, f"{part}/", part) for part in expected & set(BASE_PARTS))
+
+
+def _adapter(files: Iterable[str]) -> str | None:
+    """The file of a LoRA or of textual inversion among those of a repository that holds nothing else."""
+    files = set(files)
+    if files & {"model_index.json", "config.json"}:
+        return None
+    known = next((name for name in (*LORA_FILES, *EMBEDDING_FILES) if name in files), None)
+    alone = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+    return known or (alone[0] if len(alone) == 1 else None)
 
 
 def _has_network(files: set[str], folder: str, part: str) -> bool:

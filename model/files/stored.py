@@ -16,6 +16,9 @@ STEMS = {
 BASE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The networks that a base may have."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
+"""What the file of a LoRA, or of textual inversion, is called in a folder; else it is the only .safetensors there."""
 NET_CLASS, UNION_CLASS = "ControlNetModel", "ControlNetUnionModel"
 """The classes of diffusers that control."""
 UNION_MARK = "task_embedding"

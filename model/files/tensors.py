@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from controlnet.preprocessors.errors import ModelError, OutputError, reason
@@ -140,15 +141,17 @@ class _Inert:
     """Stands for the one class that old .ckpt files of bases refer to. It is never instantiated and does nothing."""
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    admitted = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+def read_pickle(path: Path) -> Any:
+    """What a pickle holds, if that is tensors, numbers and texts in lists and dictionaries. Raises ModelError for
+    anything else; nothing in it is run."""
+    admitted = [(_Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"), nn.ParameterDict]
     try:
         with torch.serialization.safe_globals(admitted), warnings.catch_warnings():  # type: ignore[arg-type]
             warnings.simplefilter("ignore")  # of protocols and old forms: the file decides
             try:
-                found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the old format has no memory map
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if _is_refusal(path, error):
             raise ModelError(
@@ -159,6 +162,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise ModelError(message, "download the file again") from error
     except Exception as error:  # a cut or foreign file fails in a dozen ways
         raise _unreadable(path, error) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    found = read_pickle(path)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict):

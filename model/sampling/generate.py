@@ -66,26 +66,26 @@ class Request:
 class Encoded:
     """Prompts and features of the last images, so that those that the next images share are not computed again."""
 
-    prompts: dict[tuple[Texts, int], Prompt] = field(default_factory=dict)
-    """The key is the texts and the number of layers skipped."""
+    prompts: dict[tuple[Texts, int, bool], Prompt] = field(default_factory=dict)
+    """The key is the texts, the number of layers skipped, and whether the texts have weights."""
     features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
     """The key is the `id` of network and condition. The condition is kept with its feature, so that Python gives its
     `id` to no other."""
     latents: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
     """Of pictures to start from; the key is the `id` of VAE and picture."""
 
-    def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int) -> None:
+    def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int, emphasis: bool) -> None:
         """Encode the texts that are new, and forget the prompts of all others."""
         kept = {}
         for first, second in texts:
-            key = (first, second), clip_skip
+            key = (first, second), clip_skip, emphasis
             seconds = None if second is None else [second]
-            kept[key] = self.prompts.get(key) or base.encode_text([first], seconds, clip_skip)
+            kept[key] = self.prompts.get(key) or base.encode_text([first], seconds, clip_skip, emphasis)
         self.prompts = kept
 
-    def prompt(self, texts: Sequence[Texts], clip_skip: int, ids: Tensor | None) -> Prompt:
+    def prompt(self, texts: Sequence[Texts], clip_skip: int, emphasis: bool, ids: Tensor | None) -> Prompt:
         """The prompt with one row per text; `ids` (1, 6) are the canvas's, None in families without them."""
-        return Prompt.cat([self.prompts[text, clip_skip] for text in texts]).with_ids(ids)
+        return Prompt.cat([self.prompts[text, clip_skip, emphasis] for text in texts]).with_ids(ids)
 
     def prepare(self, base: Base, nets: Sequence[Net], requests: Sequence[Request]) -> None:
         """Compute the features of conditions that are new, and forget those of all others."""
@@ -128,11 +128,13 @@ def generate(
     clip_skip: int = 0,
     ids: Tensor | None = None,
     strength: float = 1.0,
+    emphasis: bool = False,
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; up to rounding, no image depends on the others.
 
     `size` is (width, height) in pixels. `size`, `guidance`, `scheduler` and the halves of the guidance that control
     acts on default to the base's own. `clip_skip` is the number of layers left out at the end of the text encoders.
+    With `emphasis` the prompts may have weights and any length (emphasis.py).
     `strength` is the share of the schedule that is made where the requests start from pictures. `on_step` is called
     with the number of images made, fractions included. Raises ModelError when the latents are not finite."""
     guidance = base.guidance if guidance is None else guidance
@@ -147,11 +149,11 @@ def generate(
         # What the images of a group need, encoded once per text and once per condition.
         prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
         guided = guidance != 1
-        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip)
+        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
         with base.at_work(*networks):
             encoded.prepare(base, networks, group)
-        prompt = encoded.prompt(prompts, clip_skip, ids)  # B rows
-        negative = encoded.prompt(negatives, clip_skip, ids) if guided else None
+        prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
+        negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
         controls = [  # of type 0 where the requests name none
             ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].types[k : k + 1])
             for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))

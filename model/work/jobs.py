@@ -69,6 +69,9 @@ class Job:
     """What the second text encoder of SDXL reads. (default: the prompt)"""
     negative2: str | None = options.option(None, options.text, shared=False)
     """What it reads as the negative prompt. (default: the negative prompt)"""
+    plain_prompt: bool = options.option(False, options.yes_or_no, bool)
+    """Take brackets in the prompts as they are, and cut them at the text encoder's length. (default: (word:1.2) weighs
+    more, [word] less, BREAK begins a new chunk, and prompts are as long as you like)"""
     clip_skip: int = options.option(0, options.whole, int)
     """How many layers to leave out at the end of the text encoders, for both prompts (A1111's number minus 1)."""
     out: str | None = options.option(None, options.text, str, "-o", recorded=False, shared=False)
@@ -86,6 +89,10 @@ class Job:
     (default: $CONTROLNET_BASE, what `models use` said, tiny)"""
     vae: str | None = options.option(None, options.text)
     """Another VAE than the base's own: a folder, a single file, or a hub id."""
+    lora: tuple[str, ...] = options.option((), options.loras, list[str], metavar="FILE[:scale]", flag_default=None)
+    """A LoRA on the base: a file, a folder or a hub id; repeat for several."""
+    embedding: tuple[str, ...] = options.option((), options.texts, list[str], metavar="FILE[:word]", flag_default=None)
+    """A word that was learned (textual inversion); repeat for several. (default word: the file's own, or its name)"""
     size: tuple[int, int] | None = options.option(None, options.size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
     init: str | None = options.option(None, options.text, shared=False)
@@ -266,6 +273,12 @@ class Job:
         return width, height
 
     @property
+    def adapters(self) -> list[tuple[str, str]]:
+        """(`lora` or `embedding`, where it comes from) of all that change the base."""
+        loras = [("lora", options.lora_of(text)[0]) for text in self.lora]
+        return loras + [("embedding", options.embedding_of(text)[0]) for text in self.embedding]
+
+    @property
     def shown(self) -> str | None:
         """The picture whose aspect the canvas has: the one to start from, or the first condition's."""
         return self.init or (self.cond[0].path if self.cond else None)
@@ -331,6 +344,7 @@ def _of_samples(given: Any, default: Any) -> Any:
 def check_names(job: Job) -> None:
     """Raises UsageError or InputError for models, kinds, schedulers and files that do not exist. Takes a moment,
     because it loads no large library."""
+    from controlnet.model.files.ids import is_hub_id
     from controlnet.model.registry import BASES, check_base_name, check_net_name, net_for
     from controlnet.model.sampling.schedulers import check_scheduler_name
     from controlnet.preprocessors.detectors.registry import find_detector
@@ -338,6 +352,9 @@ def check_names(job: Job) -> None:
     check_base_name(job.base)
     if job.scheduler is not None:
         check_scheduler_name(job.scheduler)
+    for what, source in job.adapters:
+        if not (exists(source) or is_hub_id(source)):
+            raise InputError(f"--{what} {source}: no such file or folder, and no hub id OWNER/NAME", "ls FILE")
     for path in (job.init, job.mask):
         if path not in (None, ALPHA) and not (exists(path) or is_member(path)):
             raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from controlnet.model.work.condition import ConditionFlag, parse_condition, parse_weighting
 from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.files import exists
 
 MOST_LARGER = 4
 MAX_SIDE = 100_000
@@ -111,6 +113,37 @@ def conditions(name: str, value: Any) -> tuple[ConditionFlag, ...]:
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, (str, ConditionFlag)) for text in texts):
         raise UsageError(f"{name}: {texts!r}, expected text or a list of texts", f'"{name}": ["map.png,scale=0.8"]')
     return tuple(text if isinstance(text, ConditionFlag) else parse_condition(text) for text in texts)
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) and one for one in values):
+        raise UsageError(f"{name}: {value!r}, expected text or a list of texts", f'"{name}": ["FILE"]')
+    return tuple(values)
+
+
+def loras(name: str, value: Any) -> tuple[str, ...]:
+    found = texts(name, value)
+    for one in found:
+        lora_of(one)
+    return found
+
+
+def lora_of(text: str) -> tuple[str, float]:
+    """(file, folder or hub id, scale) of `FILE[:scale]`."""
+    source, colon, end = text.rpartition(":")
+    if not colon or exists(text) or "/" in end or "." in end.lstrip("+-0123456789."):
+        return text, 1.0
+    scale = number(f"--lora {text}", end, what="FILE:scale, such as style.safetensors:0.8")
+    if not math.isfinite(scale):
+        raise UsageError(f"--lora {text}: expected a finite scale", f"--lora {source}:0.8")
+    return source, scale
+
+
+def embedding_of(text: str) -> tuple[str, str | None]:
+    """(file, folder or hub id, word) of `FILE[:word]`."""
+    source, colon, word = text.rpartition(":")
+    return (text, None) if not colon or exists(text) or "/" in word else (source, word or None)
 
 
 def weighting(name: str, value: Any) -> str | tuple[float, ...]:

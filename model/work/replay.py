@@ -102,6 +102,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         "vae_sha256",
         "init_sha256",
         "mask_sha256",
+        "adapters_sha256",
         "device",
         "dtype",
         "threads",
@@ -141,6 +142,7 @@ def job_of(image: Recorded, moved: list[str] | None = None, init: str | None = N
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
         values |= pictures
+        values.setdefault("plain_prompt", True)  # as before prompts could have weights
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputError(f"{image.path}: its record is not whole ({reason(error)})", WHOLE) from error

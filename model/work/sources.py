@@ -60,6 +60,9 @@ class Sources:
             lacking[job.base] = f"base {job.base}"
         if job.vae and hub.is_hub_id(job.vae) and not exists(job.vae) and not hub.kept(job.vae):
             lacking[job.vae] = f"VAE {job.vae}"
+        for what, source in job.adapters:
+            if hub.is_hub_id(source) and not exists(source) and not hub.kept(source):
+                lacking[source] = f"{what} {source}"
         for flag in job.cond:
             kind = flag.kind or flag.detect or ""
             if flag.detect and (weights := find_detector(flag.detect).weights) and not kept(weights):
@@ -89,6 +92,12 @@ class Sources:
 
         return find(source, self.offline, "--cond map.png,net=FOLDER")
 
+    def adapter(self, what: str, source: str) -> Path:
+        """The folder or file of a `lora` or an `embedding`, fetched if it is not here and may be."""
+        from controlnet.model.files.hub import find
+
+        return find(source, self.offline, f"--{what} FILE")
+
     def _base(self, name: str) -> Stored:
         """A base on disk, of which no weights are read."""
         from controlnet.model.load import find_base
@@ -113,6 +122,8 @@ class Sources:
         from controlnet.model.registry import recorded_name
 
         check_options(self.base(job.base), job)
+        for what, source in job.adapters:
+            self.adapter(what, source)
         for flag in job.cond:
             kind = kind_of(flag)
             source = self.source(job.base, flag, kind)

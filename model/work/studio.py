@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
+from controlnet.model.emphasis import plain
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import has_vae, load_base, with_vae
 from controlnet.model.nets import load_controlnet
@@ -28,6 +29,7 @@ from controlnet.model.sampling.generate import Encoded, Request, check_memory, g
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.training.runfolder import RunFolder
+from controlnet.model.work.adapted import adapted
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
     OWN,
@@ -86,6 +88,7 @@ class Studio:
         self.offline, self.strict, self.low_memory, self.say = offline, strict, low_memory, say
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.bases: dict[tuple[str, str | None], tuple[Base, Encoded]] = {}
+        self.adapted = lru_cache(2)(self._adapted)
         self.net = cache(self._net)
         self.sources = Sources(offline)
         self.detector = cache(self._detector)
@@ -190,6 +193,7 @@ class Studio:
             clip_skip=job.clip_skip,
             ids=first.base.size_ids(size, job.original_size, job.crop or (0, 0), job.target_size),
             strength=strength,
+            emphasis=not job.plain_prompt,
         )
 
     def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
@@ -241,6 +245,7 @@ class Studio:
             "base_sha256": model_hash(base.path),
             "vae_sha256": model_hash(base.vae_path) if base.vae_path else None,
             "conditions": entries,
+            "adapters_sha256": [model_hash(self.sources.adapter(*one)) for one in job.adapters],
             "init_sha256": init_hash,
             "mask_sha256": None if painting is None else painting.mask_sha256,
             "device": str(self.device),
@@ -284,7 +289,7 @@ class Studio:
         if self.offline:
             self.sources.check_here(job, self.kind)
         self.sources.check(job, self.kind)
-        return self.base(job.base, job.vae and whole_path(job.vae))
+        return self.adapted(job.base, job.vae and whole_path(job.vae), job.lora, job.embedding)
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
         """The canvas of a job (width, height), and its conditions: as read, or detected at the canvas's aspect."""
@@ -328,6 +333,15 @@ class Studio:
         dtype = str(self.dtype).removeprefix("torch.")
         self.say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
         return base, Encoded()
+
+    def _adapted(
+        self, name: str, vae: str | None, loras: tuple[str, ...], words: tuple[str, ...]
+    ) -> tuple[Base, Encoded]:
+        """A base under LoRAs and with learned words. What of each LoRA applies is said."""
+        base, encoded = self.base(name, vae)
+        if not (loras or words):
+            return base, encoded
+        return adapted(base, loras, words, self.sources, self.say), Encoded()
 
     def _plain_base(self, name: str) -> tuple[Base, Encoded]:
         """A loaded base of this name, whichever VAE it has."""
@@ -405,7 +419,9 @@ class Studio:
             if text in self.told:
                 continue
             self.told.add(text)
-            if cut := base.cut_words(text):
+            if not job.plain_prompt:
+                text = plain(text)
+            elif cut := base.cut_words(text):
                 self._warn(f"the text encoder reads {base.max_tokens - 2} tokens; these words are beyond: {cut}")
             if unknown := base.unknown_words(text):
                 self._warn(f"{job.base} never met these words in training: {', '.join(unknown)}")
