@@ -22,6 +22,12 @@ from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 
+def inpainting_channels(latent: int) -> int:
+    """What the UNet of an inpainting base reads for latents of so many channels: them, a mask, and the latents of the
+    picture with its masked part grey (diffusers' inpainting pipelines)."""
+    return 2 * latent + 1
+
+
 @dataclass
 class Base:
     """A loaded base. Latents are (B, 4, H/8, W/8), images (B, 3, H, W) in [-1, 1]."""
@@ -58,6 +64,16 @@ class Base:
         widths = self.vae.config.get("block_out_channels") or self.vae.config.decoder_block_out_channels
         self.factor = 2 ** (len(widths) - 1)
         """Pixels per latent cell: 8."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents: 4."""
+        return self.unet.config.out_channels
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the base reads a mask and what of the picture is outside of it, beside the latents."""
+        return self.unet.config.in_channels == inpainting_channels(self.unet.config.out_channels)
 
     @property
     def native_size(self) -> int:
@@ -160,9 +176,12 @@ class Base:
             encoded = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
         return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
 
-    def latent_of(self, picture: np.ndarray) -> Tensor:
-        """z_0 (1, C, h, w) float32 of a picture (H, W, 3) uint8: the mean of the VAE's posterior."""
+    def latent_of(self, picture: np.ndarray, hidden: np.ndarray | None = None) -> Tensor:
+        """z_0 (1, C, h, w) float32 of a picture (H, W, 3) uint8: the mean of the VAE's posterior. Pixels that are
+        `hidden` (H, W) are grey."""
         x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].to(self.device, torch.float32) / 127.5 - 1
+        if hidden is not None:
+            x = x * torch.from_numpy(~hidden).to(x)
         moments = self.encode_image(x).float()
         if not torch.isfinite(moments).all() and self.vae.dtype == torch.float16:
             nn.Module.to(self.vae, torch.float32)  # as in `decode`

@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from controlnet.model.base import Base
+from controlnet.model.base import Base, inpainting_channels
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.files import hub
 from controlnet.model.files.families import SUPPORTED, Encoder, Family, family_of_config
@@ -103,8 +103,8 @@ def load_base(
 
 
 _DISTILLED = ("turbo", "lightning", "lcm", "hyper", "distilled")
-_OTHER_USES = {9: "an inpainting base", 8: "a base that edits pictures by instructions"}
-"""Input channels of a UNet -> what its base is for, other than to make images from text."""
+_OTHER_USES = {8: "a base that edits pictures by instructions"}
+"""Input channels of a UNet -> what its base is for, other than to make images from text or to paint in them."""
 
 
 def _check_supported(stored: Stored, family: Family) -> None:
@@ -154,8 +154,10 @@ def _check_fit(stored: Stored, vae: Mapping[str, Any]) -> None:
         )
 
     # What must be equal: latents of UNet and VAE, widths of text features.
+    latent = vae.get("latent_channels", 4)
+    read = unet.get("in_channels", 4)
     pairs = (
-        ("in_channels", unet.get("in_channels", 4), "the VAE's latents have", vae.get("latent_channels", 4)),
+        ("in_channels", latent if read == inpainting_channels(latent) else read, "the VAE's latents have", latent),
         (
             "cross_attention_dim",
             unet.get("cross_attention_dim"),
@@ -187,7 +189,7 @@ def _check_fit(stored: Stored, vae: Mapping[str, Any]) -> None:
         if own != other:
             raise ModelError(
                 f"{stored.path}: the UNet's {key} is {own}, but {what} {other}",
-                "a text-to-image base, not an inpainting or image-to-image one",
+                "a base that makes images from text",
             )
 
 

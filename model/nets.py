@@ -11,25 +11,28 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from controlnet.model.control.controlnet import ControlNet, copied_parts
+from controlnet.model.control import t2i
+from controlnet.model.control.controlnet import ControlNet, copied_parts, skip_channels
 from controlnet.model.control.lite import ControlNetLite
 from controlnet.model.control.union import ControlNetUnion
-from controlnet.model.files.families import family_name
+from controlnet.model.files.families import SD1, SDXL, family_name
 from controlnet.model.files.layouts import open_model
-from controlnet.model.files.stored import STEMS, UNION_CLASS, Stored
+from controlnet.model.files.stored import STEMS, T2I_CLASS, UNION_CLASS, Stored
 from controlnet.model.files.tensors import align, check_state, is_float8, write_tensors
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import nn
 
 NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite, "union": ControlNetUnion}
 """The networks that control. The key is the value of `copy` in their config and in the settings of a run; a union is
 known by its class in diffusers."""
 WEIGHTS = STEMS["controlnet"]
 _FAMILY = (
-    "cross_attention_dim", "addition_embed_type", "in_channels", "block_out_channels", "layers_per_block",
+    "cross_attention_dim", "addition_embed_type", "block_out_channels", "layers_per_block",
     "addition_time_embed_dim", "projection_class_embeddings_input_dim",
 )  # fmt: skip
 """Keys of the config that a base and its ControlNet must agree in. The number of attention blocks is not among them:
@@ -57,8 +60,18 @@ def save_controlnet(controlnet: ControlNet, folder: Path, dtype: torch.dtype | N
 def load_controlnet(
     path: Path, dtype: torch.dtype | None = torch.float32, base: Mapping | None = None, base_name: str = "the base"
 ) -> ControlNet:
-    """Load the ControlNet of a folder or a single file, in evaluation mode, in `dtype` (None: as stored). If `base`,
-    the config of a base's UNet, is given, a ControlNet of another family is refused before its weights are read.
+    """`load_net`, of a ControlNet. Raises ModelError for another network as well."""
+    net = load_net(path, dtype, base, base_name)
+    if not isinstance(net, ControlNet):
+        raise ModelError(f"{path}: a {type(net).__name__}, expected a ControlNet")
+    return net
+
+
+def load_net(
+    path: Path, dtype: torch.dtype | None = torch.float32, base: Mapping | None = None, base_name: str = "the base"
+) -> Any:
+    """Load the network of a folder or a single file, a `Net`, in evaluation mode, in `dtype` (None: as stored). If
+    `base`, the config of a base's UNet, is given, one of another family is refused before its weights are read.
 
     Raises ModelError for a missing or unreadable file, a config of something else, and weights whose names, shapes or
     numbers are wrong.
@@ -68,39 +81,69 @@ def load_controlnet(
     if base is not None:
         check_family(stored, base, base_name)
     with torch.device("meta"):
-        controlnet = _from_config(config, stored.path)
+        net = _from_config(config, stored.path)
     state = stored.state("controlnet")
-    check_state(controlnet, state, stored.path)
-    controlnet.load_state_dict(state, assign=True)
+    check_state(net, state, stored.path)
+    net.load_state_dict(state, assign=True)
     if dtype is None and any(is_float8(tensor) for tensor in state.values()):
         dtype = torch.float16  # nothing is computed in float8; float16 holds each of its numbers
-    controlnet = controlnet.to(dtype).to(memory_format=torch.channels_last).eval()
-    align(controlnet)
-    return controlnet
+    # Not the library's own `to`, which some of these networks have.
+    nn.Module.to(net, dtype)
+    nn.Module.to(net, memory_format=torch.channels_last)
+    align(net)
+    return net.eval()
 
 
 def check_family(stored: Stored, base: Mapping, base_name: str) -> None:
     """Raises ModelError unless a stored ControlNet fits a UNet with the config `base`. Reads no weights."""
     config = stored.config("controlnet")
-    for key in _FAMILY:
-        if _plain(config.get(key)) != _plain(base.get(key)):
+    if config["_class_name"] == T2I_CLASS:
+        _check_t2i(stored, config, base, base_name)
+        return
+    latents = {"in_channels": base.get("out_channels")}  # a ControlNet reads nothing else, whatever the base does
+    for key, own in [(key, base.get(key)) for key in _FAMILY] + list(latents.items()):
+        if _plain(config.get(key)) != _plain(own):
             net, of_base = (family_name(c) for c in (config, base))
             families = f" ({net}, the base is {of_base})" if net != of_base else ""
             raise ModelError(
                 f"{stored.path} does not fit base {base_name}{families}: its {key} is {config.get(key)}, the base's is"
-                f" {base.get(key)}",
+                f" {own}",
                 "choose a ControlNet made for this base, or another --base",
             )
+
+
+def _check_t2i(stored: Stored, config: Mapping, base: Mapping, base_name: str) -> None:
+    """The same for a T2I-Adapter."""
+    of_xl = config["adapter_type"] == "full_adapter_xl"
+    own, widths = _plain(config["channels"]), _plain(base.get("block_out_channels"))
+    # The last feature of SDXL's is for the middle block; the light one's has the channels of the one before.
+    per_block = {"full_adapter_xl": own[:-1], "light_adapter": [*own, own[-1]]}.get(config["adapter_type"], own)
+    if per_block != widths or of_xl != bool(base.get("addition_embed_type")):
+        raise ModelError(
+            f"{stored.path} does not fit base {base_name} ({family_name(base)}): a T2I-Adapter of"
+            f" {SDXL.name if of_xl else SD1.name}, its channels are {own}, the base's {widths}",
+            "choose one made for this base, or another --base",
+        )
+
+
+def connections_of(config: Mapping) -> int:
+    """How many residuals a network with this config gives: one per skip connection, and the middle's; a T2I-Adapter's
+    features."""
+    if config["_class_name"] == T2I_CLASS:
+        return t2i.connections_of(dict(config))
+    return len(skip_channels(dict(config))) + 1
 
 
 def _plain(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _from_config(config: dict, path: Path) -> ControlNet:
+def _from_config(config: dict, path: Path) -> Any:
     """Build the network from the modules of a UNet2DConditionModel of the same config; its decoding half is dropped."""
     unet_config = {k: v for k, v in config.items() if k in _UNET_KEYS and not k.startswith("_")}
     try:
+        if config["_class_name"] == T2I_CLASS:
+            return t2i.T2INet.from_config(config)
         downs = config["down_block_types"]
         unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
         unet = UNet2DConditionModel(**unet_config)

@@ -1,8 +1,4 @@
-"""Known models: one row per base, one row per ControlNet.
-
-Two ControlNets of the 1.1 set are missing: `inpaint` needs the photo with its masked pixels at -1, and `shuffle` needs
-its control averaged over the image.
-"""
+"""Known models: one row per base, one row per ControlNet."""
 
 from __future__ import annotations
 
@@ -65,6 +61,13 @@ BASES = {
     "sdxl": KnownBase(
         SDXL.name, "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"
     ),
+    "sd15-inpaint": KnownBase(
+        SD1.name, "stable-diffusion-v1-5/stable-diffusion-inpainting", "CreativeML OpenRAIL-M"
+    ),
+    "sd2-inpaint": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-inpainting", "CreativeML OpenRAIL++-M"),
+    "sdxl-inpaint": KnownBase(
+        SDXL.name, "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", "CreativeML Open RAIL++-M"
+    ),
 }  # fmt: skip
 
 _V11 = {
@@ -73,6 +76,7 @@ _V11 = {
     "scribble": "control_v11p_sd15_scribble", "lineart": "control_v11p_sd15_lineart",
     "lineart_anime": "control_v11p_sd15s2_lineart_anime", "mlsd": "control_v11p_sd15_mlsd",
     "seg": "control_v11p_sd15_seg", "tile": "control_v11f1e_sd15_tile", "ip2p": "control_v11e_sd15_ip2p",
+    "inpaint": "control_v11p_sd15_inpaint", "shuffle": "control_v11e_sd15_shuffle",
 }  # fmt: skip
 _SD21 = {
     "canny": "canny", "pose": "openpose", "depth": "depth", "normal": "normalbae", "softedge": "hed",
@@ -87,6 +91,13 @@ _SDXL = {
     "lineart": ("TheMistoAI/MistoLine", "OpenRAIL++-M"),
     "softedge": ("TheMistoAI/MistoLine", "OpenRAIL++-M"),
 }  # fmt: skip
+_T2I_SD15 = {
+    "canny": "t2iadapter_canny_sd15v2", "scribble": "t2iadapter_sketch_sd15v2", "depth": "t2iadapter_depth_sd15v2",
+    "pose": "t2iadapter_openpose_sd14v1", "seg": "t2iadapter_seg_sd14v1",
+}  # fmt: skip
+_T2I_SDXL = {
+    "canny": "canny", "pose": "openpose", "depth": "depth-midas", "lineart": "lineart", "scribble": "sketch",
+}  # fmt: skip
 NETS = {
     **{f"tiny-{kind}": KnownNet("tiny", kind, str(TINY / f"controlnet-{kind}"), "Apache-2.0")
        for kind in ("canny", "pose", "depth")},
@@ -99,6 +110,10 @@ NETS = {
     "sdxl-union-promax": KnownNet(
         SDXL.name, "union", "brad-twinkl/controlnet-union-sdxl-1.0-promax", "Apache-2.0", types=8
     ),
+    **{f"sd15-t2i-{kind}": KnownNet(SD1.name, kind, f"TencentARC/{repository}", "Apache-2.0")
+       for kind, repository in _T2I_SD15.items()},
+    **{f"sdxl-t2i-{kind}": KnownNet(SDXL.name, kind, f"TencentARC/t2i-adapter-{name}-sdxl-1.0", "Apache-2.0")
+       for kind, name in _T2I_SDXL.items()},
     **{f"sdxl-{kind}-diffusers": KnownNet(SDXL.name, kind, f"diffusers/controlnet-{kind}-sdxl-1.0", "OpenRAIL++-M")
        for kind in ("canny", "depth")},
 }  # fmt: skip

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from controlnet.preprocessors.geometry import Box, inside
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
 from controlnet.preprocessors.keypoints import draw_json
 from controlnet.preprocessors.kinds import PEOPLE, kind_named
 from controlnet.preprocessors.metadata import dump, kind_of, load
-from controlnet.preprocessors.skeleton import from_text
+from controlnet.preprocessors.skeleton import cut_people, from_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,12 @@ class Condition:
     def size(self) -> tuple[int, int]:
         """(width, height)."""
         return self.map.shape[1], self.map.shape[0]
+
+    def within(self, box: Box) -> Condition:
+        """The part of it in a box. People are moved, and drawn anew where the map is brought to a canvas."""
+        left, top, right, bottom = box
+        people = None if self.people is None else cut_people(self.people, left, top, right - left, bottom - top)
+        return replace(self, map=inside(self.map, box), people=people)
 
     def png(self) -> bytes:
         """The map as a PNG file that carries its record."""

@@ -14,6 +14,21 @@ STEP = 8
 MIN_SIDE, MAX_SIDE = 64, 8192
 
 
+Box = tuple[float, float, float, float]
+"""A part of a picture: left, top, right and bottom as fractions of its width and height."""
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+def inside(image: np.ndarray, box: Box | None) -> np.ndarray:
+    """The part (H', W', ...) of a picture (H, W, ...) in a box; all of it without one."""
+    if box is None:
+        return image
+    height, width = image.shape[:2]
+    left, right = (round(side * width) for side in (box[0], box[2]))
+    top, bottom = (round(side * height) for side in (box[1], box[3]))
+    return np.ascontiguousarray(image[top : max(bottom, top + 1), left : max(right, left + 1)])
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """`512` or `768x512` -> (width, height). Raises UsageError unless both are multiples of 8 from 64 to 8192."""
     match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())

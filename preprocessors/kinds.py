@@ -26,6 +26,8 @@ class Kind:
     """Its maps are black and white, and are compressed as such."""
     union_type: int | None = None
     """Its type in a union of ControlNets (`model/control/union.py`); some unions have the first six only."""
+    hides: bool = False
+    """Its maps are pictures of which a part is hidden."""
     signed_x: bool = False
     """Red is the signed x direction that a surface faces, so mirroring inverts it."""
 
@@ -53,8 +55,9 @@ KINDS = _table(
     Kind("mlsd", HARD_LINES, union_type=3),
     Kind("seg", union_type=5),
     Kind("tile", union_type=6),
-    Kind("inpaint", union_type=7),
+    Kind("inpaint", union_type=7, hides=True),
     Kind("ip2p"),
+    Kind("shuffle"),
 )
 
 

@@ -10,7 +10,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.generate import Encoded
+from controlnet.model.sampling.generate import Encoded, Request
 from controlnet.model.sampling.loop import ActiveNet, count_evaluations, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise, FromPicture
@@ -75,7 +75,7 @@ def test_the_latent_of_a_picture_is_the_mean_of_diffusers_vae(small_base_folder)
     x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         theirs = base.vae.encode(x).latent_dist.mean * base.vae.config.scaling_factor
-        ours = Encoded().encode_pictures(base, [picture, picture])
+        ours, _ = Encoded().encode_pictures(base, [Request("x", k, init=picture) for k in range(2)], hide=False)
     assert ours.shape == (2, 4, 8, 6) and torch.allclose(ours[:1], theirs, atol=1e-6)
 
 
@@ -351,7 +351,7 @@ def test_an_empty_name_is_no_name(run, photos, flags, flag):
     (["--mask", "white.png", "--invert-mask"], Exit.INPUT, "nothing is to be made anew"),
     (["--mask", "@alpha"], Exit.INPUT, "has no transparency"),
     (["--mask", "nowhere.png"], Exit.INPUT, "nowhere.png: no such file"),
-    (["--mask", "mask.png", "--size", "128x64"], Exit.USAGE, "expected the photo's aspect"),
+    (["--mask", "mask.png", "--size", "128x64"], Exit.USAGE, "expected its aspect"),
     (["--mask", "mask.png", "--feather", "-1"], Exit.USAGE, "0 to 1000"),
     (["--invert-mask"], Exit.USAGE, "no --mask to change"),
 ])  # fmt: skip
@@ -423,3 +423,53 @@ def test_second_passes_that_cannot_be(fields, told):
     with pytest.raises(UsageError, match=told) as error:
         Job(**{"prompt": "x"} | fields)
     assert error.value.hint
+
+
+def test_a_region_is_made_anew_at_the_bases_own_size(run, photos):
+    """A small part of a large photo: its surroundings fill the canvas, and all else stays byte for byte."""
+    rng = np.random.default_rng(1)
+    photo = np.kron(rng.integers(0, 255, (40, 60, 3), np.uint8), np.ones((8, 8, 1), np.uint8))  # (320, 480)
+    mask = np.zeros((320, 480), np.uint8)
+    mask[200:230, 300:340] = 255
+    (photos / "large.png").write_bytes(png_bytes(photo))
+    (photos / "small.png").write_bytes(png_bytes(mask))
+    common = ["generate", "--init", "large.png", "--mask", "small.png", "--prompt", "x", "--steps", "2", "--seed", "1"]
+    kinds = ["--cond", "@init,detect=canny"]
+    for more in ((), kinds, ("--hires", "1.5x"), ("--feather", 6)):
+        code, _, err = run(*common, "--region-only", *more, "-o", "region.png", "--overwrite")
+        assert code == 0, err
+        made, record = pixels("region.png")
+        assert load(record)["region_only"] and made.shape == photo.shape
+        assert np.array_equal(made[mask == 0], photo[mask == 0])
+        assert (made != photo)[mask > 0].mean() > 0.5
+        code, out, err = run("replay", "region.png")
+        assert out.strip() == "identical", err
+    # Its condition is the region's alone, and one from a file is cut as the photo is.
+    assert run("detect", "canny", "large.png", "--resize", "keep", "-o", "large.canny.png")[0] == 0
+    sums = []
+    for cond in ("@init,detect=canny", "large.canny.png"):
+        for more in ((), ("--region-only",)):
+            code, out, err = run(*common, "--cond", cond, *more, "--json", "-o", f"{len(sums)}.png")
+            assert code == 0, err
+            sums.append(json.loads(out)["conditions"][0]["map_sha256"])
+    assert len(set(sums)) == 4
+    code, _, err = run("generate", "--init", "large.png", "--region-only", "--prompt", "x")
+    assert code == Exit.USAGE and "no --mask to change" in err
+
+
+@given(
+    st.integers(10, 200), st.integers(10, 200), st.integers(0, 190), st.integers(0, 190), st.integers(1, 60),
+    st.integers(1, 60),
+)  # fmt: skip
+def test_a_region_holds_the_mask_and_lies_in_the_photo(height, width, top, left, tall, wide):
+    from controlnet.model.work.paint import Painting, _box_around
+    from controlnet.preprocessors.geometry import inside
+
+    painted = np.zeros((height, width), bool)
+    painted[top % height : top % height + tall, left % width : left % width + wide] = True
+    box = _box_around(painted)
+    assert all(0 <= side <= 1 for side in box) and box[0] < box[2] and box[1] < box[3]
+    assert inside(painted, box).sum() == painted.sum()
+    painting = Painting(np.zeros((height, width, 3), np.uint8), painted.astype(np.float32), "", box)
+    made = painting.laid_over(np.full((painting.size[1], painting.size[0], 3), 200, np.uint8))
+    assert np.array_equal(made[..., 0] == 200, painted)

@@ -135,7 +135,7 @@ def test_alike_jobs_are_made_together_and_as_if_alone(run, maps, flags, net, tmp
     from controlnet.model.work import studio
 
     loads, counters = [], []
-    for name in ("load_base", "load_controlnet"):
+    for name in ("load_base", "load_net"):
         load = getattr(studio, name)
         monkeypatch.setattr(studio, name, lambda *a, load=load, name=name: loads.append(name) or watched(load(*a)))
 
@@ -154,7 +154,7 @@ def test_alike_jobs_are_made_together_and_as_if_alone(run, maps, flags, net, tmp
     assert code == 0, err
     assert [json.loads(line)["seed"] for line in out] == [1, 2, 3, 4, 5]
     assert [json.loads(line)["batch"] for line in out] == [3, 3, 3, 1, 1]
-    assert loads == ["load_base", "load_controlnet"]
+    assert loads == ["load_base", "load_net"]
     assert counters[0].batches == [6, 6, 2, 2, 2, 2]
     for job, line in zip(jobs, out, strict=True):
         alone = [f"--{key}={value}" for key, value in job.items()]
@@ -285,7 +285,7 @@ def test_a_record_gives_back_its_job():
               "size": (768, 512), "seed": 3, "control_on": "cond", "prompt2": "d", "negative2": "e",
               "clip_skip": 1, "vae": "v.safetensors", "original_size": (800, 600), "crop": (3, 5),
               "target_size": (64, 72), "init": "photo.jpg", "strength": 0.3, "mask": "m.png",
-              "invert_mask": True, "feather": 3, "hires": 1.5, "hires_strength": 0.4,
+              "invert_mask": True, "feather": 3, "region_only": True, "hires": 1.5, "hires_strength": 0.4,
               "lora": ("a.safetensors:0.5", "b"), "embedding": ("w.pt:word",), "plain_prompt": True}  # fmt: skip
     recorded = {name for name, option in OPTIONS.items() if option.recorded}
     assert recorded == set(values) and set(OPTIONS) - recorded == {"cond", "out", "num", "mode", "weighting"}

@@ -247,7 +247,7 @@ def test_second_texts(sdxl_folder, tmp_path, monkeypatch, run):
     a, b, c, d = ((tmp_path / f"{name}.png").read_bytes() for name in "abcd")
     assert a == b and c == d and a != c
     assert run(*args, "x.png", "--prompt2", "@nofile")[0] == 2
-    assert "beyond" in run(*args, "e.png", "--prompt2", "cube " * 60)[2]
+    assert "beyond" in run(*args, "e.png", "--prompt2", "cube " * 60, "--plain-prompt")[2]
     code, _, err = run(*args, "x.png", "--negative2", "a person")
     assert code == 2 and "without --negative" in err
 

@@ -89,8 +89,8 @@ def test_what_is_no_base_for_images_from_text_is_refused_by_name(sdxl_folder, tm
     (refiner / "model_index.json").write_text(json.dumps(index | {"text_encoder": [None, None]}))
     with pytest.raises(ModelError, match="SDXL's refiner, which is not supported"):
         load_base(str(refiner))
-    with pytest.raises(ModelError, match="an inpainting base"):
-        load_base(str(copied(sdxl_folder, tmp_path / "inpainting", "unet", in_channels=9)))
+    with pytest.raises(ModelError, match="edits pictures by instructions"):
+        load_base(str(copied(sdxl_folder, tmp_path / "edits", "unet", in_channels=8)))
     with pytest.raises(ModelError, match="no folder tokenizer_2"):
         place = copied(sdxl_folder, tmp_path / "no tokenizer", "unet")
         shutil.rmtree(place / "tokenizer_2")

@@ -31,6 +31,8 @@ class ControlNet(nn.Module):
 
     types: int | None = None
     """How many types of condition it can tell apart; None for a network of one type."""
+    hidden = -1.0
+    """What it reads where a condition hides the picture (Stable Diffusion 1.5's inpaint network)."""
     conv_in: nn.Module
     down_blocks: nn.ModuleList
     mid_block: nn.Module
@@ -67,7 +69,11 @@ class ControlNet(nn.Module):
 
     def prepare(self, condition: Tensor) -> Tensor:
         """The feature c_f (B, C, h, w) of a condition (B, 3, H, W) in [0, 1]. Computed once per image, since it depends
-        on neither z_t nor t. Some public networks were trained with red and blue exchanged; their config says so."""
+        on neither z_t nor t. Some public networks were trained with red and blue exchanged; their config says so. A
+        fourth channel is 1 where the condition is seen, and 0 where it hides the picture."""
+        if condition.shape[1] == 4:
+            condition, seen = condition[:, :3], condition[:, 3:]
+            condition = torch.where(seen > 0.5, condition, self.hidden)
         if self.config.get("controlnet_conditioning_channel_order", "rgb") == "bgr":
             condition = condition.flip(1)
         return self.controlnet_cond_embedding(condition)
@@ -90,7 +96,14 @@ class ControlNet(nn.Module):
         """
         skips, middle = self.features(z, time, prompt, feature)
         down = [zero(skip) for zero, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        return Control(down, self.controlnet_mid_block(middle))
+        control = Control(down, self.controlnet_mid_block(middle))
+        return control.averaged() if self.averages else control
+
+    @property
+    def averages(self) -> bool:
+        """Whether its control is averaged over the picture and acts on the half with the prompt alone, as the shuffle
+        network's; so it follows a picture's content and not its places."""
+        return bool(self.config.get("global_pool_conditions"))
 
     def features(self, z: Tensor, time: Tensor, prompt: Prompt, feature: Tensor) -> tuple[list[Tensor], Tensor]:
         """The outputs of the trainable copy before the zero convolutions: one per skip connection, and the middle

@@ -53,7 +53,7 @@ class Strength:
 
     def apply(self, control: Control, scale: float) -> Control:
         """Each residual times scale, its connection's weight, and the region at its size."""
-        residuals = [*control.down, control.middle]
+        residuals = control.residuals
         weights: list[float | Tensor] = [scale * w for w in weights_of(self.weighting, residuals)]
         if self.region is not None:
             region = torch.from_numpy(self.region).to(residuals[0])[None, None]

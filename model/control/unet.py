@@ -14,6 +14,7 @@ All it does with control is to add it. Letters: B batch, C channels, h w latent,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,15 +45,26 @@ def embed(network: Any, time: Tensor, prompt: Prompt) -> Tensor:
     return time + network.add_embedding(torch.cat([prompt.pooled, ids.to(prompt.pooled)], 1))
 
 
-def encode(network: Any, x: Tensor, embedding: Tensor, prompt: Prompt, checkpointed: bool = False):
+def encode(
+    network: Any,
+    x: Tensor,
+    embedding: Tensor,
+    prompt: Prompt,
+    checkpointed: bool = False,
+    inner: Sequence[Tensor] = (),
+):
     """The encoding half of a UNet or of its copy, from conv_in's output x (B, C, h, w). Returns a feature per skip
-    connection, x first, and the middle block's. `embedding` is (B, 4C), or (1, 4C) for all rows."""
+    connection, x first, and the middle block's. `embedding` is (B, 4C), or (1, 4C) for all rows. `inner` is added to
+    what the blocks give on (see Control)."""
     skips = [x]
     x = grow(x, len(embedding))  # where pooled text is in the embedding, the halves part here already
-    for block in network.down_blocks:
-        x, outputs = _run(_down, checkpointed, block, x, embedding, prompt)
+    for block, more in zip_longest(network.down_blocks, inner[: len(network.down_blocks)]):
+        x, outputs = _run(_down, checkpointed, block, x, embedding, prompt, more)
         skips += outputs
-    return skips, _run(_middle, checkpointed, network.mid_block, x, embedding, prompt)
+    x = _run(_middle, checkpointed, network.mid_block, x, embedding, prompt)
+    for more in inner[len(network.down_blocks) :]:
+        x = add(x, more) if more.shape[1:] == x.shape[1:] else x
+    return skips, x
 
 
 def predict(
@@ -62,8 +74,8 @@ def predict(
     middle. It has as many rows as the prompt. `time` is (1 or B, 4C), from `embed_times`."""
     checkpointed = torch.is_grad_enabled() and unet.is_gradient_checkpointing
     embedding = embed(unet, time, prompt)
-    skips, x = encode(unet, unet.conv_in(z), embedding, prompt, checkpointed)
-    if control is not None:
+    skips, x = encode(unet, unet.conv_in(z), embedding, prompt, checkpointed, control.inner if control else ())
+    if control is not None and control.middle is not None:
         skips = [add(skip, residual) for skip, residual in zip(skips, control.down, strict=True)]
         x = add(x, control.middle)
     for block in unet.up_blocks:
@@ -84,16 +96,25 @@ def _run(function: Callable, checkpointed: bool, *arguments):
     return function(*arguments)
 
 
-def _down(block: Any, x: Tensor, embedding: Tensor, prompt: Prompt) -> tuple[Tensor, list[Tensor]]:
+def _down(
+    block: Any, x: Tensor, embedding: Tensor, prompt: Prompt, inner: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """What a block gives on, and its outputs. `inner` is added before the downsampler where there is attention, and
+    after it where there is none, as diffusers does (unet_2d_blocks.py, unet_2d_condition.py)."""
     outputs = []
     for resnet, attention in zip(block.resnets, _attentions(block), strict=True):
         x = resnet(x, embedding)
         if attention is not None:
             x = _transformer(attention, x, prompt)
         outputs.append(x)
+    attends = bool(getattr(block, "attentions", None))
+    if inner is not None and attends:
+        outputs[-1] = x = add(x, inner)
     for downsampler in block.downsamplers or ():
         x = downsampler(x)
         outputs.append(x)
+    if inner is not None and not attends:
+        outputs[-1] = x = add(x, inner)
     return x, outputs
 
 

@@ -34,6 +34,8 @@ class UnionFeature:
 class ControlNetUnion(ControlNet):
     """Letters as in ControlNet. Its config names diffusers' ControlNetUnionModel."""
 
+    hidden = 0.0
+
     def add_new(self, config: dict[str, Any], hint: str, hint_widths: Sequence[int]) -> None:
         super().add_new(config, hint, hint_widths)
         width, types = config["num_trans_channel"], config["num_control_type"]

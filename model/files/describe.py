@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from controlnet.model.files.families import family_name
+from controlnet.model.files.families import SD1, SDXL, family_name
 from controlnet.model.files.layouts import open_model
-from controlnet.model.files.stored import UNION_CLASS
+from controlnet.model.files.stored import T2I_CLASS, UNION_CLASS
 from controlnet.preprocessors.kinds import union_kinds
 
 
@@ -29,7 +29,9 @@ def described(path: Path) -> dict[str, Any]:
         "dtype": sorted({h.dtype for part in headers.values() for h in part.values() if "float" in h.dtype}),
         "parameters": {part: sum(math.prod(h.shape) for h in head.values()) for part, head in headers.items()},
     }
-    if net:
+    if net and first["_class_name"] == T2I_CLASS:
+        fields |= {"what": "T2I-Adapter", "family": SDXL.name if first["adapter_type"].endswith("xl") else SD1.name}
+    elif net:
         config = configs["controlnet"]
         if config["_class_name"] == UNION_CLASS:
             fields["kinds"] = list(union_kinds(config["num_control_type"]))

@@ -17,6 +17,7 @@ from controlnet.model.files.stored import (
     NET_CLASS,
     PREDICTIONS,
     STEMS,
+    T2I_CLASS,
     UNION_CLASS,
     UNION_MARK,
     Stored,
@@ -82,6 +83,8 @@ class Folder:
         """A ControlNet's config. A union's own config may call it a plain one, or have another number of types than its
         weights: the weights decide."""
         name = config.get("_class_name")
+        if name == T2I_CLASS:
+            return config
         if not str(name).startswith("ControlNet"):
             raise ModelError(f"{self.path}: config.json describes {name}, expected a {NET_CLASS}")
         here = weights_among((path.name for path in self.path.glob("*")), STEMS["controlnet"])

@@ -24,6 +24,7 @@ from controlnet.model.files.stored import (
     CONFIGS,
     NET_CLASS,
     PREDICTIONS,
+    T2I_CLASS,
     UNION_CLASS,
     UNION_MARK,
     Stored,
@@ -152,7 +153,9 @@ class SingleFile:
             unet["sample_size"] = self.family.sample_sizes.get(self.prediction() or "", unet["sample_size"])
             return unet
         unet = {k: v for k, v in unet.items() if k not in ("up_block_types", "sample_size", "out_channels")}
-        net = {"_class_name": NET_CLASS, "conditioning_embedding_out_channels": self._hint_widths()}
+        net: dict[str, Any] = {"_class_name": NET_CLASS, "conditioning_embedding_out_channels": self._hint_widths()}
+        # Nothing else tells of a shuffle network; A1111's web UI asks the same.
+        net["global_pool_conditions"] = "shuffle" in self.path.name.lower()
         return unet | net | self._attention() | self._union()
 
     def _attention(self) -> dict[str, Any]:
@@ -292,6 +295,8 @@ def _renamed(family: Family, part: str, config: dict, state: dict[str, Tensor]) 
 
 def _check_net(config: dict[str, Any]) -> None:
     """Raises ModelError for a ControlNet with a part that the layout has no names for."""
+    if config["_class_name"] == T2I_CLASS:
+        raise ModelError("a T2I-Adapter's original layout is not written", "--to diffusers")
     strange = {
         "types of conditions": config.get("_class_name") == UNION_CLASS,
         "single convolutions": config.get("copy") == "lite",

@@ -20,6 +20,7 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "
 EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """What the file of a LoRA, or of textual inversion, is called in a folder; else it is the only .safetensors there."""
 NET_CLASS, UNION_CLASS = "ControlNetModel", "ControlNetUnionModel"
+T2I_CLASS = "T2IAdapter"
 """The classes of diffusers that control."""
 UNION_MARK = "task_embedding"
 """A tensor that unions alone have, (types, width)."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 STRANGERS = {
     "lora_controlnet": "a Control-LoRA, which is not supported yet",
     "lllite_": "a ControlNet-LLLite, which is not supported yet",
-    "adapter.body.": "a T2I-Adapter, which is not supported yet",
-    "body.0.block1.": "a T2I-Adapter, which is not supported yet",
+    "adapter.body.": "a T2I-Adapter: give its folder, which has a config.json",
+    "body.0.block1.": "a T2I-Adapter in its original layout: one in diffusers' is read",
     "ip_adapter.": "an IP-Adapter, which is not supported yet",
     "image_proj.": "an IP-Adapter, which is not supported yet",
     "lora_": "a LoRA",

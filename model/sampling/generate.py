@@ -9,19 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from controlnet.model.base import Base
-from controlnet.model.control.net import Net
+from controlnet.model.control.net import Feature, Net, cat_features
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
-from controlnet.model.sampling.starts import FromNoise, FromPicture, InMask, Start
+from controlnet.model.sampling.starts import ForInpainting, FromNoise, FromPicture, InMask, Start
 from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
@@ -68,11 +69,11 @@ class Encoded:
 
     prompts: dict[tuple[Texts, int, bool], Prompt] = field(default_factory=dict)
     """The key is the texts, the number of layers skipped, and whether the texts have weights."""
-    features: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
+    features: dict[tuple[int, int], tuple[np.ndarray, Feature]] = field(default_factory=dict)
     """The key is the `id` of network and condition. The condition is kept with its feature, so that Python gives its
     `id` to no other."""
-    latents: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = field(default_factory=dict)
-    """Of pictures to start from; the key is the `id` of VAE and picture."""
+    latents: dict[tuple[int, ...], tuple[Any, Tensor]] = field(default_factory=dict)
+    """Of pictures to start from; the key is the `id` of VAE, picture and what is hidden of it."""
 
     def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int, emphasis: bool) -> None:
         """Encode the texts that are new, and forget the prompts of all others."""
@@ -97,20 +98,28 @@ class Encoded:
                     kept[key] = self.features.get(key) or (condition, net.prepare(_input(condition, base)))
         self.features = kept
 
-    def encode_pictures(self, base: Base, pictures: Sequence[np.ndarray]) -> Tensor:
-        """z_0 (B, C, h, w) of pictures, float32: the mean of what the VAE says. Those of other pictures are
-        forgotten."""
-        kept: dict[tuple[int, int], tuple[np.ndarray, Tensor]] = {}
-        for picture in pictures:
-            key = id(base.vae), id(picture)
-            kept[key] = kept.get(key) or self.latents.get(key) or (picture, base.latent_of(picture))
+    def encode_pictures(self, base: Base, requests: Sequence[Request], hide: bool) -> tuple[Tensor, Tensor | None]:
+        """z_0 (B, C, h, w) of the pictures that images start from, float32, the mean of what the VAE says; and with
+        `hide` of the pictures without what is in their masks. Those of other pictures are forgotten."""
+        kept: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
+        columns = []
+        for hides in (False, True)[: 1 + hide]:
+            rows = []
+            for request in requests:
+                picture, hidden = request.init, request.mask if hides else None
+                assert picture is not None
+                key = id(base.vae), id(picture), id(hidden)
+                known = kept.get(key) or self.latents.get(key)
+                kept[key] = known or ((picture, hidden), base.latent_of(picture, hidden))
+                rows.append(kept[key][1])
+            columns.append(torch.cat(rows))
         self.latents = kept
-        return torch.cat([kept[id(base.vae), id(picture)][1] for picture in pictures])
+        return columns[0], columns[1] if hide else None
 
-    def feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Tensor:
+    def feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Feature:
         """The features (B, C, h, w) of B conditions, or (1, C, h, w) when all images share one."""
         features = [self.features[id(net), id(condition)][1] for condition in conditions]
-        return features[0] if all(one is features[0] for one in features) else torch.cat(features)
+        return features[0] if all(one is features[0] for one in features) else cat_features(features)
 
 
 @torch.no_grad()
@@ -139,7 +148,7 @@ def generate(
     with the number of images made, fractions included. Raises ModelError when the latents are not finite."""
     guidance = base.guidance if guidance is None else guidance
     width, height = size or (base.native_size, base.native_size)
-    shape = (base.unet.config.in_channels, height // base.factor, width // base.factor)
+    shape = (base.channels, height // base.factor, width // base.factor)
     strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
     networks = [net for net, _ in nets]
     encoded = encoded or Encoded()
@@ -181,15 +190,16 @@ def _start(
 ) -> Start:
     """Where the sampling of a group begins; its requests all have a picture and a mask, or none has."""
     noise = FromNoise.seeded([request.seed for request in group], shape)
-    pictures = [request.init for request in group if request.init is not None]
-    if not pictures:
+    if all(request.init is None for request in group):
         return noise
-    z0 = encoded.encode_pictures(base, pictures)
     masks = [request.mask for request in group if request.mask is not None]
+    z0, shown = encoded.encode_pictures(base, group, hide=base.is_inpainting and bool(masks))
     if not masks:
         return FromPicture(noise.noise, noise.generators, z0, strength)
     cells = torch.cat([_cells(mask, shape[1:]) for mask in masks])
-    return InMask(noise.noise, noise.generators, z0, strength, cells)
+    if shown is None:
+        return InMask(noise.noise, noise.generators, z0, strength, cells)
+    return ForInpainting(noise.noise, noise.generators, z0, strength, cells, shown)
 
 
 def _tell_step(on_step: Callable[[float], None], before: int, count: int, done: int, of: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from controlnet.model.control.control import Control
-from controlnet.model.control.net import Net
+from controlnet.model.control.net import Feature, Net
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.unet import embed_times, predict
@@ -28,7 +28,7 @@ class ActiveNet:
     strength."""
 
     net: Net
-    feature: Tensor
+    feature: Feature
     strength: Strength = field(default_factory=Strength)
     type: int = 0
     """Of its condition, for networks that tell types apart."""
@@ -133,6 +133,7 @@ class Evaluation:
         whose scale is 0 is not run. One that acts on the conditional half alone reads only that half, and its control
         is zero in the other."""
         total: Control | None = None
+        z = z[:, : self.unet.config.out_channels]  # without what an inpainting base reads beside the latents
         for together in passes:
             acting = [(one, scale) for one in together if (scale := one.strength.at(i, self.count)) != 0]
             if not acting:

@@ -103,3 +103,19 @@ class InMask(FromPicture):
         left = self.times(self.scheduler)[done : done + 1].to(z.device)
         known = self.scheduler.add_noise(self.z0, self.noise, left) if len(left) else self.z0
         return known + self.mask * (z - known)
+
+
+@dataclass
+class ForInpainting(InMask):
+    """Inpainting on a base that was made for it: its UNet reads the mask, and latents of the picture with the masked
+    part grey, beside z_t (Rombach et al. 2022, section 4.5). It sees itself what stays."""
+
+    shown: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(B, C, h, w): the latents of what is outside of the mask."""
+
+    def model_input(self, z_t: Tensor) -> Tensor:
+        rest = torch.cat([self.mask, self.shown.to(self.mask)], 1)
+        return torch.cat([z_t, rest], 1)
+
+    def after(self, z: Tensor, done: int) -> Tensor:
+        return z

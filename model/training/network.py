@@ -21,6 +21,10 @@ def make_controlnet(base: Base, config: TrainConfig, offline: bool = False) -> t
     """A fresh ControlNet of the form that the settings name, or the one in `start_from`; and the settings, changed to
     that one's form. Raises UsageError for settings that contradict it, ModelError for a base that cannot be trained
     on."""
+    if base.is_inpainting:
+        raise ModelError(
+            f"base {base.name}: made for inpainting; expected one that makes images from text", "--base sd15"
+        )
     net, config = (_fresh(base, config), config) if config.start_from == "base" else _existing(base, config, offline)
     net = net.to(base.device, torch.float32).requires_grad_(True).to(memory_format=torch.channels_last)
     return net, config

@@ -39,7 +39,7 @@ def draw(base: Base, net: Net, held_out: Samples, device: torch.device, precisio
     if base.vae is None:
         reload(base, "vae")
     with autocast(device, precision):
-        start = FromNoise.seeded(list(range(count)), (base.unet.config.in_channels, side // 8, side // 8))
+        start = FromNoise.seeded(list(range(count)), (base.channels, side // 8, side // 8))
         applied = [ActiveNet(net, net.prepare(conditions), Strength(control_on=base.control_on))]
         scheduler = make_scheduler(base.scheduler)
         latents = sample(base.unet, scheduler, start, prompt, negative, applied, STEPS, base.guidance)

@@ -243,7 +243,7 @@ class Samples:
         self, pair: Pair, crop: int, flip: bool, caption: str | None, t: int, rng: np.random.Generator
     ) -> dict[str, Any]:
         moments = self.moments(pair, crop, flip)
-        shape = (2, self.base.unet.config.in_channels, *moments.shape[1:])
+        shape = (2, self.base.channels, *moments.shape[1:])
         noise = rng.standard_normal(shape, dtype=np.float32)
         return {
             "moments": moments,

@@ -107,6 +107,9 @@ class Job:
     """Make anew what is black in the mask."""
     feather: int = options.option(0, options.whole, int)
     """Width in pixels over which the new goes over into the old, inside of the mask."""
+    region_only: bool = options.option(False, options.yes_or_no, bool)
+    """Work on the mask's surroundings alone, at the base's own size, and lay the result over the photo: for small parts
+    of large photos."""
     hires: float | None = options.option(None, options.factor, str, metavar="2x")
     """Make the image so many times as large: sampled again from itself, enlarged, under the same conditions. With a
     mask its size stays the photo's, and what is made anew is finer."""
@@ -181,16 +184,17 @@ class Job:
         if self.init is None:
             if self.strength is not None:
                 raise UsageError(f"--strength {self.strength:g} without --init", "--init photo.jpg --strength 0.6")
-            if self.mask is not None or self.invert_mask or self.feather:
+            if self.mask is not None or self.invert_mask or self.feather or self.region_only:
                 raise UsageError(
-                    "--mask, --invert-mask and --feather: no --init to paint on", "--init photo.jpg --mask mask.png"
+                    "--mask, --invert-mask, --feather and --region-only: no --init to paint on",
+                    "--init photo.jpg --mask mask.png",
                 )
             if any(flag.path == INIT for flag in self.cond):
                 raise UsageError(f"--cond {INIT} without --init", f"--init photo.jpg --cond {INIT},detect=canny")
             return
         object.__setattr__(self, "cond", tuple(_of_init(flag, self.init) for flag in self.cond))
-        if self.mask is None and (self.invert_mask or self.feather):
-            raise UsageError("--invert-mask and --feather: no --mask to change", "--mask mask.png")
+        if self.mask is None and (self.invert_mask or self.feather or self.region_only):
+            raise UsageError("--invert-mask, --feather and --region-only: no --mask to change", "--mask mask.png")
         if not 0 <= self.feather <= 1000:
             raise UsageError(f"--feather {self.feather}: expected 0 to 1000 pixels", "--feather 16")
         self._check_strength("strength", self.strength_or_default)

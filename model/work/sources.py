@@ -117,8 +117,8 @@ class Sources:
     def _check(self, job: Job, kind_of: Callable[[ConditionFlag], str]) -> None:
         """Check a job against the configs of its models, before any of them is loaded. Raises ModelError for models
         that do not fit together, UsageError for options that they do not have."""
-        from controlnet.model.control.controlnet import skip_channels
         from controlnet.model.files.stored import UNION_CLASS
+        from controlnet.model.nets import connections_of
         from controlnet.model.registry import recorded_name
 
         check_options(self.base(job.base), job)
@@ -130,15 +130,18 @@ class Sources:
             config = self.fits(job.base, source)
             types = config["num_control_type"] if config["_class_name"] == UNION_CLASS else None
             check_kind(flag, kind, recorded_name(source), types)
-            check_weighting(flag, job.weighting_of(flag), len(skip_channels(config)) + 1)
+            check_weighting(flag, job.weighting_of(flag), connections_of(config))
 
 
 def check_options(base: Stored, job: Job) -> None:
     """Raises UsageError for options that a base does not have."""
+    from controlnet.model.base import inpainting_channels
     from controlnet.model.files.families import family_of_config
 
     unet = base.config("unet")
     family = family_of_config(unet)
+    if unet.get("in_channels") == inpainting_channels(unet.get("out_channels", 4)) and job.mask is None:
+        raise UsageError(f"base {job.base} is made for inpainting: no --mask", "--init photo.jpg --mask mask.png")
     for flag in ("original_size", "crop", "target_size"):
         if getattr(job, flag) is not None and not unet.get("addition_embed_type"):
             raise UsageError(f"--{flag.replace('_', '-')}: base {job.base} is not told of sizes", "--base sdxl")

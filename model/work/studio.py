@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
-from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -22,17 +20,15 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.emphasis import plain
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import has_vae, load_base, with_vae
-from controlnet.model.nets import load_controlnet
+from controlnet.model.nets import load_net
 from controlnet.model.registry import recorded_name
-from controlnet.model.sampling.canvas import canvas_size, detection_size, on_canvas, to_canvas, trained_sizes
+from controlnet.model.sampling.canvas import canvas_size, trained_sizes
 from controlnet.model.sampling.generate import Encoded, Request, check_memory, generate
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
-from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.work.adapted import adapted
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
-    OWN,
     ConditionFlag,
     check_window,
     scale_text,
@@ -40,19 +36,17 @@ from controlnet.model.work.condition import (
 )
 from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import choose_device, choose_dtype, is_out_of_memory, silence_libraries
-from controlnet.model.work.paint import Painting, read_painting
+from controlnet.model.work.pictures import Pictures
 from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
 from controlnet.model.work.sources import Sources
-from controlnet.preprocessors.condition import Condition, recorded
-from controlnet.preprocessors.detectors.registry import Ready, find_detector
-from controlnet.preprocessors.doubts import doubts
-from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, NothingFoundError, UsageError
+from controlnet.preprocessors.condition import Condition
+from controlnet.preprocessors.errors import ControlNetError, ModelError
 from controlnet.preprocessors.files import whole_path
-from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import read_bytes, read_image
-from controlnet.preprocessors.jsons import object_or_empty
-from controlnet.preprocessors.metadata import kind_of, load, sha256
-from controlnet.preprocessors.stage_one import MAKING, stage_one
+from controlnet.preprocessors.geometry import inside
+from controlnet.preprocessors.kinds import kind_named
+from controlnet.preprocessors.metadata import sha256
+from controlnet.preprocessors.stage_one import MAKING
+from torch import nn
 
 FEW = 12
 """The most steps that suit a base that was distilled for few."""
@@ -91,15 +85,7 @@ class Studio:
         self.adapted = lru_cache(2)(self._adapted)
         self.net = cache(self._net)
         self.sources = Sources(offline)
-        self.detector = cache(self._detector)
-        self.kind = lru_cache(64)(self._kind)
-        self.condition = lru_cache(8)(self._condition)
-        self.picture = lru_cache(8)(self._picture)
-        self.placed = lru_cache(8)(self._placed)
-        self.region = lru_cache(8)(self._region)
-        self.start = lru_cache(8)(self._start)
-        self.painting = lru_cache(8)(partial(read_painting, say=self._warn))
-        self.painted = lru_cache(8)(Painting.on_canvas)
+        self.pictures = Pictures(offline, strict, say)
         self.told: set[str] = set()
 
     def make(
@@ -231,11 +217,10 @@ class Studio:
             larger = [self._acting(at, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
 
         # The picture to start from, and the part of it that is painted.
-        init, init_hash = self.start(job.init, size) if job.init else (None, None)
-        painting = mask = None
-        if job.mask is not None:
-            painting = self.painting(replace(job, cond=(), prompt="x", seed=None), size)
-            init, mask = self.painted(painting, size)
+        init, init_hash = self.pictures.start(job.init, size) if job.init else (None, None)
+        painting, mask = self.pictures.painting(job), None
+        if painting is not None:
+            init, mask = self.pictures.painted(painting, size)
 
         # What is recorded, and what images made together must share.
         entries = [at_work.entry for at_work in acting]
@@ -262,11 +247,18 @@ class Studio:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
         net, net_hash = self.net(job.base, whole_path(source))
-        map_ = self.placed(flag, condition, job.size)
+        painting = self.pictures.painting(job)
+        if kind_named(condition.kind).hides:
+            map_ = self.pictures.hiding(flag, condition, job.size, painting)
+        else:
+            map_ = self.pictures.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
-        region, region_hash = self.region(whole_path(flag.region), job.size) if flag.region else (None, "")
+        box = painting.box if painting and job.region_only else None
+        at = whole_path(flag.region) if flag.region else ""
+        region, region_hash = self.pictures.region(at, job.size, box) if at else (None, "")
         region_entry = {"region": flag.region, "region_sha256": region_hash} if flag.region else {}
-        strength = Strength(flag.scale, flag.start, flag.end, weighting, job.control_on, region)
+        on = "cond" if net.averages else job.control_on
+        strength = Strength(flag.scale, flag.start, flag.end, weighting, on, region)
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
         entry = self._origin(flag, condition) | acts | region_entry
@@ -276,47 +268,44 @@ class Studio:
 
     def _origin(self, flag: ConditionFlag, condition: Condition) -> dict[str, Any]:
         """Where a condition comes from: its file, how it was detected, and the people on it."""
-        _, _, digest = self.picture(flag.path)
+        _, _, digest = self.pictures.picture(flag.path)
         entry: dict[str, Any] = {"path": flag.path, "sha256": digest}
         if flag.detect is None:
             return entry | ({"keypoints": condition.record["keypoints"]} if condition.people is not None else {})
         found = {key: value for key, value in condition.record.items() if key not in MAKING}
         return entry | {"detect": {key: condition.record[key] for key in MAKING}} | found
 
+    def shown(self, image: Image) -> np.ndarray:
+        """The part of an image that its canvas shows."""
+        job = image.wanted.job
+        painting = self.pictures.painting(job)
+        return inside(image.pixels, painting.box if painting else None)
+
     def base_for(self, job: Job) -> tuple[Base, Encoded]:
         """The base of a job. Checks first that all its models are here or may be fetched, and that they fit
         together."""
         if self.offline:
-            self.sources.check_here(job, self.kind)
-        self.sources.check(job, self.kind)
+            self.sources.check_here(job, self.pictures.kind)
+        self.sources.check(job, self.pictures.kind)
         return self.adapted(job.base, job.vae and whole_path(job.vae), job.lora, job.embedding)
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
         """The canvas of a job (width, height), and its conditions: as read, or detected at the canvas's aspect."""
         base, _ = self.base_for(job)
         size = job.size
+        painting = self.pictures.painting(job)
         if size is None:
-            first = self.picture(job.shown)[0] if job.shown else None
+            first = self.pictures.picture(job.shown)[0] if job.shown else None
             shown = (first.shape[1], first.shape[0]) if first is not None else None
-            size = canvas_size(base, shown, own_aspect=job.mask is not None)
-        return size, [self.condition(flag, size if flag.detect else None) for flag in job.cond]
-
-    def _start(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-        """The picture to start from, on the canvas: its middle, (H, W, 3) uint8; and the sha256 of its file."""
-        picture, _, digest = self.picture(path)
-        return fit(picture, size, "crop"), digest
-
-    def _picture(self, path: str) -> tuple[np.ndarray, dict[str, str], str]:
-        """(image, its PNG text, its bytes' sha256) of a picture file."""
-        data = read_bytes(path)
-        image, text = read_image(data, path, self._warn)
-        return image, text, sha256(data)
-
-    def _kind(self, flag: ConditionFlag) -> str:
-        """The kind of a condition: what the flag says if it is to be detected, else as in `_kind_of`."""
-        if flag.detect is not None:
-            return flag.kind or flag.detect
-        return _kind_of(flag, self.picture(flag.path)[1])
+            size = canvas_size(base, painting.size if painting else shown, own_aspect=painting is not None)
+        if painting is not None:
+            painting.check_canvas(size, str(job.init))
+        found = []
+        for flag in job.cond:
+            of_photo = painting is not None and (job.region_only or flag.path == job.init)
+            box = painting.box if painting is not None and of_photo else None
+            found.append(self.pictures.condition(flag, size if flag.detect else None, box))
+        return size, found
 
     def base(self, name: str, vae: str | None) -> tuple[Base, Encoded]:
         """A base that is loaded once."""
@@ -351,44 +340,8 @@ class Studio:
         """A ControlNet that fits the base, and its hash."""
         base, _ = self._plain_base(base_name)
         path = self.sources.find(source)
-        net = load_controlnet(path, base.dtype, base.unet.config, base.name)
-        return net if self.low_memory else net.to(base.device), model_hash(path)
-
-    def _detector(self, kind: str) -> Ready:
-        row = find_detector(kind)
-        return row.ready(row.load_options()(), offline=self.offline)
-
-    def _condition(self, flag: ConditionFlag, canvas: tuple[int, int] | None = None) -> Condition:
-        """A condition from its file, or detected for a canvas (width, height) if the flag says `detect`."""
-        image, text, digest = self.picture(flag.path)
-        if flag.detect is None:
-            return recorded(image, self.kind(flag), flag.path, load(text))
-        assert canvas is not None
-        ready = self.detector(flag.detect)
-        try:
-            made = stage_one(image, ready, detection_size(canvas), "crop", flag.path, digest)
-        except NothingFoundError as error:  # its hint is for `detect`
-            map_ = f"controlnet detect {flag.detect} {quote(flag.path)}"
-            raise NothingFoundError(f"{flag.path}: {error}", f"{map_}, with other options; then --cond MAP") from error
-        return recorded(made.map, self.kind(flag), flag.path, made.record)
-
-    def _placed(self, flag: ConditionFlag, condition: Condition, size: tuple[int, int]) -> np.ndarray:
-        """The condition's map on the canvas. What looks wrong with it is a warning, or an error when strict."""
-        for doubt in doubts(condition.rgb, condition.kind, size):
-            if self.strict:
-                raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
-            self._warn(f"{flag.path}: {doubt.text}; {doubt.cure}")
-        return on_canvas(condition, size).map
-
-    def _region(self, path: str, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-        """(H, W) float32 in [0, 1] on the canvas, and the sha256 of its file."""
-        image, _, digest = self.picture(path)
-        if (image.shape[1], image.shape[0]) != size:
-            self.say(f"{path}: region of {image.shape[1]}x{image.shape[0]} brought to the canvas {size[0]}x{size[1]}")
-        mask = to_canvas(image, "region", size).mean(2, dtype=np.float32) / 255
-        if not mask.any():
-            self._warn(f"{path}: the region is black everywhere, so its ControlNet does not act")
-        return mask, digest
+        net = load_net(path, base.dtype, base.unet.config, base.name)
+        return net if self.low_memory else nn.Module.to(net, base.device), model_hash(path)
 
     def _say_distilled(self, job: Job, base: Base) -> None:
         """Warn of settings that do not suit a base that was distilled for few steps."""
@@ -436,17 +389,3 @@ def _tell_part(on_step: Callable[[float], None], before: float, part: float, ima
 
 def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:
     on_step(before + images)
-
-
-def _kind_of(flag: ConditionFlag, text: dict[str, str]) -> str:
-    """The kind of a map: given, or from its PNG text or name, or from the training run that made its ControlNet. With
-    any other ControlNet of the user's own it is "own"."""
-    run = RunFolder(Path(flag.net)) if flag.net else None
-    settings = object_or_empty(run.record.read_bytes()).get("settings") if run and run.holds_run else None
-    trained = settings.get("kind") if isinstance(settings, dict) else None
-    try:
-        return kind_of(flag.path, text, flag.kind)
-    except UsageError:
-        if flag.net:
-            return trained or OWN
-        raise
