@@ -285,7 +285,8 @@ def test_a_record_gives_back_its_job():
               "size": (768, 512), "seed": 3, "control_on": "cond", "prompt2": "d", "negative2": "e",
               "clip_skip": 1, "vae": "v.safetensors", "original_size": (800, 600), "crop": (3, 5),
               "target_size": (64, 72), "init": "photo.jpg", "strength": 0.3, "mask": "m.png",
-              "invert_mask": True, "feather": 3, "region_only": True, "hires": 1.5, "hires_strength": 0.4,
+              "invert_mask": True, "feather": 3, "region_only": True, "tiles": True,
+              "hires": 1.5, "hires_strength": 0.4,
               "lora": ("a.safetensors:0.5", "b"), "embedding": ("w.pt:word",), "plain_prompt": True}  # fmt: skip
     recorded = {name for name, option in OPTIONS.items() if option.recorded}
     assert recorded == set(values) and set(OPTIONS) - recorded == {"cond", "out", "num", "mode", "weighting"}

@@ -54,6 +54,11 @@ def condition_tensor(condition: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(condition)).permute(2, 0, 1).float() / 255
 
 
+def to_pixels(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, by rounding."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 DETECTED = 512
 """Pixels of the shorter side of a map that is detected for a canvas."""
 
@@ -81,6 +86,12 @@ def canvas_size(base: Base, condition_size: tuple[int, int] | None, own_aspect: 
         return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
     ratio = native / min(width, height)
     width, height = (max(step, round(side * ratio / step) * step) for side in (width, height))
+    return width, height
+
+
+def own_size(base: Base, picture: tuple[int, int]) -> tuple[int, int]:
+    """The canvas (width, height) of a picture's own size, in whole latent cells."""
+    width, height = (max(1, round(side / base.factor)) * base.factor for side in picture)
     return width, height
 
 

@@ -19,10 +19,11 @@ from controlnet.model.base import Base
 from controlnet.model.control.net import Feature, Net, cat_features
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
-from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.loop import ActiveNet, sample
+from controlnet.model.sampling.canvas import condition_tensor, to_pixels
+from controlnet.model.sampling.loop import ActiveNet, Evaluation, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import ForInpainting, FromNoise, FromPicture, InMask, Start
+from controlnet.model.sampling.tiles import InTiles, Tile, control_in, decoded_in, latent_in, tiles_of
 from controlnet.preprocessors.errors import ModelError, UsageError
 from torch import Tensor
 
@@ -98,9 +99,12 @@ class Encoded:
                     kept[key] = self.features.get(key) or (condition, net.prepare(_input(condition, base)))
         self.features = kept
 
-    def encode_pictures(self, base: Base, requests: Sequence[Request], hide: bool) -> tuple[Tensor, Tensor | None]:
-        """z_0 (B, C, h, w) of the pictures that images start from, float32, the mean of what the VAE says; and with
-        `hide` of the pictures without what is in their masks. Those of other pictures are forgotten."""
+    def encode_pictures(
+        self, base: Base, requests: Sequence[Request], hide: bool, grid: Sequence[Tile] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """z_0 (B, C, h, w) of the pictures that images start from, float32, the mean of what the VAE says, in the tiles
+        of a grid if there is one; and with `hide` of the pictures without what is in their masks. Those of other
+        pictures are forgotten."""
         kept: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
         columns = []
         for hides in (False, True)[: 1 + hide]:
@@ -110,7 +114,10 @@ class Encoded:
                 assert picture is not None
                 key = id(base.vae), id(picture), id(hidden)
                 known = kept.get(key) or self.latents.get(key)
-                kept[key] = known or ((picture, hidden), base.latent_of(picture, hidden))
+                if known is None:
+                    z0 = latent_in(grid, base, picture, hidden) if grid else base.latent_of(picture, hidden)
+                    known = (picture, hidden), z0
+                kept[key] = known
                 rows.append(kept[key][1])
             columns.append(torch.cat(rows))
         self.latents = kept
@@ -138,17 +145,21 @@ def generate(
     ids: Tensor | None = None,
     strength: float = 1.0,
     emphasis: bool = False,
+    tile: int | None = None,
 ) -> Iterator[np.ndarray]:
     """An image (H, W, 3) uint8 for each request, in order; up to rounding, no image depends on the others.
 
     `size` is (width, height) in pixels. `size`, `guidance`, `scheduler` and the halves of the guidance that control
     acts on default to the base's own. `clip_skip` is the number of layers left out at the end of the text encoders.
-    With `emphasis` the prompts may have weights and any length (emphasis.py).
+    With `emphasis` the prompts may have weights and any length (emphasis.py). `tile` is the side in pixels of the tiles
+    that a larger canvas is sampled in, None for none (tiles.py); `ids` are then a tile's.
     `strength` is the share of the schedule that is made where the requests start from pictures. `on_step` is called
     with the number of images made, fractions included. Raises ModelError when the latents are not finite."""
     guidance = base.guidance if guidance is None else guidance
     width, height = size or (base.native_size, base.native_size)
     shape = (base.channels, height // base.factor, width // base.factor)
+    tiles = tiles_of(shape[1:], tile // base.factor) if tile else []
+    grid = tiles if len(tiles) > 1 else []
     strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
     networks = [net for net, _ in nets]
     encoded = encoded or Encoded()
@@ -159,41 +170,77 @@ def generate(
         prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
         guided = guidance != 1
         encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
-        with base.at_work(*networks):
-            encoded.prepare(base, networks, group)
+        if not grid:
+            with base.at_work(*networks):
+                encoded.prepare(base, networks, group)
         prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
+        columns = [[request.conditions[k] for request in group] for k in range(len(networks))]
         controls = [  # of type 0 where the requests name none
-            ActiveNet(net, encoded.feature(net, [r.conditions[k] for r in group]), strength, *group[0].types[k : k + 1])
-            for k, (net, strength) in enumerate(zip(networks, strengths, strict=True))
+            ActiveNet(net, [] if grid else encoded.feature(net, column), strength, *group[0].types[k : k + 1])
+            for k, (net, column, strength) in enumerate(zip(networks, columns, strengths, strict=True))
         ]
+        around = partial(_in_tiles, base, grid, controls, columns) if grid else _whole
 
         # All of them at once, each from its own noise.
-        start = _start(base, encoded, group, shape, strength)
+        start = _start(base, encoded, group, shape, strength, grid)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):
             latents = sample(
-                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory
+                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory, around
             )  # (B, C, h, w)
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
 
         # Decoded one by one: the decoder takes more memory than everything before.
         for latent in latents:
-            yield to_pixels(base.decode(latent[None].to(base.dtype)))[0]
+            if grid:
+                yield decoded_in(grid, base, latent[None])
+            else:
+                yield to_pixels(base.decode(latent[None].to(base.dtype)))[0]
         made += len(group)
 
 
+def _whole(evaluation: Evaluation) -> Evaluation:
+    return evaluation
+
+
+def _in_tiles(
+    base: Base,
+    grid: Sequence[Tile],
+    controls: Sequence[ActiveNet],
+    columns: Sequence[Sequence[np.ndarray]],
+    evaluation: Evaluation,
+) -> InTiles:
+    """The evaluation in tiles, under controls whose conditions are the columns."""
+
+    def prepare(net: Net, parts: Sequence[np.ndarray]) -> Feature:
+        return cat_features([net.prepare(_input(part, base)) for part in parts])
+
+    def controls_of(tile: Tile) -> list[ActiveNet]:
+        return [
+            control_in(tile, one, conditions, prepare, base.factor)
+            for one, conditions in zip(controls, columns, strict=True)
+        ]
+
+    return InTiles(evaluation, grid, controls_of)
+
+
 def _start(
-    base: Base, encoded: Encoded, group: Sequence[Request], shape: tuple[int, int, int], strength: float
+    base: Base,
+    encoded: Encoded,
+    group: Sequence[Request],
+    shape: tuple[int, int, int],
+    strength: float,
+    grid: Sequence[Tile],
 ) -> Start:
     """Where the sampling of a group begins; its requests all have a picture and a mask, or none has."""
     noise = FromNoise.seeded([request.seed for request in group], shape)
     if all(request.init is None for request in group):
         return noise
     masks = [request.mask for request in group if request.mask is not None]
-    z0, shown = encoded.encode_pictures(base, group, hide=base.is_inpainting and bool(masks))
+    z0, shown = encoded.encode_pictures(base, group, base.is_inpainting and bool(masks), grid)
     if not masks:
         return FromPicture(noise.noise, noise.generators, z0, strength)
     cells = torch.cat([_cells(mask, shape[1:]) for mask in masks])
@@ -222,20 +269,16 @@ def _input(condition: np.ndarray, base: Base) -> Tensor:
     return condition_tensor(condition)[None].to(base.device, base.dtype)
 
 
-def to_pixels(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, by rounding."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 TILE = 512
 """Pixels of the side of the tiles that `low_memory` decodes in."""
 
 
-def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
-    """Raises UsageError for a canvas (width, height) that does not fit into the free memory. The estimate counts the
+def check_memory(base: Base, size: tuple[int, int], low_memory: bool, tile: int | None = None) -> None:
+    """Raises UsageError for a canvas (width, height) that does not fit into the free memory, in tiles of this side if
+    one is given. The estimate counts the
     numbers alive at once: 14 per channel and pixel in the decoder (measured at 512 to 768 pixels, benchmarks/LOG.md),
     and 40 per channel and latent cell in the UNet, for each half of the guidance."""
-    width, height = size
+    width, height = (min(side, tile) for side in size) if tile else size
     config = base.vae.config
     channels = (config.get("block_out_channels") or config.decoder_block_out_channels)[0]
     decoder = 14 * channels * (TILE**2 if low_memory else width * height)
@@ -246,7 +289,7 @@ def check_memory(base: Base, size: tuple[int, int], low_memory: bool) -> None:
         fits = int((free / needed) ** 0.5 * min(size)) // 64 * 64
         raise UsageError(
             f"size {width}x{height}: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free",
-            ("" if low_memory else "--low-memory decodes in tiles; or ") + f"--size {max(64, fits)}",
+            ("" if tile else "--tiles; ") + ("" if low_memory else "--low-memory; or ") + f"--size {max(64, fits)}",
         )
 
 

@@ -6,6 +6,7 @@ the latent, h w latent.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,15 +65,17 @@ def sample(
     guidance: float = 7.5,
     on_step: Callable[[int, int], None] = lambda done, of: None,
     halves_apart: bool = False,
+    around: Callable[[Evaluation], Callable[[Tensor, int], Tensor]] = lambda evaluation: evaluation,
 ) -> Tensor:
     """Latents (B, C, h, w), in the type of the start.
 
-    `prompt` has B rows, `negative` B or one. `on_step` is called with the number of evaluations done and of all. For
-    the other arguments see `Evaluation`."""
+    `prompt` has B rows, `negative` B or one. `on_step` is called with the number of evaluations done and of all.
+    `around` is given the evaluation and returns what is called in its place (see tiles.py). For the other arguments see
+    `Evaluation`."""
     scheduler.set_timesteps(steps, device=unet.device)
     times = start.times(scheduler)
     options = {"generator": start.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    evaluate = Evaluation(unet, times.to(unet.device), prompt, negative, controls, guidance, halves_apart)
+    evaluate = around(Evaluation(unet, times.to(unet.device), prompt, negative, controls, guidance, halves_apart))
     z = start.first(scheduler, unet.device)  # (B, C, h, w)
     for i, t in enumerate(times):
         z_t = start.model_input(scheduler.scale_model_input(z, t))  # (B, C', h, w)
@@ -112,6 +115,12 @@ class Evaluation:
         self.times = embed_times(unet, times, unet.dtype)  # (n, 4C)
         self.begun = {one.net: one.net.begin(times, unet.dtype) for one in controls}
         self._joined: dict[Any, Any] = {}
+
+    def under(self, controls: Sequence[ActiveNet]) -> Evaluation:
+        """The same evaluation with other conditions for the same networks."""
+        other = copy.copy(self)
+        other.passes, other._joined = passes_of(controls), {}
+        return other
 
     def __call__(self, z_t: Tensor, i: int) -> Tensor:
         """The prediction (B, C, h, w) for z_t (B, C', h, w) in evaluation i."""

@@ -25,7 +25,8 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
-from controlnet.model.sampling.generate import Request, generate, to_pixels
+from controlnet.model.sampling.canvas import to_pixels
+from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.readers import JointReader, Measure, PartReader, Reader, measures
 from controlnet.model.tiny.world.render import FLOOR, MAIN, WALL
 from controlnet.model.tiny.world.scenes import make_scene

@@ -10,8 +10,7 @@ from controlnet.model.base import Base
 from controlnet.model.control.net import Net
 from controlnet.model.control.strength import Strength
 from controlnet.model.load import reload
-from controlnet.model.sampling.canvas import condition_tensor
-from controlnet.model.sampling.generate import to_pixels
+from controlnet.model.sampling.canvas import condition_tensor, to_pixels
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise

@@ -115,6 +115,9 @@ class Job:
     mask its size stays the photo's, and what is made anew is finer."""
     hires_strength: float | None = options.option(None, options.number, float)
     """How much of the sampling is made for that; see --strength. (default: 0.5)"""
+    tiles: bool = options.option(False, options.yes_or_no, bool)
+    """Sample a canvas larger than the base's own in tiles that overlap, with the memory of one: with --hires the second
+    pass, else the only one, such as of a large --init."""
     original_size: tuple[int, int] | None = options.option(None, options.told_size)
     """What SDXL is told of the original picture's size, WIDTHxHEIGHT. (default: the canvas)"""
     crop: tuple[int, int] | None = options.option(None, options.point, str, metavar="LEFT,TOP")

@@ -22,7 +22,7 @@ from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import has_vae, load_base, with_vae
 from controlnet.model.nets import load_net
 from controlnet.model.registry import recorded_name
-from controlnet.model.sampling.canvas import canvas_size, trained_sizes
+from controlnet.model.sampling.canvas import canvas_size, own_size, trained_sizes
 from controlnet.model.sampling.generate import Encoded, Request, check_memory, generate
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
@@ -140,15 +140,17 @@ class Studio:
     def _sample(self, group: list[Prepared], on_step: Callable[[float], None]) -> Iterator[Image]:
         first, job = group[0], group[0].job
         assert job.size is not None
+        tile = tile_of(job, first.base)
         images = self._pass(
             first, [one.request for one in group], first.acting, job.size, job.strength_or_default,
             partial(_tell_part, on_step, 0.0, 1.0 if job.larger is None else 0.5),
+            tile if job.larger is None else None,
         )  # fmt: skip
         if job.larger is not None and job.hires_strength is not None:
             requests = [one.request_of(image, job.larger) for one, image in zip(group, images, strict=True)]
             images = self._pass(
                 first, requests, first.larger, job.larger, job.hires_strength,
-                partial(_tell_part, on_step, len(group) / 2, 0.5),
+                partial(_tell_part, on_step, len(group) / 2, 0.5), tile,
             )  # fmt: skip
         for place, (one, pixels) in enumerate(zip(group, images, strict=True)):
             pixels = pixels if one.painting is None else one.painting.laid_over(pixels)
@@ -162,9 +164,11 @@ class Studio:
         size: tuple[int, int],
         strength: float,
         on_step: Callable[[float], None],
+        tile: int | None,
     ) -> Iterator[np.ndarray]:
         """An image (H, W, 3) uint8 on a canvas for each request; they agree with `first` in everything else."""
         job = first.job
+        seen = (min(size[0], tile), min(size[1], tile)) if tile else size  # of the canvas at once
         return generate(
             first.base,
             requests,
@@ -177,9 +181,10 @@ class Studio:
             first.encoded,
             batch=TOGETHER,
             clip_skip=job.clip_skip,
-            ids=first.base.size_ids(size, job.original_size, job.crop or (0, 0), job.target_size),
+            ids=first.base.size_ids(seen, job.original_size, job.crop or (0, 0), job.target_size),
             strength=strength,
             emphasis=not job.plain_prompt,
+            tile=tile,
         )
 
     def _prepare(self, wanted: list[Wanted], failed: Callable[[str, ControlNetError], None]) -> Iterator[Prepared]:
@@ -201,7 +206,8 @@ class Studio:
         self._say_canvas(one, size, base)
         self._say_distilled(one.job, base)
         self._check_words(base, one.job)
-        check_memory(base, size, self.low_memory)
+        tile = tile_of(one.job, base)
+        check_memory(base, size, self.low_memory, None if one.job.hires else tile)
         evaluations = count_evaluations(scheduler, one.job.steps, one.job.strength_or_default if one.job.init else 1.0)
 
         # The conditions on the canvas, each with its ControlNet.
@@ -212,7 +218,7 @@ class Studio:
 
         larger = []
         if job.larger is not None:
-            check_memory(base, job.larger, self.low_memory)
+            check_memory(base, job.larger, self.low_memory, tile)
             at = replace(job, size=job.larger)
             larger = [self._acting(at, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
 
@@ -298,6 +304,8 @@ class Studio:
             first = self.pictures.picture(job.shown)[0] if job.shown else None
             shown = (first.shape[1], first.shape[0]) if first is not None else None
             size = canvas_size(base, painting.size if painting else shown, own_aspect=painting is not None)
+            if job.tiles and job.hires is None and job.init and not job.region_only and shown is not None:
+                size = own_size(base, shown)  # a large photo in tiles keeps its size
         if painting is not None:
             painting.check_canvas(size, str(job.init))
         found = []
@@ -381,6 +389,11 @@ class Studio:
 
     def _warn(self, text: str) -> None:
         self.say(f"warning: {text}")
+
+
+def tile_of(job: Job, base: Base) -> int | None:
+    """The side in pixels of a job's tiles; None if it wants none."""
+    return base.native_size if job.tiles else None
 
 
 def _tell_part(on_step: Callable[[float], None], before: float, part: float, images: float) -> None:
