@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
+.PHONY: help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-tiles bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench-batch: env ## Time many photos beside controlnet_aux; memory over 10,000 f
 
 bench-stream: env ## Memory and pace of a stream of a million samples, beside webdataset (2 GB, minutes)
 	$(BIN)/python benchmarks/stream.py
+
+bench-tiles: env ## Seams, memory and time of large pictures in tiles (minutes)
+	$(BIN)/python benchmarks/tiles.py
 
 bench-scale: env ## Batches and training in one process and in several (minutes)
 	$(BIN)/python benchmarks/scale.py

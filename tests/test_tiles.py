@@ -28,7 +28,7 @@ def test_tiles_cover_the_canvas_and_overlap(height, width, side):
         tile.of(counted).add_(weights_of(tile))
     assert (counted > 0).all()
     tops = sorted({tile.top for tile in tiles})
-    assert all(b - a <= side * 0.75 + 1 for a, b in zip(tops, tops[1:], strict=False))
+    assert all(b - a <= side * 0.625 + 1 for a, b in zip(tops, tops[1:], strict=False))
 
 
 class Pointwise:

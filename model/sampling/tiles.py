@@ -17,7 +17,7 @@ from controlnet.model.sampling.canvas import to_pixels
 from controlnet.model.sampling.loop import ActiveNet, Evaluation
 from torch import Tensor
 
-OVERLAP = 0.25
+OVERLAP = 0.375
 """The least part of a tile's side that it shares with the next one."""
 
 
@@ -57,7 +57,7 @@ def _starts(whole: int, side: int) -> list[int]:
 
 def weights_of(tile: Tile) -> Tensor:
     """How much each cell of a tile counts, (h, w): most in the middle, little but never nothing at its border."""
-    rows, columns = (torch.arange(1, side + 1) / (side + 1) for side in (tile.height, tile.width))
+    rows, columns = ((torch.arange(side) + 0.5) / side for side in (tile.height, tile.width))  # centres of cells
     return torch.outer(torch.sin(math.pi * rows), torch.sin(math.pi * columns)) ** 2
 
 

@@ -1,0 +1,179 @@
+"""Pictures as a start, and adapters, in pictures: two sheets made by `tiny` through the commands' own engine.
+
+    python examples/starts.py [examples/starts] [--steps 300]
+
+A LoRA and a word are learned here in a few minutes, from drawn scenes whose main thing is orange and whose captions do
+not say so. Equal on the same machine each time: float32, fixed seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+from controlnet.model.base import Base
+from controlnet.model.control.unet import denoise
+from controlnet.model.load import load_base
+from controlnet.model.tiny.world.render import render
+from controlnet.model.tiny.world.scenes import SHAPES, make_scene
+from controlnet.model.training.objective import NoiseSchedule
+from controlnet.model.work.jobs import Job
+from controlnet.model.work.studio import Studio
+from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.images import png_bytes
+from controlnet.preprocessors.sheet import contact_sheet
+from safetensors.torch import save_file
+from torch import nn
+
+COLOUR, WORD = "orange", "<sun>"
+SCENES, BATCH, RATE = 1000, 4, 2e-3
+SHOWN = 192
+"""Pixels of a cell's side."""
+
+
+@cache
+def of_one_colour(size: int, word: str = "") -> tuple[np.ndarray, list[str]]:
+    """Pictures (N, size, size, 3) uint8 with a thing of the colour, and captions that say the word in its place."""
+    found = []
+    for seed in range(SCENES):
+        scene = make_scene(seed)
+        said = [f"{COLOUR} {shape}" for shape in SHAPES if f"{COLOUR} {shape}" in scene.caption]
+        if scene.sort == "objects" and said and scene.caption.count(COLOUR) == 1:
+            found.append((scene, scene.caption.replace(f"{COLOUR} ", f"{word} " if word else "")))
+    pictures = render([scene for scene, _ in found], size).images.numpy()
+    return pictures, [caption for _, caption in found]
+
+
+def learn(base: Base, steps: int, parameters: list[nn.Parameter], word: str = "") -> None:
+    """Train parameters on the pictures, in whose captions a word, or none, stands for the colour."""
+    schedule = NoiseSchedule(base.scheduler)
+    pictures, captions = of_one_colour(base.native_size, word)
+    with torch.no_grad():
+        latents = torch.cat([base.latent_of(picture) for picture in pictures])
+    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        rows = torch.randint(len(latents), (BATCH,), generator=generator)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        t = torch.randint(1000, (BATCH,), generator=generator)
+        prompt = base.encode_text([captions[row] for row in rows])
+        z = schedule.add_noise(latents[rows], noise, t)
+        loss = schedule.loss(denoise(base.unet, z, t, prompt), latents[rows], noise, t).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
+
+
+def learn_lora(path: Path, steps: int) -> None:
+    base = load_base("tiny")
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(config, base.unet)
+    learn(base, steps, [p for name, p in base.unet.named_parameters() if "lora_" in name])
+    state = peft.get_peft_model_state_dict(base.unet)
+    save_file({f"unet.{name}": tensor.detach().contiguous() for name, tensor in state.items()}, path)
+
+
+def learn_word(path: Path, steps: int) -> None:
+    base = load_base("tiny")
+    encoder = base.encoders[0]
+    table = encoder.network.get_input_embeddings().weight
+    vector = nn.Parameter(table[encoder.tokenizer("thing", add_special_tokens=False).input_ids[-1:]].detach().clone())
+    encoder.learned[WORD] = vector
+    learn(base, steps, [vector], WORD)
+    save_file({WORD: vector.detach()}, path)
+
+
+class Sheets:
+    def __init__(self) -> None:
+        self.studio = Studio(dtype="float32", offline=True)
+
+    def make(self, **job) -> np.ndarray:
+        return next(self.studio.images(Job(base="tiny", **job))).pixels
+
+    def starts(self, folder: Path) -> list[list[tuple[np.ndarray, str]]]:
+        """Rows of pictures: a shirt, a room, and larger ones."""
+
+        def kept(name: str, picture: np.ndarray) -> str:
+            write_file(folder / name, png_bytes(picture))
+            return str(folder / name)
+
+        person = "a person in a red shirt and blue trousers, white wall"
+        first = self.make(prompt=person, seed=4)
+        red = (first[..., 0].astype(int) - first[..., 1:].max(2)) > 60
+        path, mask = kept("person.png", first), kept("shirt.png", (red * 255).astype(np.uint8))
+        painted = {"init": path, "mask": mask, "seed": 4}
+        shirts = [
+            (self.make(prompt=person.replace("red", colour), **painted), f'--mask shirt, "a {colour} shirt"')
+            for colour in ("green", "yellow")
+        ]
+        shirt = [(first, "made by tiny"), (255 * np.repeat(red[..., None], 3, 2).astype(np.uint8), "its red, as mask")]
+
+        scene = "a green cube, grey floor, blue wall"
+        room = self.make(prompt=scene, seed=2)
+        path = kept("room.png", room)
+        again = [
+            (self.make(prompt=scene.replace("green cube", "red sphere"), init=path, strength=s, seed=2),
+             f'--init, "a red sphere", --strength {s:g}')
+            for s in (0.5, 0.75, 0.9)
+        ]  # fmt: skip
+
+        large = {"prompt": scene, "seed": 2}
+        larger = [
+            (self.make(**large, hires=2, hires_strength=0.5), "--hires 2x: 256 pixels"),
+            (self.make(**large, hires=2, hires_strength=0.5, tiles=True), "--hires 2x --tiles"),
+            (self.make(**large, hires=4, hires_strength=0.4, tiles=True), "--hires 4x --tiles: 512 pixels"),
+        ]
+        return [[*shirt, *shirts], [(room, f'"{scene}"'), *again], [(room, "128 pixels"), *larger]]
+
+    def adapters(self, lora: Path, word: Path) -> list[list[tuple[np.ndarray, str]]]:
+        """Rows of pictures: a LoRA's scales, a learned word, weights of words."""
+        plain, seed = "a cube, grey floor, blue wall", 11
+        scales = [(self.make(prompt=plain, seed=seed), f'"{plain}"')] + [
+            (self.make(prompt=plain, seed=seed, lora=(f"{lora}:{scale}",)), f"--lora {COLOUR}:{scale}")
+            for scale in (0.5, 0.8, 1.0)
+        ]
+        words = [
+            (self.make(prompt=f"a {WORD} {shape}, grey floor, blue wall", seed=seed, embedding=(str(word),)),
+             f'--embedding, "a {WORD} {shape}"')
+            for shape in ("cube", "sphere", "cone", "cylinder")
+        ]  # fmt: skip
+        both = "a red cube and a ({}:{}) sphere, grey floor"
+        weights = [
+            (self.make(prompt=both.format("yellow", weight), seed=7), f'"... ({"yellow"}:{weight}) sphere"')
+            for weight in (0.2, 0.6, 1.0, 1.4)
+        ]
+        return [scales, words, weights]
+
+
+def sheet(rows: list[list[tuple[np.ndarray, str]]]) -> bytes:
+    cells = [(fit(picture, (SHOWN, SHOWN), "stretch"), text) for row in rows for picture, text in row]
+    return png_bytes(contact_sheet(cells, columns=len(rows[0])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("examples/starts"))
+    parser.add_argument("--steps", type=int, default=300)
+    args = parser.parse_args()
+    sheets = Sheets()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_file(args.out / "starts.png", sheet(sheets.starts(folder)))
+        lora, word = folder / f"{COLOUR}.safetensors", folder / "word.safetensors"
+        learn_lora(lora, args.steps)
+        learn_word(word, args.steps)
+        write_file(args.out / "adapters.png", sheet(sheets.adapters(lora, word)))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
