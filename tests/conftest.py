@@ -9,7 +9,7 @@ import torch
 from controlnet.cli.main import main
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
-from helpers import make_small_models, make_small_sdxl
+from helpers import ellipse, make_small_models, make_small_sdxl, pixels
 
 _connect = socket.socket.connect
 
@@ -113,3 +113,48 @@ def config(small_base_folder):
         base=str(small_base_folder / "base"), kind="canny", max_steps=6, batch_size=4, learning_rate=1e-3,
         warmup_steps=0, log_every=1, validate_every=3, held_out=3, pictures=1, save_every=1e9,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def condition():
+    """A map (64, 64, 3) of white points on black."""
+    rng = np.random.default_rng(0)
+    return np.repeat((rng.random((64, 64, 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Three photos of 96 x 72."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        blocks = rng.integers(0, 255, (9, 12, 3), np.uint8)
+        (tmp_path / f"photos/{i}.png").write_bytes(png_bytes(np.kron(blocks, np.ones((8, 8, 1), np.uint8))))
+    return tmp_path
+
+
+@pytest.fixture
+def flags(small_base_folder):
+    """Flags of `generate` for images of a moment."""
+    return ["--base", small_base_folder / "base", "--dtype", "float32", "--steps", "5", "--seed", "1", "-q"]
+
+
+@pytest.fixture
+def masks(photos):
+    """For the first photo: a mask, its negative, one of another size, and the photo with a hole."""
+    from PIL import Image
+
+    mask = ellipse(72, 96)
+    large = ellipse(144, 192)
+    for name, one in {
+        "mask": mask,
+        "negative": 255 - mask,
+        "large": large,
+        "black": 0 * mask,
+        "white": 0 * mask + 255,
+    }.items():
+        (photos / f"{name}.png").write_bytes(png_bytes(one))
+    photo = pixels("photos/0.png")[0]
+    Image.fromarray(np.dstack([photo, 255 - mask])).save("hole.png")
+    return mask > 127

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from controlnet.cli.main import main
+from controlnet.preprocessors.images import read_image
 from diffusers import UNet2DConditionModel
 
 torch.set_num_threads(1)  # small networks: threads cost more than they give
@@ -142,3 +145,30 @@ def sdxl_prompts(base):
     """Two rows each of the prompt and of the negative one, on CANVAS."""
     ids = base.size_ids(CANVAS)
     return (base.encode_text([text] * 2).with_ids(ids) for text in (PROMPT, NEGATIVE))
+
+
+def ellipse(height, width):
+    """A mask (H, W) uint8."""
+    y, x = np.mgrid[:height, :width]
+    return (((x / width - 0.4) ** 2 + (y / height - 0.5) ** 2) < 0.06).astype(np.uint8) * 255
+
+
+def pixels(path):
+    """(picture, its PNG text) of a file."""
+    return read_image(Path(path).read_bytes(), str(path))
+
+
+def both(folder, cls, scheduler):
+    """Our base and ControlNet, and diffusers' pipeline of them, in float64."""
+    from controlnet.model.load import load_base
+    from controlnet.model.nets import load_controlnet
+    from controlnet.model.sampling.schedulers import make_scheduler
+    from diffusers import ControlNetModel
+
+    base = load_base(str(folder / "base"), dtype=torch.float64)
+    net = load_controlnet(folder / "net", torch.float64)
+    theirs = ControlNetModel.from_pretrained(folder / "net").double()
+    pipeline = cls.from_pretrained(folder / "base", controlnet=theirs, safety_checker=None).to(torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
+    return base, net, pipeline

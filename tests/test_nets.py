@@ -33,11 +33,6 @@ from PIL import Image
 RNG = np.random.default_rng(3)
 
 
-@pytest.fixture(scope="module")
-def condition():
-    return np.repeat((np.random.default_rng(0).random((64, 64, 1)) < 0.1).astype(np.uint8) * 255, 3, 2)
-
-
 def quiet(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch.float64)

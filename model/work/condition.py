@@ -19,6 +19,8 @@ from controlnet.preprocessors.tars import is_member, member_of
 if TYPE_CHECKING:
     from controlnet.model.control.strength import Strength
 
+PAINTED, REST = "@mask", "@rest"
+"""Regions that mean what a job's mask paints, and what it leaves."""
 KEYS = ("detect", "kind", "net", "scale", "start", "end", "weighting", "region")
 
 OWN = "own"

@@ -19,7 +19,7 @@ from typing import Any
 
 from controlnet.model.control.modes import CONTROL_ON, MODES
 from controlnet.model.work import options
-from controlnet.model.work.condition import ConditionFlag
+from controlnet.model.work.condition import PAINTED, REST, ConditionFlag
 from controlnet.model.work.outputs import is_folder
 from controlnet.preprocessors import remote
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError
@@ -184,6 +184,10 @@ class Job:
 
     def _check_start(self) -> None:
         """Raises UsageError for a strength that cannot be, or that leaves nothing to sample."""
+        if self.mask is None and (bad := next((f for f in self.cond if f.region in (PAINTED, REST)), None)):
+            raise UsageError(
+                f"--cond {bad.path},region={bad.region} without --mask", "--init photo.jpg --mask mask.png"
+            )
         if self.init is None:
             if self.strength is not None:
                 raise UsageError(f"--strength {self.strength:g} without --init", "--init photo.jpg --strength 0.6")
@@ -367,7 +371,7 @@ def check_names(job: Job) -> None:
             raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")
     for flag in job.cond:
         for path in filter(None, (flag.path, flag.region)):
-            if path != "-" and not (exists(path) or is_member(path)):
+            if path not in ("-", PAINTED, REST) and not (exists(path) or is_member(path)):
                 raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")
         if flag.detect is not None:
             find_detector(flag.detect)

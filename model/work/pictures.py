@@ -41,6 +41,7 @@ class Pictures:
         self.placed = lru_cache(8)(self._placed)
         self.hiding = lru_cache(8)(self._hiding)
         self.region = lru_cache(8)(self._region)
+        self.part = lru_cache(8)(self._part)
         self.start = lru_cache(8)(self._start)
         self.read_painting = lru_cache(8)(partial(read_painting, say=self.warn))
         self.painted = lru_cache(8)(Painting.on_canvas)
@@ -106,6 +107,11 @@ class Pictures:
     ) -> np.ndarray:
         """A map that hides what is painted, or what is transparent in its file."""
         return with_hidden(flag.path, self.placed(flag, condition, size), painting)
+
+    def _part(self, painting: Painting, rest: bool, size: tuple[int, int]) -> np.ndarray:
+        """What is painted, or the rest of it, as a region (H, W) float32 on the canvas."""
+        _, painted = self.painted(painting, size)
+        return (painted ^ rest).astype(np.float32)
 
     def _region(self, path: str, size: tuple[int, int], box: Box | None = None) -> tuple[np.ndarray, str]:
         """(H, W) float32 in [0, 1] on the canvas, and the sha256 of its file."""

@@ -29,6 +29,8 @@ from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.work.adapted import adapted
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
+    PAINTED,
+    REST,
     ConditionFlag,
     check_window,
     scale_text,
@@ -36,6 +38,7 @@ from controlnet.model.work.condition import (
 )
 from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import choose_device, choose_dtype, is_out_of_memory, silence_libraries
+from controlnet.model.work.paint import Painting
 from controlnet.model.work.pictures import Pictures
 from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
 from controlnet.model.work.sources import Sources
@@ -259,9 +262,7 @@ class Studio:
         else:
             map_ = self.pictures.placed(flag, condition, job.size)
         weighting = job.weighting_of(flag)
-        box = painting.box if painting and job.region_only else None
-        at = whole_path(flag.region) if flag.region else ""
-        region, region_hash = self.pictures.region(at, job.size, box) if at else (None, "")
+        region, region_hash = self._region(flag, painting, job)
         region_entry = {"region": flag.region, "region_sha256": region_hash} if flag.region else {}
         on = "cond" if net.averages else job.control_on
         strength = Strength(flag.scale, flag.start, flag.end, weighting, on, region)
@@ -271,6 +272,16 @@ class Studio:
         entry |= {"kind": condition.kind, "net": recorded_name(source), "net_sha256": net_hash}
         entry["map_sha256"] = sha256(map_.tobytes())
         return ActiveCondition(net, strength, map_, entry)
+
+    def _region(self, flag: ConditionFlag, painting: Painting | None, job: Job) -> tuple[np.ndarray | None, str]:
+        """Where a condition acts, (H, W) on the canvas, and the sha256 of its file."""
+        assert job.size is not None
+        if flag.region in (PAINTED, REST) and painting is not None:
+            return self.pictures.part(painting, flag.region == REST, job.size), painting.mask_sha256
+        if flag.region is None:
+            return None, ""
+        box = painting.box if painting and job.region_only else None
+        return self.pictures.region(whole_path(flag.region), job.size, box)
 
     def _origin(self, flag: ConditionFlag, condition: Condition) -> dict[str, Any]:
         """Where a condition comes from: its file, how it was detected, and the people on it."""
