@@ -18,6 +18,7 @@ from controlnet.model.work.jobs import Job
 from controlnet.model.work.options import Option
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
+from rich.markup import escape
 from typer.core import TyperCommand
 
 
@@ -44,7 +45,8 @@ def field_docs(options: type) -> dict[str, str]:
         for line, after in zip(body, body[1:], strict=False):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and documented:
-                docs[line.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+                text = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
+                docs[line.target.id] = escape(text)  # square brackets are not the console's markup
     return docs
 
 

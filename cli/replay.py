@@ -27,6 +27,10 @@ Out = Annotated[
     str | None,
     typer.Option("-o", "--out", metavar="FILE", help="Also write the image made again; - for standard output."),
 ]
+Lora = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="Where its LoRA is now; once for each, in the recorded order.")
+]
+Embedding = Annotated[list[str] | None, typer.Option(metavar="FILE", help="The same for its learned words.")]
 Size = Annotated[str | None, typer.Option(help="Make it in another size: needs -o, and compares nothing.")]
 Seed = Annotated[int | None, typer.Option(help="Make it with another seed: needs -o, and compares nothing.")]
 Hires = Annotated[str | None, typer.Option(metavar="2x", help="Make it so many times as large: needs -o.")]
@@ -43,6 +47,8 @@ def replay(
     hires: Hires = None,
     init: Init = None,
     mask: Mask = None,
+    lora: Lora = None,
+    embedding: Embedding = None,
     vae: Vae = None,
     device: Device = None,
     as_json: Json = False,
@@ -52,7 +58,7 @@ def replay(
     from controlnet.model.work.replay import job_of, read_recorded, remake
 
     before = read_recorded(image)
-    job = job_of(before, cond, init, mask)
+    job = job_of(before, cond, init, mask, lora, embedding)
     job = replace(job, vae=vae or job.vae)
 
     # What is to be made: the recorded job, or a changed one, which needs -o and is not compared.

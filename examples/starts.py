@@ -13,14 +13,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import peft
 import torch
 from controlnet.model.base import Base
 from controlnet.model.control.unet import denoise
 from controlnet.model.load import load_base
-from controlnet.model.tiny.world.render import render
+from controlnet.model.tiny.readers import pose_of, user_depth
+from controlnet.model.tiny.world.render import MAIN, render
 from controlnet.model.tiny.world.scenes import SHAPES, make_scene
+from controlnet.model.tiny.world.shards import HELD_OUT
 from controlnet.model.training.objective import NoiseSchedule
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.studio import Studio
@@ -33,6 +36,10 @@ from torch import nn
 
 COLOUR, WORD = "orange", "<sun>"
 SCENES, BATCH, RATE = 1000, 4, 2e-3
+PERSON, ROOM = 19, 24
+ONE_THING = (54, 29, 8, 42)
+"""Held-out scenes; those of one thing show a cube, a sphere, a cone and a cylinder."""
+Rows = list[list[tuple[np.ndarray, str]]]
 SHOWN = 192
 """Pixels of a cell's side."""
 
@@ -99,62 +106,72 @@ class Sheets:
     def make(self, **job) -> np.ndarray:
         return next(self.studio.images(Job(base="tiny", **job))).pixels
 
-    def starts(self, folder: Path) -> list[list[tuple[np.ndarray, str]]]:
-        """Rows of pictures: a shirt, a room, and larger ones."""
+    def starts(self, folder: Path) -> Rows:
+        """Rows of pictures, all under a condition: a shirt, other colours, and larger ones."""
 
         def kept(name: str, picture: np.ndarray) -> str:
             write_file(folder / name, png_bytes(picture))
             return str(folder / name)
 
-        person = "a person in a red shirt and blue trousers, white wall"
-        first = self.make(prompt=person, seed=4)
-        red = (first[..., 0].astype(int) - first[..., 1:].max(2)) > 60
-        path, mask = kept("person.png", first), kept("shirt.png", (red * 255).astype(np.uint8))
-        painted = {"init": path, "mask": mask, "seed": 4}
+        scenes = [make_scene(HELD_OUT + number) for number in (PERSON, ROOM)]
+        drawn = render(scenes, 128)
+        person, room = drawn.images.numpy()
+        shirt = cv2.dilate((drawn.parts[0] == MAIN).numpy().astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
+        pose = kept("person.pose.png", pose_of(drawn.joints[0].numpy(), 128))
+        painted = {"init": kept("person.png", person), "mask": kept("shirt.png", shirt), "cond": pose, "seed": 4}
         shirts = [
-            (self.make(prompt=person.replace("red", colour), **painted), f'--mask shirt, "a {colour} shirt"')
-            for colour in ("green", "yellow")
+            (self.make(prompt=scenes[0].caption.replace("cyan", colour), **painted), f'--mask, "a {colour} shirt"')
+            for colour in ("red", "yellow")
         ]
-        shirt = [(first, "made by tiny"), (255 * np.repeat(red[..., None], 3, 2).astype(np.uint8), "its red, as mask")]
 
-        scene = "a green cube, grey floor, blue wall"
-        room = self.make(prompt=scene, seed=2)
-        path = kept("room.png", room)
+        colours = "a large yellow cone on the right of a blue cube, grey wall, brown floor"
+        under = {"init": kept("room.png", room), "cond": kept("room.depth.png", user_depth(room)), "seed": 2}
         again = [
-            (self.make(prompt=scene.replace("green cube", "red sphere"), init=path, strength=s, seed=2),
-             f'--init, "a red sphere", --strength {s:g}')
-            for s in (0.5, 0.75, 0.9)
-        ]  # fmt: skip
-
-        large = {"prompt": scene, "seed": 2}
-        larger = [
-            (self.make(**large, hires=2, hires_strength=0.5), "--hires 2x: 256 pixels"),
-            (self.make(**large, hires=2, hires_strength=0.5, tiles=True), "--hires 2x --tiles"),
-            (self.make(**large, hires=4, hires_strength=0.4, tiles=True), "--hires 4x --tiles: 512 pixels"),
+            (self.make(prompt=colours, strength=strength, **under), f'--strength {strength:g}, "a yellow cone, ..."')
+            for strength in (0.5, 0.75, 0.95)
         ]
-        return [[*shirt, *shirts], [(room, f'"{scene}"'), *again], [(room, "128 pixels"), *larger]]
 
-    def adapters(self, lora: Path, word: Path) -> list[list[tuple[np.ndarray, str]]]:
-        """Rows of pictures: a LoRA's scales, a learned word, weights of words."""
-        plain, seed = "a cube, grey floor, blue wall", 11
-        scales = [(self.make(prompt=plain, seed=seed), f'"{plain}"')] + [
-            (self.make(prompt=plain, seed=seed, lora=(f"{lora}:{scale}",)), f"--lora {COLOUR}:{scale}")
+        larger = {"prompt": scenes[1].caption, "strength": 0.4, **under}
+        enlarged = [
+            (self.make(**larger, size=(256, 256)), "--size 256 --strength 0.4"),
+            (self.make(**larger, size=(256, 256), tiles=True), "--size 256 --tiles"),
+            (self.make(**larger, size=(512, 512), tiles=True), "--size 512 --tiles"),
+        ]
+        mask = np.repeat(shirt[..., None], 3, 2)
+        return [
+            [(person, "a drawn scene"), (mask, "the mask"), *shirts],
+            [(room, "a drawn scene, its depth the condition"), *again],
+            [(room, "128 pixels"), *enlarged],
+        ]
+
+    def adapters(self, folder: Path, lora: Path, word: Path) -> Rows:
+        """Rows of pictures, the shapes by a depth map: a LoRA's scales, a learned word, weights of words."""
+        drawn = render([make_scene(HELD_OUT + number) for number in (*ONE_THING, ROOM)], 128)
+        depths = []
+        for number, picture in enumerate(drawn.images.numpy()):
+            depths.append(str(folder / f"{number}.depth.png"))
+            write_file(Path(depths[-1]), png_bytes(user_depth(picture)))
+
+        plain = "a cube, grey floor, blue wall"
+        under = {"cond": depths[0], "seed": 3}
+        scales = [(self.make(prompt=plain, **under), f'"{plain}"')] + [
+            (self.make(prompt=plain, lora=(f"{lora}:{scale}",), **under), f"--lora {COLOUR}:{scale}")
             for scale in (0.5, 0.8, 1.0)
         ]
         words = [
-            (self.make(prompt=f"a {WORD} {shape}, grey floor, blue wall", seed=seed, embedding=(str(word),)),
+            (self.make(prompt=f"a {WORD} {shape}, grey floor, blue wall", seed=3, cond=depth, embedding=(str(word),)),
              f'--embedding, "a {WORD} {shape}"')
-            for shape in ("cube", "sphere", "cone", "cylinder")
+            for shape, depth in zip(("cube", "sphere", "cone", "cylinder"), depths, strict=False)
         ]  # fmt: skip
-        both = "a red cube and a ({}:{}) sphere, grey floor"
+        text = "a red cone on the right of a (yellow:{}) cube, grey wall, blue floor"
         weights = [
-            (self.make(prompt=both.format("yellow", weight), seed=7), f'"... ({"yellow"}:{weight}) sphere"')
+            (self.make(prompt=text.format(weight), seed=3, cond=depths[-1]), f'"... a (yellow:{weight}) cube"')
             for weight in (0.2, 0.6, 1.0, 1.4)
         ]
         return [scales, words, weights]
 
 
-def sheet(rows: list[list[tuple[np.ndarray, str]]]) -> bytes:
+def sheet(rows: Rows) -> bytes:
     cells = [(fit(picture, (SHOWN, SHOWN), "stretch"), text) for row in rows for picture, text in row]
     return png_bytes(contact_sheet(cells, columns=len(rows[0])))
 
@@ -171,7 +188,7 @@ def main() -> None:
         lora, word = folder / f"{COLOUR}.safetensors", folder / "word.safetensors"
         learn_lora(lora, args.steps)
         learn_word(word, args.steps)
-        write_file(args.out / "adapters.png", sheet(sheets.adapters(lora, word)))
+        write_file(args.out / "adapters.png", sheet(sheets.adapters(folder, lora, word)))
     print(args.out)
 
 

@@ -157,6 +157,10 @@ class Base:
     def max_tokens(self) -> int:
         return min(encoder.max_tokens for encoder in self.encoders)
 
+    def count_chunks(self, text: str) -> int:
+        """In how many chunks a prompt with weights is read."""
+        return max(len(encoder.chunks(text)) for encoder in self.encoders)
+
     def cut_words(self, prompt: str) -> str:
         """The end of the prompt that lies beyond the encoders' length, or ''."""
         return max((encoder.cut_words(prompt) for encoder in self.encoders), key=len)

@@ -114,7 +114,7 @@ def chunks(prompt: str, tokenize: Callable[[str], list[list[int]]], length: int,
                 rest = chunk.cut(last_comma + 1)
                 done.append(chunk)
                 chunk, last_comma = rest, -1
-            if len(chunk.ids) + len(group) > length:
+            if chunk.ids and len(chunk.ids) + len(group) > length:
                 done.append(chunk)
                 chunk, last_comma = Chunk(), -1
             chunk.ids += group[:length]

@@ -117,8 +117,11 @@ def _check_t2i(stored: Stored, config: Mapping, base: Mapping, base_name: str) -
     of_xl = config["adapter_type"] == "full_adapter_xl"
     own, widths = _plain(config["channels"]), _plain(base.get("block_out_channels"))
     # The last feature of SDXL's is for the middle block; the light one's has the channels of the one before.
-    per_block = {"full_adapter_xl": own[:-1], "light_adapter": [*own, own[-1]]}.get(config["adapter_type"], own)
-    if per_block != widths or of_xl != bool(base.get("addition_embed_type")):
+    downs = base.get("down_block_types") or ()
+    plain = [not str(name).startswith("CrossAttn") for name in downs]  # its feature has the next block's size
+    expected = [True] + [False] * (len(plain) - 1) if of_xl else [False] * (len(plain) - 1) + plain[-1:]
+    per_block = {"full_adapter_xl": own[:-1], "light_adapter": [*own, *own[-1:]]}.get(config["adapter_type"], own)
+    if not own or per_block != widths or plain != expected or of_xl != bool(base.get("addition_embed_type")):
         raise ModelError(
             f"{stored.path} does not fit base {base_name} ({family_name(base)}): a T2I-Adapter of"
             f" {SDXL.name if of_xl else SD1.name}, its channels are {own}, the base's {widths}",

@@ -96,10 +96,10 @@ class TextEncoder:
                 "a base with a tokenizer of its own, as a folder in diffusers' layout",
             )
         skip += self.skipped
+        # A learned word stands as a comma, so that the last token, whose text is pooled, is found.
+        plain = ids.masked_fill(ids < 0, self.comma) if self.learned else ids
         hook = table.register_forward_hook(partial(self._put_learned, ids))
         try:
-            # A learned word stands as a comma, so that the last token, whose text is pooled, is found.
-            plain = ids.masked_fill(ids < 0, self.comma) if self.learned else ids
             out = self.network(plain.to(device), output_hidden_states=bool(skip))
         finally:
             hook.remove()
@@ -132,4 +132,11 @@ def words_apart(text: str, words: Iterable[str]) -> list[str]:
     """A text cut around some words, where they stand as words, in small letters or capitals; a word within a longer one
     is none."""
     names = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return [part for part in re.split(rf"(?i)(?<![\w-])({names})(?![\w-])", text) if part] if names else [text]
+    if not names:
+        return [text]
+    bounded = rf"(?i)((?<![\w-])(?=[\w-])|(?=[^\w-]))({names})((?<=[\w-])(?![\w-])|(?<=[^\w-]))"
+    found, end = [], 0
+    for match in re.finditer(bounded, text):
+        found += [text[end : match.start()], match[2]]
+        end = match.end()
+    return [part for part in (*found, text[end:]) if part]

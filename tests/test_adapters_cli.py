@@ -134,9 +134,71 @@ def test_from_python(small_base_folder, files):
 
 
 @pytest.mark.parametrize("given, said", [
-    ({"lora": "a.safetensors:much"}, "FILE:scale"), ({"lora": "a.safetensors:nan"}, "finite scale"),
+    ({"lora": "a.safetensors:much"}, "FILE:scale"), ({"lora": "a.safetensors:nan"}, "a finite number"),
     ({"lora": [1]}, "text or a list of texts"), ({"embedding": [""]}, "text or a list of texts"),
 ])  # fmt: skip
 def test_what_is_wrong_is_told_at_once(given, said):
     with pytest.raises(UsageError, match=said):
         Job(prompt="x", **given)
+
+
+def test_files_that_have_moved_are_found_or_told(run, common, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "toy.safetensors"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    more = ["--lora", "a.safetensors:0.5", "--embedding", "toy.safetensors"]
+    assert run(*common, "-p", "a <toy>", *more, "-o", "sub/x.png")[0] == 0
+    (tmp_path / "a.safetensors").rename(tmp_path / "sub/a.safetensors")  # beside the image
+    assert run("replay", "sub/x.png")[1].strip() == "identical"
+    (tmp_path / "sub/a.safetensors").rename(tmp_path / "else.safetensors")
+    code, _, err = run("replay", "sub/x.png")
+    assert code != 0 and "--lora" in err
+    assert run("replay", "sub/x.png", "--lora", "else.safetensors")[1].strip() == "identical"
+    code, _, err = run("replay", "sub/x.png", "--lora", "else.safetensors", "--lora", "else.safetensors")
+    assert code == 2 and "the image has 1 in its record" in err
+
+
+def test_jobs_of_other_lengths_and_regions_are_not_made_together(run, common, tmp_path, monkeypatch):
+    """Each image of a batch is the one that is made alone, and replays."""
+    monkeypatch.chdir(tmp_path)
+    long = "a red cube on a blue floor, " * 9
+    jobs = [{"prompt": text, "out": f"{k}.png"} for k, text in enumerate(("a cube", long, "a cube", long))]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    command = [*(word if word != "float32" else "bfloat16" for word in map(str, common))]
+    assert run(*command, "--jobs", "jobs.jsonl")[0] == 0
+    for k in range(4):
+        assert run("replay", f"{k}.png")[1].strip() == "identical", k
+
+
+def test_a_word_that_is_nowhere_is_told(run, common, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*common, "-p", "a red cube", "--embedding", f"{files}/toy.safetensors:zork", "-o", "x.png")
+    assert code == 0 and "the learned word 'zork' is in none of the prompts" in err
+    for word in ("", " ", ",", "BREAK", "two words", "(w)"):
+        code, _, err = run(*common, "-p", "x", "--embedding", f"{files}/toy.safetensors:{word}", "-o", "y.png")
+        assert (code == 0) == (word == ""), (word, err)
+
+
+def test_a_damaged_file_ends_its_job_alone(run, common, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k"
+    down, up = torch.randn(2, 16), torch.randn(16, 2)
+    bad = {
+        "rank0": {f"{key}.lora_down.weight": torch.zeros(0, 16), f"{key}.lora_up.weight": torch.zeros(16, 0)},
+        "alpha": {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.ones(2)},
+        "flat": {f"{key}.lora_down.weight": down.flatten(), f"{key}.lora_up.weight": torch.tensor(1.0)},
+        "twice": {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up,
+                  "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight": down.clone(),
+                  "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k.lora_B.weight": up.clone()},
+    }  # fmt: skip
+    jobs = []
+    for name, state in bad.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        jobs.append({"prompt": "x", "lora": f"{name}.safetensors", "out": f"{name}.png"})
+    for name, content in {"list": [1], "numbers": {1: torch.ones(2, 16), 2: torch.ones(2, 16)}, "five": 5}.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        jobs.append({"prompt": "x", "embedding": f"{name}.pt", "out": f"{name}.png"})
+    jobs.insert(2, {"prompt": "x", "out": "good.png"})
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    code, _, err = run(*common, "--jobs", "jobs.jsonl")
+    assert code == 6 and err.count("error:") == 7 and (tmp_path / "good.png").is_file(), err

@@ -277,3 +277,31 @@ def test_a_condition_acts_on_the_rest_or_on_what_is_painted(run, photos, masks):
     assert near["mask.png"] < near["negative.png"] and not np.array_equal(images["@mask"], images["@rest"])
     code, _, err = run("generate", "--cond", "photos/0.png,detect=canny,region=@rest", "--prompt", "x")
     assert code == Exit.USAGE and "region=@rest without --mask" in err
+
+
+def test_regions_of_two_masks_in_one_batch(run, photos, flags, small_base_folder):
+    """With --region-only a region is cut as its photo is: such images are not made under the first one's."""
+    rng = np.random.default_rng(1)
+    photo = np.kron(rng.integers(0, 255, (40, 60, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    (photos / "large.png").write_bytes(png_bytes(photo))
+    (photos / "region.png").write_bytes(png_bytes((np.arange(480) > 300) * np.full((320, 480), 255, np.uint8)))
+    for name, left in (("l", 40), ("r", 400)):
+        mask = np.zeros((320, 480), np.uint8)
+        mask[100:130, left : left + 40] = 255
+        (photos / f"{name}.png").write_bytes(png_bytes(mask))
+    cond = f"large.png,detect=canny,net={small_base_folder}/net,region=region.png"
+    job = {"prompt": "x", "init": "large.png", "region_only": True, "cond": cond, "size": "72x64"}
+    jobs = [job | {"mask": f"{name}.png", "out": f"out-{name}.png"} for name in "lr"]
+    (photos / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    assert run("generate", *flags, "--jobs", "jobs.jsonl")[0] == 0
+    for name in "lr":
+        _, out, err = run("replay", f"out-{name}.png")
+        assert out.strip() == "identical", (name, err)
+
+
+def test_a_thin_line_in_a_large_mask_is_not_lost(run, photos, flags):
+    mask = np.zeros((720, 960), np.uint8)
+    mask[300:303, 100:800] = 255
+    (photos / "thin.png").write_bytes(png_bytes(mask))
+    code, _, err = run("generate", "--init", "photos/0.png", "--mask", "thin.png", "-p", "x", *flags, "-o", "t.png")
+    assert code == 0 and (pixels("t.png")[0] != pixels("photos/0.png")[0]).any(), err

@@ -6,18 +6,20 @@ and {emb_params: tensor}, SDXL's {clip_l: tensor, clip_g: tensor}. Pickles are r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from controlnet.model.adapters.parts import file_in
 from controlnet.model.base import Base
 from controlnet.model.files.families import family_by_width
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.files.stored import EMBEDDING_FILES
 from controlnet.model.files.tensors import check_finite, read_pickle, read_tensors
 from controlnet.preprocessors.errors import ModelError, UsageError
-from torch import Tensor
+from torch import Tensor, nn
 
 PAIR = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """The names of SDXL's two tensors, and the encoders that they are for."""
@@ -41,13 +43,13 @@ class Embedding:
 def read_embedding(path: Path, word: str | None = None) -> Embedding:
     """Read a file, or the file of a folder; `word` stands in place of the file's own. Raises ModelError for a file that
     holds something else."""
-    file = next((path / name for name in EMBEDDING_FILES if (path / name).is_file()), path)
+    file = file_in(path, EMBEDDING_FILES)
     found: Any = read_tensors(file) if file.suffix == ".safetensors" else read_pickle(file)
     name = ""
-    if isinstance(found, dict) and "string_to_param" in found:
-        params = found["string_to_param"]
-        name, found = str(found.get("name") or ""), {key: params[key] for key in params}
-    tensors = {"": found} if isinstance(found, Tensor) else {k: v for k, v in found.items() if isinstance(v, Tensor)}
+    if isinstance(found, dict) and isinstance(found.get("string_to_param"), (dict, nn.ParameterDict)):
+        name, found = str(found.get("name") or ""), dict(found["string_to_param"].items())
+    found = {"": found} if isinstance(found, Tensor) else found if isinstance(found, dict) else {}
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
     if tensors.keys() == PAIR.keys():
         vectors = {PAIR[key]: _rows(file, tensor) for key, tensor in tensors.items()}
     elif len(tensors) == 1:
@@ -59,12 +61,15 @@ def read_embedding(path: Path, word: str | None = None) -> Embedding:
             f"{file}: holds {len(tensors)} tensors ({', '.join(list(tensors)[:3])}), expected the vectors of one word",
             "a file of textual inversion; a LoRA is given with --lora",
         )
-    check_finite(vectors, file)
-    return Embedding(file, word or name or file.stem, vectors)
+    check_finite({part or "its vectors": tensor for part, tensor in vectors.items()}, file)
+    word = (word or name or file.stem).strip()
+    if not re.search(r"[^\s,()\[\]\\:]", word) or re.search(r"\s|[()\[\]\\]", word) or word == "BREAK":
+        raise UsageError(f"--embedding {path}: {word!r} can be no word of a prompt", f"--embedding {path}:WORD")
+    return Embedding(file, word, vectors)
 
 
 def _rows(file: Path, tensor: Tensor) -> Tensor:
-    if tensor.ndim not in (1, 2) or not tensor.numel():
+    if tensor.ndim not in (1, 2) or tensor.is_sparse or tensor.is_complex() or not tensor.numel():
         raise ModelError(f"{file}: vectors of shape {tuple(tensor.shape)}, expected (number, width)")
     return tensor.detach().float().reshape(-1, tensor.shape[-1])
 
@@ -83,6 +88,10 @@ def with_embeddings(base: Base, embeddings: Sequence[Embedding]) -> Base:
         fitting = [vectors for encoder in encoders if (vectors := _fitting(one, encoder)) is not None]
         if len(fitting) < len(encoders):
             raise _other_family(one, base)
+        if (count := max(map(len, fitting))) > base.max_tokens - 2:
+            raise ModelError(
+                f"{one.path}: {count} vectors, base {base.name} reads {base.max_tokens - 2} tokens at once"
+            )
         encoders = [
             replace(encoder, learned=encoder.learned | {word: vectors})
             for encoder, vectors in zip(encoders, fitting, strict=True)

@@ -6,7 +6,6 @@ W' = W + sum of scale * alpha / rank * up @ down (Hu et al. 2021, arXiv 2106.096
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,40 +26,40 @@ def with_loras(base: Base, loras: Sequence[tuple[LoraFile, float]]) -> Base:
     """The base under LoRAs, each with its scale. It shares every tensor that they do not change; `base` stays as it is.
     A scale of 0 changes nothing. Raises ModelError for a file that cannot be read."""
     parts = Parts(base)
-    sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for file, scale in loras:
-        if scale == 0:
-            continue
-        state = file.tensors()
-        for part, changes in file.changes.items():
-            for change in changes.values():
-                module = parts.module(part, change.module)
-                for name, delta in _deltas(file, part, change, module, state, scale).items():
-                    key = f"{change.module}.{name}"
-                    sums[part][key] = sums[part][key] + delta if key in sums[part] else delta
-    changed = {
-        part: {key: _added(parts.networks[part].get_parameter(key), delta) for key, delta in deltas.items()}
-        for part, deltas in sums.items()
-    }
+    acting = [(file, scale, file.tensors()) for file, scale in loras if scale != 0]
+    changed: dict[str, dict[str, Tensor]] = {}
+    for part in parts.networks:
+        # A module at a time: no more than its own changes are in memory in float32.
+        changed[part] = {}
+        for name in dict.fromkeys(module for file, _, _ in acting for module in file.changes.get(part, {})):
+            module: Any = parts.module(part, name)
+            sums: State = {}
+            for file, scale, state in acting:
+                change = file.changes.get(part, {}).get(name)
+                deltas = {} if change is None else _deltas(file, part, change, module, state, scale)
+                sums |= {key: sums[key] + delta if key in sums else delta for key, delta in deltas.items()}
+            for key, delta in sums.items():
+                weight = getattr(module, key)
+                changed[part][f"{name}.{key}"] = laid_out_as(weight.float() + delta, weight)
     return with_tensors(base, changed)
 
 
-def _added(weight: Tensor, delta: Tensor) -> Tensor:
-    return laid_out_as(weight.float() + delta, weight)
-
-
-def _deltas(file: LoraFile, part: str, change: Change, module: Any, state: State, scale: float) -> dict[str, Tensor]:
+def _deltas(file: LoraFile, part: str, change: Change, module: Any, state: State, scale: float) -> State:
     """What a change adds to the parameters of its module, float32."""
-    own = {what: state[key].to(module.weight.device, torch.float32) for what, key in change.keys.items()}
-    scaling = scale * file.scaling(part, change, own.pop("alpha", None))
     try:
-        if change.method == "full":
-            names = {"diff": "weight", "diff_b": "bias"}
-            return {
-                names[what]: scaling * delta.reshape(getattr(module, names[what]).shape) for what, delta in own.items()
-            }
-        return {"weight": METHODS[change.method](_bare(module), own, change.rank, scaling)}
-    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        own = {what: state[key].to(module.weight.device, torch.float32) for what, key in change.keys.items()}
+        scaling = scale * file.scaling(part, change, own.pop("alpha", None))
+        found = {}
+        if "diff_b" in own:
+            found["bias"] = scale * own.pop("diff_b").reshape(module.bias.shape)
+        if change.method == "full" and "diff" in own:
+            found["weight"] = scale * own["diff"].reshape(module.weight.shape)
+        elif change.method != "full":
+            found["weight"] = METHODS[change.method](_bare(module), own, change.rank, scaling)
+        return found
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # tensors and settings that do not go together fail in a dozen ways
         raise ModelError(
             f"{file.path}: {next(iter(change.keys.values()))}: its {change.method} cannot be computed"
             f" ({type(error).__name__}: {error})",
@@ -96,7 +95,7 @@ def _lora(bare: Any, own: State, rank: int, scaling: float) -> Tensor:
     if "dora" not in own:
         return layer.get_delta_weight("it")
     magnitude = layer.lora_magnitude_vector["it"]
-    if own["dora"].numel() != len(bare.weight):
+    if own["dora"].shape[0] != len(bare.weight) or own["dora"].numel() != len(bare.weight):
         raise ValueError(f"magnitudes {tuple(own['dora'].shape)}, one for each output is read")
     magnitude.weight = nn.Parameter(own["dora"].reshape(magnitude.weight.shape))
     before = bare.weight.clone()

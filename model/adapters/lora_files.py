@@ -9,12 +9,13 @@ themselves are the table.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from controlnet.model.adapters.parts import Parts
+from controlnet.model.adapters.parts import Parts, file_in
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.files.stored import LORA_FILES
 from controlnet.model.files.tensors import Header, check_finite, read_header, read_json, read_tensors
@@ -65,7 +66,7 @@ class Change:
     @property
     def method(self) -> str:
         """LoRA, LoHa, LoKr, full or DoRA; empty for a change that is not whole."""
-        found = next((KINDS[name] for name in self.keys if name in KINDS), "")
+        found = next((kind for name, kind in KINDS.items() if name in self.keys), "")
         return "DoRA" if found == "LoRA" and "dora" in self.keys else found
 
     @property
@@ -139,7 +140,8 @@ class LoraFile:
 def _setting(settings: Mapping[str, Any], module: str, default: float) -> float:
     """The alpha of a module in peft's settings: that of the first pattern that its name ends with, else of all."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        name = pattern.strip("^$")  # peft takes it for a regular expression; what trainers write are names
+        if module == name or module.endswith(f".{name}"):
             return float(alpha)
     return float(settings.get("lora_alpha", default))
 
@@ -147,7 +149,7 @@ def _setting(settings: Mapping[str, Any], module: str, default: float) -> float:
 def open_lora(path: Path, parts: Parts, base_name: str) -> LoraFile:
     """Read the header of a LoRA, a file or a folder with one, for a base. Raises ModelError for what cannot be read, a
     method that is not known, another family, and a file of which nothing applies."""
-    file = _file_in(path)
+    file = file_in(path, LORA_FILES)
     headers, metadata = read_header(file)
     found = _grouped(file, headers)
 
@@ -161,26 +163,21 @@ def open_lora(path: Path, parts: Parts, base_name: str) -> LoraFile:
             first_other = first_other or next(iter(keys.values()))
             continue
         change = Change(module, keys, {what: headers[key].shape for what, key in keys.items()})
-        _check(file, part, change, parts, base_name)
-        changes.setdefault(part, {})[module] = change
+        first = next(iter(keys.values()))
+        if module in changes.setdefault(part, {}):
+            raise ModelError(f"{file}: {first}: holds two changes of one module", "download the file again")
+        try:
+            _check(file, part, change, parts, base_name)
+        except IndexError:
+            raise ModelError(f"{file}: {first}: tensors of too few dimensions", "download the file again") from None
+        changes[part][module] = change
+    changes = {part: of_part for part, of_part in changes.items() if of_part}
     if not changes:
         raise ModelError(
             f"{file}: 0 of its {len(found)} changes apply to base {base_name}, such as {first_other or 'none'}",
             "a LoRA for this base, or another --base",
         )
     return LoraFile(file, changes, others, first_other, _alphas(file, metadata))
-
-
-def _file_in(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in LORA_FILES:
-        if (path / name).is_file():
-            return path / name
-    only = sorted(path.glob("*.safetensors"))
-    if len(only) != 1:
-        raise ModelError(f"{path}: {len(only)} .safetensors files, expected one, or {LORA_FILES[0]}", f"ls {path}")
-    return only[0]
 
 
 def _grouped(file: Path, headers: Mapping[str, Header]) -> dict[tuple[str, str], dict[str, str]]:
@@ -204,10 +201,13 @@ def _grouped(file: Path, headers: Mapping[str, Header]) -> dict[tuple[str, str],
         raise ModelError(
             f"{file}: no LoRA: none of its {len(headers)} tensors is a change of a module"
             + (f", such as {unknown[0]}" if unknown else ""),
-            "controlnet models show FILE says what it is",
+            f"controlnet models show {file} says what it is; learned words are given with --embedding",
         )
     if unknown:
-        raise ModelError(f"{file}: {len(unknown)} keys of no known form, such as {unknown[0]}")
+        raise ModelError(
+            f"{file}: {len(unknown)} keys of no known form, such as {unknown[0]}",
+            "LoRA, LoCon, LoHa, LoKr, DoRA are read",
+        )
     return found
 
 
@@ -233,8 +233,8 @@ def _alphas(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     config = file.parent / "adapter_config.json"
     if file.name == "adapter_model.safetensors" and config.is_file():
         return {"unet": read_json(config, "")}
-    settings: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in object_or_empty(metadata.get("lora_adapter_metadata", "{}").encode()).items():
         part, _, key = name.partition(".")
-        settings.setdefault(part, {})[key] = value
+        settings[part][key] = value
     return settings

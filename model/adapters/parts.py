@@ -4,15 +4,29 @@ but those that are changed. So no adapter ever writes into a base."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from controlnet.model.base import Base
 from controlnet.model.files import names
 from controlnet.model.files.families import family_by_width
+from controlnet.preprocessors.errors import ModelError
 from torch import Tensor, nn
+
+
+def file_in(path: Path, names: Sequence[str]) -> Path:
+    """The file of an adapter: the path itself, or of a folder the one with one of these names, else its only
+    .safetensors. Raises ModelError if there is none."""
+    if not path.is_dir():
+        return path
+    known = [path / name for name in names if (path / name).is_file()]
+    alone = sorted(path.glob("*.safetensors"))
+    if not known and len(alone) != 1:
+        raise ModelError(f"{path}: {len(alone)} .safetensors files, expected one, or {names[0]}", f"ls {path}")
+    return (known or alone)[0]
 
 
 class Parts:

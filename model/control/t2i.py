@@ -28,7 +28,10 @@ class T2INet(T2IAdapter):
         return connections_of(self.config)  # type: ignore[arg-type]
 
     def prepare(self, condition: Tensor) -> list[Tensor]:
-        """The features (B, C, h_i, w_i) of a condition (B, 3, H, W) in [0, 1], one for each connection."""
+        """The features (B, C, h_i, w_i) of a condition (B, 3, H, W) in [0, 1], one for each connection. Where a fourth
+        channel hides it, it is black."""
+        if condition.shape[1] == 4:
+            condition = condition[:, :3] * (condition[:, 3:] > 0.5)
         if self.config["in_channels"] == 1:  # those of edges and sketches read grey
             condition = condition[:, :3].mean(1, keepdim=True)
         step = self.config["downscale_factor"]

@@ -73,8 +73,8 @@ class Encoded:
     features: dict[tuple[int, int], tuple[np.ndarray, Feature]] = field(default_factory=dict)
     """The key is the `id` of network and condition. The condition is kept with its feature, so that Python gives its
     `id` to no other."""
-    latents: dict[tuple[int, ...], tuple[Any, Tensor]] = field(default_factory=dict)
-    """Of pictures to start from; the key is the `id` of VAE, picture and what is hidden of it."""
+    latents: dict[tuple[Any, ...], tuple[Any, Tensor]] = field(default_factory=dict)
+    """Of pictures to start from; the key is the `id` of VAE, picture and what is hidden of it, and the tiles."""
 
     def encode_texts(self, base: Base, texts: set[Texts], clip_skip: int, emphasis: bool) -> None:
         """Encode the texts that are new, and forget the prompts of all others."""
@@ -105,14 +105,14 @@ class Encoded:
         """z_0 (B, C, h, w) of the pictures that images start from, float32, the mean of what the VAE says, in the tiles
         of a grid if there is one; and with `hide` of the pictures without what is in their masks. Those of other
         pictures are forgotten."""
-        kept: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
+        kept: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         columns = []
         for hides in (False, True)[: 1 + hide]:
             rows = []
             for request in requests:
                 picture, hidden = request.init, request.mask if hides else None
                 assert picture is not None
-                key = id(base.vae), id(picture), id(hidden)
+                key = id(base.vae), id(picture), id(hidden), *((tile.top, tile.left) for tile in grid)
                 known = kept.get(key) or self.latents.get(key)
                 if known is None:
                     z0 = latent_in(grid, base, picture, hidden) if grid else base.latent_of(picture, hidden)
@@ -219,8 +219,9 @@ def _in_tiles(
         return cat_features([net.prepare(_input(part, base)) for part in parts])
 
     def controls_of(tile: Tile) -> list[ActiveNet]:
+        regions: dict[int, np.ndarray] = {}  # conditions with one region keep sharing it: unions take them in one pass
         return [
-            control_in(tile, one, conditions, prepare, base.factor)
+            control_in(tile, one, conditions, prepare, base.factor, regions)
             for one, conditions in zip(controls, columns, strict=True)
         ]
 
@@ -274,8 +275,8 @@ TILE = 512
 
 
 def check_memory(base: Base, size: tuple[int, int], low_memory: bool, tile: int | None = None) -> None:
-    """Raises UsageError for a canvas (width, height) that does not fit into the free memory, in tiles of this side if
-    one is given. The estimate counts the
+    """Raises UsageError for a canvas (width, height) that does not fit into the free memory, or of which no tile of
+    this side does. The estimate counts the
     numbers alive at once: 14 per channel and pixel in the decoder (measured at 512 to 768 pixels, benchmarks/LOG.md),
     and 40 per channel and latent cell in the UNet, for each half of the guidance."""
     width, height = (min(side, tile) for side in size) if tile else size
@@ -288,8 +289,10 @@ def check_memory(base: Base, size: tuple[int, int], low_memory: bool, tile: int 
     if needed > free:
         fits = int((free / needed) ** 0.5 * min(size)) // 64 * 64
         raise UsageError(
-            f"size {width}x{height}: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free",
-            ("" if tile else "--tiles; ") + ("" if low_memory else "--low-memory; or ") + f"--size {max(64, fits)}",
+            ("a tile of " if tile else "size ")
+            + f"{width}x{height}: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free",
+            ("" if low_memory else "--low-memory; ")
+            + ("another --dtype" if tile else f"--tiles; or --size {max(64, fits)}"),
         )
 
 

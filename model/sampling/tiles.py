@@ -85,12 +85,21 @@ class InTiles:
 
 
 def control_in(
-    tile: Tile, one: ActiveNet, conditions: Sequence[np.ndarray], prepare: Callable, factor: int
+    tile: Tile,
+    one: ActiveNet,
+    conditions: Sequence[np.ndarray],
+    prepare: Callable,
+    factor: int,
+    regions: dict[int, np.ndarray],
 ) -> ActiveNet:
-    """A control at work in a tile: the features of its part of the conditions, and its part of the region."""
+    """A control at work in a tile: the features of its part of the conditions, and its part of the region, which
+    `regions` keeps by the `id` of the whole one."""
     parts = [tile.of_pixels(condition, factor) for condition in conditions]
-    region = one.strength.region
-    strength = one.strength if region is None else replace(one.strength, region=tile.of_pixels(region, factor))
+    region, strength = one.strength.region, one.strength
+    if region is not None:
+        if id(region) not in regions:
+            regions[id(region)] = tile.of_pixels(region, factor)
+        strength = replace(strength, region=regions[id(region)])
     return replace(one, feature=prepare(one.net, parts), strength=strength)
 
 

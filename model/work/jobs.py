@@ -62,7 +62,7 @@ class Job:
     """A condition map, or a folder of maps; repeat for several. Keys: detect=KIND, kind, net, scale, start, end,
     weighting, region."""
     prompt: str = options.option("", options.text, str, "-p", shared=False)
-    """What the image shows; @FILE reads it from a file."""
+    """What the image shows; (word:1.2) counts more, [word] less; @FILE reads it from a file."""
     negative: str | None = options.option(None, options.text, shared=False)
     """What it should not show; or @FILE. (default: nothing, for SDXL the zeros that it was trained with)"""
     prompt2: str | None = options.option(None, options.text, shared=False)
@@ -90,16 +90,18 @@ class Job:
     vae: str | None = options.option(None, options.text)
     """Another VAE than the base's own: a folder, a single file, or a hub id."""
     lora: tuple[str, ...] = options.option((), options.loras, list[str], metavar="FILE[:scale]", flag_default=None)
-    """A LoRA on the base: a file, a folder or a hub id; repeat for several."""
-    embedding: tuple[str, ...] = options.option((), options.texts, list[str], metavar="FILE[:word]", flag_default=None)
+    """A LoRA on the base: a file, a folder or a hub id, with a scale (default: 1); repeat for several."""
+    embedding: tuple[str, ...] = options.option(
+        (), options.embeddings, list[str], metavar="FILE[:word]", flag_default=None
+    )
     """A word that was learned (textual inversion); repeat for several. (default word: the file's own, or its name)"""
     size: tuple[int, int] | None = options.option(None, options.size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
     init: str | None = options.option(None, options.text, shared=False)
     """A picture to start from, or a folder of them; `--cond @init,detect=KIND` takes its condition from it."""
     strength: float | None = options.option(None, options.number, float)
-    """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6, with
-    --mask 1)"""
+    """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6; 1
+    where there is a mask)"""
     mask: str | None = options.option(None, options.text, shared=False)
     """A picture that is white where the one to start from is made anew, grey in part; what is black stays, byte for
     byte. @alpha: where it is transparent."""
@@ -140,6 +142,10 @@ class Job:
         for name, option in OPTIONS.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, option.read(name, value))
+
+        for name in ("lora", "embedding"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
 
         # As diffusers has it, and empty cells of CSV files.
         for name in ("prompt2", "negative2", "vae", "init", "mask"):

@@ -129,21 +129,38 @@ def loras(name: str, value: Any) -> tuple[str, ...]:
     return found
 
 
+def embeddings(name: str, value: Any) -> tuple[str, ...]:
+    found = texts(name, value)
+    for one in found:
+        embedding_of(one)
+    return found
+
+
 def lora_of(text: str) -> tuple[str, float]:
     """(file, folder or hub id, scale) of `FILE[:scale]`."""
     source, colon, end = text.rpartition(":")
     if not colon or exists(text) or "/" in end or "." in end.lstrip("+-0123456789."):
         return text, 1.0
-    scale = number(f"--lora {text}", end, what="FILE:scale, such as style.safetensors:0.8")
-    if not math.isfinite(scale):
-        raise UsageError(f"--lora {text}: expected a finite scale", f"--lora {source}:0.8")
+    try:
+        scale = float(end)
+    except ValueError:
+        scale = math.nan
+    if not (math.isfinite(scale) and source):
+        raise UsageError(
+            f"--lora {text}: expected FILE or FILE:scale, a finite number",
+            f"--lora {source or 'style.safetensors'}:0.8",
+        )
     return source, scale
 
 
 def embedding_of(text: str) -> tuple[str, str | None]:
     """(file, folder or hub id, word) of `FILE[:word]`."""
     source, colon, word = text.rpartition(":")
-    return (text, None) if not colon or exists(text) or "/" in word else (source, word or None)
+    if not colon or exists(text) or "/" in word:
+        return text, None
+    if not source:
+        raise UsageError(f"--embedding {text}: expected FILE or FILE:word", "--embedding toy.safetensors:toy")
+    return source, word or None
 
 
 def weighting(name: str, value: Any) -> str | tuple[float, ...]:

@@ -80,7 +80,8 @@ def read_painting(
         mask, digest = _read_mask(mask_path, say)
     if mask.shape != (height, width):
         say(f"{mask_path}: mask of {mask.shape[1]}x{mask.shape[0]} brought to the photo's {width}x{height}")
-        mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)
+        shrinks = mask.size > width * height
+        mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     share = _share(255 - mask if invert else mask)
     if share.min() == 1 or share.max() == 0:
         what = "all of it is" if share.min() == 1 else "nothing is"

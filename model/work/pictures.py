@@ -34,6 +34,7 @@ class Pictures:
 
     def __init__(self, offline: bool, strict: bool, say: Callable[[str], None]):
         self.offline, self.strict, self.say = offline, strict, say
+        self.told: set[str] = set()
         self.detector = cache(self._detector)
         self.kind = lru_cache(64)(self._kind)
         self.picture = lru_cache(8)(self._picture)
@@ -47,7 +48,10 @@ class Pictures:
         self.painted = lru_cache(8)(Painting.on_canvas)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}")
+        """Say it, once."""
+        if text not in self.told:
+            self.told.add(text)
+            self.say(f"warning: {text}")
 
     def painting(self, job: Job) -> Painting | None:
         """What a job paints, the same object for all jobs that paint the same; None for a job that paints nothing."""

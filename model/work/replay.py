@@ -13,6 +13,7 @@ from controlnet.model.work.batch import Wanted
 from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting, where_now
 from controlnet.model.work.jobs import ALPHA, OPTIONS, Job
 from controlnet.model.work.machine import choose_device
+from controlnet.model.work.options import embedding_of, lora_of
 from controlnet.model.work.prepared import Image
 from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.errors import InputError, UsageError, reason
@@ -73,9 +74,10 @@ def remake(
     )
     # Away from the base's native size, rounding makes an image depend on how many are sampled together and on its place
     # among them; so the same number is sampled again.
-    together, place = (
-        _batch(record) if job == job_of(image, [flag.path for flag in job.cond], job.init, job.mask) else (1, 0)
-    )
+    paths = [flag.path for flag in job.cond]
+    adapters = [[lora_of(text)[0] for text in job.lora], [embedding_of(text)[0] for text in job.embedding]]
+    same = job == job_of(image, paths, job.init, job.mask, *adapters)
+    together, place = _batch(record) if same else (1, 0)
     copies = [Wanted("", job, job.seed or 0, None)] * together
     return list(studio.make(copies))[place]
 
@@ -121,10 +123,18 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
-def job_of(image: Recorded, moved: list[str] | None = None, init: str | None = None, mask: str | None = None) -> Job:
+def job_of(
+    image: Recorded,
+    moved: list[str] | None = None,
+    init: str | None = None,
+    mask: str | None = None,
+    lora: list[str] | None = None,
+    embedding: list[str] | None = None,
+) -> Job:
     """The job in an image's record; `moved` are the conditions' present paths, in the recorded order, `init` and `mask`
-    those of the picture that it started from and of its mask. Raises InputError for a record that `generate` cannot
-    have written and for a picture that is not there, UsageError for paths of what the image does not have."""
+    those of the picture that it started from and of its mask, `lora` and `embedding` the present places of its adapters
+    in that order, without scale or word. Raises InputError for a record that `generate` cannot have written and for a
+    picture that is not there, UsageError for paths of what the image does not have."""
     record = image.record
     _check(record, _RECORD, image.path)
     conditions = record.get("conditions") or []
@@ -136,12 +146,16 @@ def job_of(image: Recorded, moved: list[str] | None = None, init: str | None = N
             "one for each, in the order of its record",
         )
     pictures = {name: _picture(image, name, given) for name, given in (("init", init), ("mask", mask))}
+    adapters = {
+        "lora": _adapters(image, "lora", lora, lora_of),
+        "embedding": _adapters(image, "embedding", embedding, embedding_of),
+    }
     try:
         values = {name: record[name] for name, option in OPTIONS.items() if option.recorded and name in record}
         if record["scheduler"] not in SCHEDULERS:  # the class name of the base's own scheduler
             del values["scheduler"]
         flags = [_flag(c, image.path, moved[k] if moved else None) for k, c in enumerate(conditions)]
-        values |= pictures
+        values |= pictures | adapters
         values.setdefault("plain_prompt", True)  # as before prompts could have weights
         return Job(tuple(flags), **values | {"control_on": record.get("control_on") or "both"})
     except (KeyError, TypeError, ValueError, UsageError) as error:
@@ -201,6 +215,22 @@ def _picture(image: Recorded, name: str, given: str | None) -> str | None:
     if path != ALPHA and not (is_file(path) or is_member(path)):
         raise InputError(f"{path}: no such file", f"controlnet replay {image.path} --{name} FILE says where it is now")
     return path
+
+
+def _adapters(image: Recorded, name: str, given: list[str] | None, split: Callable[[str], tuple]) -> list[str]:
+    """The LoRAs or learned words of an image, `FILE:scale` or `FILE:word`, where they are now."""
+    recorded = [str(one) for one in image.record.get(name) or []]
+    if given and len(given) != len(recorded):
+        raise UsageError(
+            f"--{name} is given {len(given)} times, the image has {len(recorded)} in its record",
+            "one for each, in the order of its record",
+        )
+    found = []
+    for k, text in enumerate(recorded):
+        source, end = split(text)
+        now = given[k] if given else where_now(source, image.path)
+        found.append(now if end in (None, 1.0) else f"{now}:{end}")
+    return found
 
 
 def _batch(record: dict[str, Any]) -> tuple[int, int]:

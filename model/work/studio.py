@@ -26,6 +26,7 @@ from controlnet.model.sampling.canvas import canvas_size, own_size, trained_size
 from controlnet.model.sampling.generate import Encoded, Request, check_memory, generate
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.text import words_apart
 from controlnet.model.work.adapted import adapted
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
@@ -85,7 +86,7 @@ class Studio:
         self.offline, self.strict, self.low_memory, self.say = offline, strict, low_memory, say
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.bases: dict[tuple[str, str | None], tuple[Base, Encoded]] = {}
-        self.adapted = lru_cache(2)(self._adapted)
+        self.adapted = lru_cache(1 if self.device.type == "cuda" else 2)(self._adapted)
         self.net = cache(self._net)
         self.sources = Sources(offline)
         self.pictures = Pictures(offline, strict, say)
@@ -249,7 +250,10 @@ class Studio:
             "low_memory": self.low_memory,
             "seed": one.seed,
         }
-        shared = job.shared() + json.dumps([acts, job.mask is None], sort_keys=True)
+        regions = [None if (r := one.strength.region) is None else sha256(r.tobytes()) for one in (*acting, *larger)]
+        texts = (job.prompt, job.negative, job.prompt2, job.negative2)
+        lengths = None if job.plain_prompt else [base.count_chunks(text or "") for text in texts]
+        shared = job.shared() + json.dumps([acts, job.mask is None, regions, lengths], sort_keys=True)
         return Prepared(one, job, base, encoded, acting, init, mask, painting, shared, record, larger)
 
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
@@ -316,7 +320,8 @@ class Studio:
             shown = (first.shape[1], first.shape[0]) if first is not None else None
             size = canvas_size(base, painting.size if painting else shown, own_aspect=painting is not None)
             if job.tiles and job.hires is None and job.init and not job.region_only and shown is not None:
-                size = own_size(base, shown)  # a large photo in tiles keeps its size
+                own = own_size(base, shown)
+                size = own if min(own) >= min(size) else size  # a large photo in tiles keeps its size
         if painting is not None:
             painting.check_canvas(size, str(job.init))
         found = []
@@ -387,6 +392,11 @@ class Studio:
                 self.say(f"{base.name} was not trained on {size[0]}x{size[1]}; the nearest is {near[0]}x{near[1]}")
 
     def _check_words(self, base: Base, job: Job) -> None:
+        said = " ".join(filter(None, (job.prompt, job.negative, job.prompt2, job.negative2)))
+        for word in base.encoders[0].learned:
+            if word not in words_apart(said.lower(), [word]) and word not in self.told:
+                self.told.add(word)
+                self._warn(f"the learned word {word!r} is in none of the prompts")
         for text in filter(None, (job.prompt, job.negative, job.prompt2, job.negative2)):
             if text in self.told:
                 continue
