@@ -35,7 +35,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 COLOUR, WORD = "orange", "<sun>"
-SCENES, BATCH, RATE = 1000, 4, 2e-3
+SCENES, BATCH = 1000, 4
+RATE, WORD_RATE = 2e-3, 3e-2
 PERSON, ROOM = 19, 24
 ONE_THING = (54, 29, 8, 42)
 """Held-out scenes; those of one thing show a cube, a sphere, a cone and a cylinder."""
@@ -57,13 +58,13 @@ def of_one_colour(size: int, word: str = "") -> tuple[np.ndarray, list[str]]:
     return pictures, [caption for _, caption in found]
 
 
-def learn(base: Base, steps: int, parameters: list[nn.Parameter], word: str = "") -> None:
+def learn(base: Base, steps: int, parameters: list[nn.Parameter], rate: float, word: str = "") -> None:
     """Train parameters on the pictures, in whose captions a word, or none, stands for the colour."""
     schedule = NoiseSchedule(base.scheduler)
     pictures, captions = of_one_colour(base.native_size, word)
     with torch.no_grad():
         latents = torch.cat([base.latent_of(picture) for picture in pictures])
-    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
@@ -84,7 +85,7 @@ def learn_lora(path: Path, steps: int) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     torch.manual_seed(0)
     peft.inject_adapter_in_model(config, base.unet)
-    learn(base, steps, [p for name, p in base.unet.named_parameters() if "lora_" in name])
+    learn(base, steps, [p for name, p in base.unet.named_parameters() if "lora_" in name], RATE)
     state = peft.get_peft_model_state_dict(base.unet)
     save_file({f"unet.{name}": tensor.detach().contiguous() for name, tensor in state.items()}, path)
 
@@ -95,7 +96,7 @@ def learn_word(path: Path, steps: int) -> None:
     table = encoder.network.get_input_embeddings().weight
     vector = nn.Parameter(table[encoder.tokenizer("thing", add_special_tokens=False).input_ids[-1:]].detach().clone())
     encoder.learned[WORD] = vector
-    learn(base, steps, [vector], WORD)
+    learn(base, steps, [vector], WORD_RATE, WORD)
     save_file({WORD: vector.detach()}, path)
 
 
@@ -145,8 +146,8 @@ class Sheets:
         ]
 
     def adapters(self, folder: Path, lora: Path, word: Path) -> Rows:
-        """Rows of pictures, the shapes by a depth map: a LoRA's scales, a learned word, weights of words."""
-        drawn = render([make_scene(HELD_OUT + number) for number in (*ONE_THING, ROOM)], 128)
+        """Rows of pictures, the shapes by a depth map: a LoRA's scales, a learned word."""
+        drawn = render([make_scene(HELD_OUT + number) for number in ONE_THING], 128)
         depths = []
         for number, picture in enumerate(drawn.images.numpy()):
             depths.append(str(folder / f"{number}.depth.png"))
@@ -163,12 +164,7 @@ class Sheets:
              f'--embedding, "a {WORD} {shape}"')
             for shape, depth in zip(("cube", "sphere", "cone", "cylinder"), depths, strict=False)
         ]  # fmt: skip
-        text = "a red cone on the right of a (yellow:{}) cube, grey wall, blue floor"
-        weights = [
-            (self.make(prompt=text.format(weight), seed=3, cond=depths[-1]), f'"... a (yellow:{weight}) cube"')
-            for weight in (0.2, 0.6, 1.0, 1.4)
-        ]
-        return [scales, words, weights]
+        return [scales, words]
 
 
 def sheet(rows: Rows) -> bytes:
