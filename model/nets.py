@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def load_net(
     if base is not None:
         check_family(stored, base, base_name)
     with torch.device("meta"):
-        net = _from_config(config, stored.path)
+        net = _built(config, stored.path)
     state = stored.state("controlnet")
     check_state(net, state, stored.path)
     net.load_state_dict(state, assign=True)
@@ -96,10 +97,11 @@ def load_net(
 
 def check_family(stored: Stored, base: Mapping, base_name: str) -> None:
     """Raises ModelError unless a stored ControlNet fits a UNet with the config `base`. Reads no weights."""
+    form_of(stored.config("controlnet")).check(stored, base, base_name)
+
+
+def _check_controlnet(stored: Stored, base: Mapping, base_name: str) -> None:
     config = stored.config("controlnet")
-    if config["_class_name"] == T2I_CLASS:
-        _check_t2i(stored, config, base, base_name)
-        return
     latents = {"in_channels": base.get("out_channels")}  # a ControlNet reads nothing else, whatever the base does
     for key, own in [(key, base.get(key)) for key in _FAMILY] + list(latents.items()):
         if _plain(config.get(key)) != _plain(own):
@@ -112,8 +114,8 @@ def check_family(stored: Stored, base: Mapping, base_name: str) -> None:
             )
 
 
-def _check_t2i(stored: Stored, config: Mapping, base: Mapping, base_name: str) -> None:
-    """The same for a T2I-Adapter."""
+def _check_t2i(stored: Stored, base: Mapping, base_name: str) -> None:
+    config = stored.config("controlnet")
     of_xl = config["adapter_type"] == "full_adapter_xl"
     own, widths = _plain(config["channels"]), _plain(base.get("block_out_channels"))
     # The last feature of SDXL's is for the middle block; the light one's has the channels of the one before.
@@ -132,27 +134,49 @@ def _check_t2i(stored: Stored, config: Mapping, base: Mapping, base_name: str) -
 def connections_of(config: Mapping) -> int:
     """How many residuals a network with this config gives: one per skip connection, and the middle's; a T2I-Adapter's
     features."""
-    if config["_class_name"] == T2I_CLASS:
-        return t2i.connections_of(dict(config))
-    return len(skip_channels(dict(config))) + 1
+    return form_of(config).connections(dict(config))
 
 
 def _plain(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _from_config(config: dict, path: Path) -> Any:
-    """Build the network from the modules of a UNet2DConditionModel of the same config; its decoding half is dropped."""
-    unet_config = {k: v for k, v in config.items() if k in _UNET_KEYS and not k.startswith("_")}
+def _built(config: dict, path: Path) -> Any:
+    """The network of a config, without weights."""
     try:
-        if config["_class_name"] == T2I_CLASS:
-            return t2i.T2INet.from_config(config)
-        downs = config["down_block_types"]
-        unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
-        unet = UNet2DConditionModel(**unet_config)
-        parts = SimpleNamespace(config=config, **{part: getattr(unet, part) for part in copied_parts(config)})
-        form = "union" if config["_class_name"] == UNION_CLASS else config.get("copy", "full")
-        network = NETWORKS.get(form, ControlNet)
-        return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
+        return form_of(config).build(config)
     except Exception as error:  # the libraries raise a dozen types for a config that makes no network
         raise ModelError(f"{path}: the config does not describe a usable ControlNet: {reason(error)}") from error
+
+
+def _build_controlnet(config: dict) -> ControlNet:
+    """From the modules of a UNet2DConditionModel of the same config; its decoding half is dropped."""
+    unet_config = {k: v for k, v in config.items() if k in _UNET_KEYS and not k.startswith("_")}
+    downs = config["down_block_types"]
+    unet_config["up_block_types"] = tuple(name.replace("Down", "Up") for name in reversed(downs))
+    unet = UNet2DConditionModel(**unet_config)
+    parts = SimpleNamespace(config=config, **{part: getattr(unet, part) for part in copied_parts(config)})
+    form = "union" if config["_class_name"] == UNION_CLASS else config.get("copy", "full")
+    network = NETWORKS.get(form, ControlNet)
+    return network(parts, config.get("hint_encoder", "released"), config["conditioning_embedding_out_channels"])
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of networks that control. To add one: its class, a `Net`, and its row in FORMS."""
+
+    build: Callable[[dict], Any]
+    """Its config -> the network, without weights."""
+    check: Callable[[Stored, Mapping, str], None]
+    """(stored network, config of a base's UNet, the base's name). Raises ModelError if they do not fit."""
+    connections: Callable[[dict], int]
+    """Its config -> how many residuals its Control has."""
+
+
+CONTROLNETS = Form(_build_controlnet, _check_controlnet, lambda config: len(skip_channels(config)) + 1)
+FORMS = {T2I_CLASS: Form(t2i.T2INet.from_config, _check_t2i, t2i.connections_of)}
+"""By their class in diffusers, those that are no ControlNets."""
+
+
+def form_of(config: Mapping) -> Form:
+    return FORMS.get(config["_class_name"], CONTROLNETS)

@@ -316,7 +316,7 @@ def test_what_is_wrong_is_told_before_libraries_load(run, common, monkeypatch, a
 
 
 def test_a_canvas_beyond_the_memory(run, common, monkeypatch):
-    monkeypatch.setattr("controlnet.model.sampling.generate.free_memory", lambda device: 2 * 10**6)
+    monkeypatch.setattr("controlnet.model.sampling.memory.free_memory", lambda device: 2 * 10**6)
     code, _, err = run(*common, "-p", "x", "--size", "1024")
     assert code == Exit.USAGE and "size 1024x1024: needs about" in err and "--size " in err
 

@@ -13,6 +13,7 @@ from controlnet.model.sampling.generate import Encoded, Request
 from controlnet.model.sampling.loop import ActiveNet, count_evaluations, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise, FromPicture
+from controlnet.model.sampling.tiles import Whole
 from controlnet.model.work.batch import spread
 from controlnet.model.work.jobs import Job
 from controlnet.preprocessors.errors import Exit, UsageError
@@ -57,7 +58,7 @@ def test_the_latent_of_a_picture_is_the_mean_of_diffusers_vae(small_base_folder)
     x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         theirs = base.vae.encode(x).latent_dist.mean * base.vae.config.scaling_factor
-        ours, _ = Encoded().encode_pictures(base, [Request("x", k, init=picture) for k in range(2)], hide=False)
+        ours, _ = Encoded().encode_pictures(base, [Request("x", k, init=picture) for k in range(2)], False, Whole())
     assert ours.shape == (2, 4, 8, 6) and torch.allclose(ours[:1], theirs, atol=1e-6)
 
 

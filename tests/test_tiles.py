@@ -8,8 +8,9 @@ import torch
 from controlnet.model.control.strength import Strength
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
-from controlnet.model.sampling.generate import Request, check_memory, generate
+from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.sampling.loop import ActiveNet
+from controlnet.model.sampling.memory import check_memory
 from controlnet.model.sampling.tiles import InTiles, Tile, tiles_of, weights_of
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.images import png_bytes, read_image
@@ -76,7 +77,7 @@ def test_an_evaluation_in_tiles_is_the_blend_of_whole_ones(models):
 
         return call
 
-    import controlnet.model.sampling.generate as module
+    import controlnet.model.sampling.tiles as module
 
     original, module.InTiles = module.InTiles, spied
     try:
@@ -108,7 +109,7 @@ def test_sampling_in_tiles_of_sdxl(sdxl_folder):
 
 def test_the_memory_of_tiles_is_that_of_one(models, monkeypatch):
     base, _ = models
-    monkeypatch.setattr("controlnet.model.sampling.generate.free_memory", lambda device: 3e7)
+    monkeypatch.setattr("controlnet.model.sampling.memory.free_memory", lambda device: 3e7)
     with pytest.raises(UsageError) as error:
         check_memory(base, (4096, 4096), False)
     assert "--tiles" in error.value.hint

@@ -24,10 +24,10 @@ ZERO = {
 
 
 def test_zero_trains_as_one_process_and_goes_on_from_any(data, config, tmp_path):
-    """Stage 2 on two processes, then stage 1, which reads it, then FSDP2, whose shards are read by stage 2 again, then
-    one process; each step of two batches."""
+    """Stage 2 on two processes, then FSDP2, which reads its state, then stage 1, which reads shards, then one process;
+    each step of two batches."""
     pytest.importorskip("deepspeed")
-    config = replace(config, max_steps=12, accumulation=2)
+    config = replace(config, max_steps=9, accumulation=2)
     train(find_pairs(data), config, tmp_path / "one", CPU)
     folder = tmp_path / "run"
     saved = Checkpoints(folder / "checkpoints")
@@ -35,7 +35,7 @@ def test_zero_trains_as_one_process_and_goes_on_from_any(data, config, tmp_path)
     in_processes(data, replace(config, max_steps=3), folder, *more, *two, launcher=ZERO[2])
     moments = torch.load(saved.path(3), weights_only=True)["optimizer"]["state"]
     assert all(one["exp_avg_sq"].max() > 0 and one["step"] == 3 for one in moments.values())
-    for steps, launcher in ((5, ZERO[1]), (7, SHARDED), (9, ZERO[2])):
+    for steps, launcher in ((5, SHARDED), (7, ZERO[1])):
         in_processes(data, replace(config, max_steps=steps), folder, *more, *two, "--resume", launcher=launcher)
         assert same_losses_until(steps, tmp_path / "one", folder), steps
     train(find_pairs(data), config, folder, CPU, resume=True)

@@ -1,4 +1,5 @@
-"""What sampling and training need from a network that controls: controlnet.py, union.py and lite.py have one each."""
+"""What sampling and training need from a network that controls: controlnet.py, union.py, lite.py and t2i.py have one
+each."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Net(Protocol):
 
     @property
     def connections(self) -> int:
-        """Residuals of a Control: one per skip connection, and the middle's."""
+        """How many residuals its Control has."""
 
     def prepare(self, condition: Tensor) -> Feature:
         """The feature (B, C, h, w), or several, of a condition (B, 3, H, W) in [0, 1], or (B, 4, H, W) whose last

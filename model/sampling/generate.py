@@ -12,19 +12,18 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from controlnet.model.base import Base
 from controlnet.model.control.net import Feature, Net, cat_features
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
-from controlnet.model.sampling.canvas import condition_tensor, to_pixels
-from controlnet.model.sampling.loop import ActiveNet, Evaluation, sample
+from controlnet.model.sampling.canvas import condition_tensor
+from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import ForInpainting, FromNoise, FromPicture, InMask, Start
-from controlnet.model.sampling.tiles import InTiles, Tile, control_in, decoded_in, latent_in, tiles_of
-from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.model.sampling.tiles import Tile, Whole, canvas_of, control_in
+from controlnet.preprocessors.errors import ModelError
 from torch import Tensor
 
 BATCH = 4
@@ -89,22 +88,23 @@ class Encoded:
         """The prompt with one row per text; `ids` (1, 6) are the canvas's, None in families without them."""
         return Prompt.cat([self.prompts[text, clip_skip, emphasis] for text in texts]).with_ids(ids)
 
-    def prepare(self, base: Base, nets: Sequence[Net], requests: Sequence[Request]) -> None:
-        """Compute the features of conditions that are new, and forget those of all others."""
+    def read(self, base: Base, nets: Sequence[Net], columns: Sequence[Sequence[np.ndarray]]) -> list[Feature]:
+        """The features of each network's conditions: (B, C, h, w), or (1, C, h, w) when all images share one. What
+        is new is computed, all others are forgotten."""
         kept = {}
-        for request in requests:
-            for net, condition in zip(nets, request.conditions, strict=True):
+        for net, column in zip(nets, columns, strict=True):
+            for condition in column:
                 key = id(net), id(condition)
                 if key not in kept:
                     kept[key] = self.features.get(key) or (condition, net.prepare(_input(condition, base)))
         self.features = kept
+        return [self._feature(net, column) for net, column in zip(nets, columns, strict=True)]
 
     def encode_pictures(
-        self, base: Base, requests: Sequence[Request], hide: bool, grid: Sequence[Tile] = ()
+        self, base: Base, requests: Sequence[Request], hide: bool, canvas: Whole
     ) -> tuple[Tensor, Tensor | None]:
-        """z_0 (B, C, h, w) of the pictures that images start from, float32, the mean of what the VAE says, in the tiles
-        of a grid if there is one; and with `hide` of the pictures without what is in their masks. Those of other
-        pictures are forgotten."""
+        """z_0 (B, C, h, w) of the pictures that images start from, float32, the mean of what the VAE says; and with
+        `hide` of the pictures without what is in their masks. Those of other pictures are forgotten."""
         kept: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         columns = []
         for hides in (False, True)[: 1 + hide]:
@@ -112,19 +112,15 @@ class Encoded:
             for request in requests:
                 picture, hidden = request.init, request.mask if hides else None
                 assert picture is not None
-                key = id(base.vae), id(picture), id(hidden), *((tile.top, tile.left) for tile in grid)
+                key = id(base.vae), id(picture), id(hidden), canvas.key
                 known = kept.get(key) or self.latents.get(key)
-                if known is None:
-                    z0 = latent_in(grid, base, picture, hidden) if grid else base.latent_of(picture, hidden)
-                    known = (picture, hidden), z0
-                kept[key] = known
+                kept[key] = known or ((picture, hidden), canvas.latent_of(base, picture, hidden))
                 rows.append(kept[key][1])
             columns.append(torch.cat(rows))
         self.latents = kept
         return columns[0], columns[1] if hide else None
 
-    def feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Feature:
-        """The features (B, C, h, w) of B conditions, or (1, C, h, w) when all images share one."""
+    def _feature(self, net: Net, conditions: Sequence[np.ndarray]) -> Feature:
         features = [self.features[id(net), id(condition)][1] for condition in conditions]
         return features[0] if all(one is features[0] for one in features) else cat_features(features)
 
@@ -158,8 +154,7 @@ def generate(
     guidance = base.guidance if guidance is None else guidance
     width, height = size or (base.native_size, base.native_size)
     shape = (base.channels, height // base.factor, width // base.factor)
-    tiles = tiles_of(shape[1:], tile // base.factor) if tile else []
-    grid = tiles if len(tiles) > 1 else []
+    canvas = canvas_of(shape[1:], tile and tile // base.factor)
     strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
     networks = [net for net, _ in nets]
     encoded = encoded or Encoded()
@@ -170,20 +165,19 @@ def generate(
         prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
         guided = guidance != 1
         encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
-        if not grid:
-            with base.at_work(*networks):
-                encoded.prepare(base, networks, group)
+        columns = [[request.conditions[k] for request in group] for k in range(len(networks))]
+        with base.at_work(*networks):
+            features = encoded.read(base, networks, columns) if canvas.reads_whole else [[] for _ in columns]
         prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
-        columns = [[request.conditions[k] for request in group] for k in range(len(networks))]
         controls = [  # of type 0 where the requests name none
-            ActiveNet(net, [] if grid else encoded.feature(net, column), strength, *group[0].types[k : k + 1])
-            for k, (net, column, strength) in enumerate(zip(networks, columns, strengths, strict=True))
+            ActiveNet(net, feature, how, *group[0].types[k : k + 1])
+            for k, (net, feature, how) in enumerate(zip(networks, features, strengths, strict=True))
         ]
-        around = partial(_in_tiles, base, grid, controls, columns) if grid else _whole
+        around = partial(canvas.around, controls_of=partial(_controls_in, base, controls, columns))
 
         # All of them at once, each from its own noise.
-        start = _start(base, encoded, group, shape, strength, grid)
+        start = _start(base, encoded, group, shape, strength, canvas)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):
@@ -195,37 +189,23 @@ def generate(
 
         # Decoded one by one: the decoder takes more memory than everything before.
         for latent in latents:
-            if grid:
-                yield decoded_in(grid, base, latent[None])
-            else:
-                yield to_pixels(base.decode(latent[None].to(base.dtype)))[0]
+            yield canvas.decoded(base, latent[None])
         made += len(group)
 
 
-def _whole(evaluation: Evaluation) -> Evaluation:
-    return evaluation
-
-
-def _in_tiles(
-    base: Base,
-    grid: Sequence[Tile],
-    controls: Sequence[ActiveNet],
-    columns: Sequence[Sequence[np.ndarray]],
-    evaluation: Evaluation,
-) -> InTiles:
-    """The evaluation in tiles, under controls whose conditions are the columns."""
+def _controls_in(
+    base: Base, controls: Sequence[ActiveNet], columns: Sequence[Sequence[np.ndarray]], tile: Tile
+) -> list[ActiveNet]:
+    """The controls of a tile, whose conditions are the columns'."""
 
     def prepare(net: Net, parts: Sequence[np.ndarray]) -> Feature:
         return cat_features([net.prepare(_input(part, base)) for part in parts])
 
-    def controls_of(tile: Tile) -> list[ActiveNet]:
-        regions: dict[int, np.ndarray] = {}  # conditions with one region keep sharing it: unions take them in one pass
-        return [
-            control_in(tile, one, conditions, prepare, base.factor, regions)
-            for one, conditions in zip(controls, columns, strict=True)
-        ]
-
-    return InTiles(evaluation, grid, controls_of)
+    regions: dict[int, np.ndarray] = {}  # conditions with one region keep sharing it: unions take them in one pass
+    return [
+        control_in(tile, one, conditions, prepare, base.factor, regions)
+        for one, conditions in zip(controls, columns, strict=True)
+    ]
 
 
 def _start(
@@ -234,14 +214,14 @@ def _start(
     group: Sequence[Request],
     shape: tuple[int, int, int],
     strength: float,
-    grid: Sequence[Tile],
+    canvas: Whole,
 ) -> Start:
     """Where the sampling of a group begins; its requests all have a picture and a mask, or none has."""
     noise = FromNoise.seeded([request.seed for request in group], shape)
     if all(request.init is None for request in group):
         return noise
     masks = [request.mask for request in group if request.mask is not None]
-    z0, shown = encoded.encode_pictures(base, group, base.is_inpainting and bool(masks), grid)
+    z0, shown = encoded.encode_pictures(base, group, base.is_inpainting and bool(masks), canvas)
     if not masks:
         return FromPicture(noise.noise, noise.generators, z0, strength)
     cells = torch.cat([_cells(mask, shape[1:]) for mask in masks])
@@ -268,36 +248,3 @@ def _cells(mask: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 def _input(condition: np.ndarray, base: Base) -> Tensor:
     return condition_tensor(condition)[None].to(base.device, base.dtype)
-
-
-TILE = 512
-"""Pixels of the side of the tiles that `low_memory` decodes in."""
-
-
-def check_memory(base: Base, size: tuple[int, int], low_memory: bool, tile: int | None = None) -> None:
-    """Raises UsageError for a canvas (width, height) that does not fit into the free memory, or of which no tile of
-    this side does. The estimate counts the
-    numbers alive at once: 14 per channel and pixel in the decoder (measured at 512 to 768 pixels, benchmarks/LOG.md),
-    and 40 per channel and latent cell in the UNet, for each half of the guidance."""
-    width, height = (min(side, tile) for side in size) if tile else size
-    config = base.vae.config
-    channels = (config.get("block_out_channels") or config.decoder_block_out_channels)[0]
-    decoder = 14 * channels * (TILE**2 if low_memory else width * height)
-    cells = width * height / base.factor**2
-    unet = 40 * base.unet.config.block_out_channels[0] * cells * (1 if low_memory else 2)
-    needed, free = max(decoder, unet) * base.dtype.itemsize, free_memory(base.device)
-    if needed > free:
-        fits = int((free / needed) ** 0.5 * min(size)) // 64 * 64
-        raise UsageError(
-            ("a tile of " if tile else "size ")
-            + f"{width}x{height}: needs about {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free",
-            ("" if low_memory else "--low-memory; ")
-            + ("another --dtype" if tile else f"--tiles; or --size {max(64, fits)}"),
-        )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

@@ -17,6 +17,8 @@ from controlnet.model.sampling.canvas import to_pixels
 from controlnet.model.sampling.loop import ActiveNet, Evaluation
 from torch import Tensor
 
+Prediction = Callable[[Tensor, int], Tensor]
+"""(z_t, number of the evaluation) -> the base's prediction."""
 OVERLAP = 0.375
 """The least part of a tile's side that it shares with the next one."""
 
@@ -103,37 +105,75 @@ def control_in(
     return replace(one, feature=prepare(one.net, parts), strength=strength)
 
 
-def latent_in(tiles: Sequence[Tile], base: Base, picture: np.ndarray, hidden: np.ndarray | None) -> Tensor:
-    """`Base.latent_of`, (1, C, h, w), a tile at a time."""
-    height, width = (side // base.factor for side in picture.shape[:2])
-    total, counted = torch.zeros(1, base.channels, height, width), torch.zeros(height, width)
-    for tile in tiles:
-        part = None if hidden is None else tile.of_pixels(hidden, base.factor)
-        weights = weights_of(tile)
-        tile.of(total).add_(weights * base.latent_of(tile.of_pixels(picture, base.factor), part).cpu())
-        tile.of(counted).add_(weights)
-    return (total / counted).to(base.device)
+class Whole:
+    """A canvas that is sampled, encoded and decoded as a whole."""
+
+    key: tuple = ()
+    """What tells it from canvases in other tiles."""
+    reads_whole = True
+    """Whether a network reads a condition as a whole, before the sampling."""
+
+    def latent_of(self, base: Base, picture: np.ndarray, hidden: np.ndarray | None) -> Tensor:
+        """z_0 (1, C, h, w) of a picture (H, W, 3), see `Base.latent_of`."""
+        return base.latent_of(picture, hidden)
+
+    def around(self, evaluation: Evaluation, controls_of: Callable[[Tile], Sequence[ActiveNet]]) -> Prediction:
+        """What is called in the place of an evaluation."""
+        return evaluation
+
+    def decoded(self, base: Base, latent: Tensor) -> np.ndarray:
+        """The picture (H, W, 3) uint8 of latents (1, C, h, w)."""
+        return to_pixels(base.decode(latent.to(base.dtype)))[0]
 
 
-def decoded_in(tiles: Sequence[Tile], base: Base, latent: Tensor) -> np.ndarray:
-    """The picture (H, W, 3) uint8 of latents (1, C, h, w), a row of tiles at a time: no more of it is ever in floating
-    point."""
-    height, width = (side * base.factor for side in latent.shape[-2:])
-    picture = np.empty((height, width, 3), np.uint8)
-    rows = [(top, list(row)) for top, row in groupby(tiles, lambda tile: tile.top)]
-    ends = [top for top, _ in rows[1:]] + [latent.shape[-2]]
-    left_over = torch.zeros(4, 0, width)  # red, green, blue, and how much is counted
-    for (top, row), end in zip(rows, ends, strict=True):
-        band = torch.zeros(4, row[0].height * base.factor, width)
-        band[:, : left_over.shape[1]] = left_over
-        for tile in row:
-            weights = weights_of(replace(tile, height=tile.height * base.factor, width=tile.width * base.factor))
-            columns = slice(tile.left * base.factor, (tile.left + tile.width) * base.factor)
-            image = base.decode(tile.of(latent).to(base.dtype))[0].cpu()
-            band[:3, :, columns] += weights * image
-            band[3, :, columns] += weights
-        done = (end - top) * base.factor
-        whole = band[:3, :done] / band[3, :done]
-        picture[top * base.factor : end * base.factor] = to_pixels(whole[None])[0]
-        left_over = band[:, done:].clone()
-    return picture
+class Tiled(Whole):
+    """The same a tile at a time; of the picture no more than a row of tiles is ever in floating point."""
+
+    reads_whole = False
+
+    def __init__(self, tiles: Sequence[Tile]):
+        self.tiles = tiles
+        self.key = tuple((tile.top, tile.left) for tile in tiles)
+
+    def latent_of(self, base: Base, picture: np.ndarray, hidden: np.ndarray | None) -> Tensor:
+        height, width = (side // base.factor for side in picture.shape[:2])
+        total, counted = torch.zeros(1, base.channels, height, width), torch.zeros(height, width)
+        for tile in self.tiles:
+            part = None if hidden is None else tile.of_pixels(hidden, base.factor)
+            weights = weights_of(tile)
+            tile.of(total).add_(weights * base.latent_of(tile.of_pixels(picture, base.factor), part).cpu())
+            tile.of(counted).add_(weights)
+        return (total / counted).to(base.device)
+
+    def around(self, evaluation: Evaluation, controls_of: Callable[[Tile], Sequence[ActiveNet]]) -> Prediction:
+        return InTiles(evaluation, self.tiles, controls_of)
+
+    def decoded(self, base: Base, latent: Tensor) -> np.ndarray:
+        height, width = (side * base.factor for side in latent.shape[-2:])
+        picture = np.empty((height, width, 3), np.uint8)
+        rows = [(top, list(row)) for top, row in groupby(self.tiles, lambda tile: tile.top)]
+        ends = [top for top, _ in rows[1:]] + [latent.shape[-2]]
+        left_over = torch.zeros(4, 0, width)  # red, green, blue, and how much is counted
+        for (top, row), end in zip(rows, ends, strict=True):
+            band = torch.zeros(4, row[0].height * base.factor, width)
+            band[:, : left_over.shape[1]] = left_over
+            for tile in row:
+                _add_decoded(band, base, tile, latent)
+            done = (end - top) * base.factor
+            picture[top * base.factor : end * base.factor] = to_pixels((band[:3, :done] / band[3, :done])[None])[0]
+            left_over = band[:, done:].clone()
+        return picture
+
+
+def _add_decoded(band: Tensor, base: Base, tile: Tile, latent: Tensor) -> None:
+    """Add a tile's picture and its weights to a band (4, H', W) of the canvas."""
+    weights = weights_of(replace(tile, height=tile.height * base.factor, width=tile.width * base.factor))
+    columns = slice(tile.left * base.factor, (tile.left + tile.width) * base.factor)
+    band[:3, :, columns] += weights * base.decode(tile.of(latent).to(base.dtype))[0].cpu()
+    band[3, :, columns] += weights
+
+
+def canvas_of(size: tuple[int, int], side: int | None) -> Whole:
+    """A canvas (height, width) in cells, in tiles of at most `side` cells if it is larger."""
+    tiles = tiles_of(size, side) if side else []
+    return Tiled(tiles) if len(tiles) > 1 else Whole()

@@ -23,8 +23,9 @@ from controlnet.model.load import has_vae, load_base, with_vae
 from controlnet.model.nets import load_net
 from controlnet.model.registry import recorded_name
 from controlnet.model.sampling.canvas import canvas_size, own_size, trained_sizes
-from controlnet.model.sampling.generate import Encoded, Request, check_memory, generate
+from controlnet.model.sampling.generate import Encoded, Request, generate
 from controlnet.model.sampling.loop import count_evaluations
+from controlnet.model.sampling.memory import check_memory
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.text import words_apart
 from controlnet.model.work.adapted import adapted
