@@ -61,11 +61,11 @@ BASES = {
     "sdxl": KnownBase(
         SDXL.name, "stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"
     ),
-    "sd15-inpaint": KnownBase(
+    "sd15-inpainting": KnownBase(
         SD1.name, "stable-diffusion-v1-5/stable-diffusion-inpainting", "CreativeML OpenRAIL-M"
     ),
-    "sd2-inpaint": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-inpainting", "CreativeML OpenRAIL++-M"),
-    "sdxl-inpaint": KnownBase(
+    "sd2-inpainting": KnownBase(SD2.name, "sd2-community/stable-diffusion-2-inpainting", "CreativeML OpenRAIL++-M"),
+    "sdxl-inpainting": KnownBase(
         SDXL.name, "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", "CreativeML Open RAIL++-M"
     ),
 }  # fmt: skip

@@ -310,4 +310,5 @@ def test_the_table_has_the_whole_1_1_set():
              "tile", "shuffle", "inpaint", "ip2p"}  # fmt: skip
     assert {net.kind for name, net in NETS.items() if name.startswith("sd15") and "t2i" not in name} == kinds
     assert all("t2i" not in net_for(family, "canny").source for family in ("SD 1.x", "SDXL"))
-    assert {"sd15-inpaint", "sdxl-inpaint", "sd2-inpaint"} <= BASES.keys()
+    assert {"sd15-inpainting", "sdxl-inpainting", "sd2-inpainting"} <= BASES.keys()
+    assert not BASES.keys() & NETS.keys()  # `models pull NAME` means one of them
