@@ -18,7 +18,7 @@ from controlnet.model.control import unet as walk
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.files.families import SD1, SDXL, Family
-from controlnet.model.nets import _from_config
+from controlnet.model.nets import _built
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 FORMS = {
@@ -83,7 +83,7 @@ def networks(family: Family, form: str):
             return unet, ControlNet.from_base(unet)
         keys = inspect.signature(ControlNetModel.__init__).parameters
         config = {key: value for key, value in family.unet.items() if key in keys} | FORMS[form]
-        return unet, _from_config(dict(ControlNetModel(**config).config) | {"_class_name": "ControlNetModel"}, None)
+        return unet, _built(dict(ControlNetModel(**config).config) | {"_class_name": "ControlNetModel"}, None)
 
 
 def activations(family: Family, unet, net, side: int, batch: int) -> tuple[int, int]:
