@@ -178,3 +178,19 @@ def test_second_passes_that_cannot_be(fields, told):
     with pytest.raises(UsageError, match=told) as error:
         Job(**{"prompt": "x"} | fields)
     assert error.value.hint
+
+
+def test_the_picture_as_its_own_condition_is_cut_as_the_start_is(small_base_folder, photos):
+    """Not stretched: else map and start would not lie on each other."""
+    from controlnet.model.work.studio import Studio
+    from controlnet.preprocessors.geometry import fit
+
+    studio = Studio(dtype="float32")
+    job = Job(f"@init,kind=tile,net={small_base_folder}/net", "x", base=str(small_base_folder / "base"),
+              init="photos/0.png", size="64x128")  # fmt: skip
+    _, (condition,) = studio.conditions(job)
+    shown, _ = studio.pictures.start("photos/0.png", (64, 128))
+    placed = studio.pictures.placed(job.cond[0], condition, (64, 128))
+    assert placed.shape == shown.shape and np.abs(placed.astype(int) - shown).mean() < 8
+    stretched = fit(studio.pictures.picture("photos/0.png")[0], (64, 128), "stretch")
+    assert np.abs(stretched.astype(int) - shown).mean() > 30

@@ -15,7 +15,6 @@ from typing import Any
 from controlnet.model.adapters.parts import file_in
 from controlnet.model.base import Base
 from controlnet.model.files.families import family_by_width
-from controlnet.model.files.hashes import model_hash
 from controlnet.model.files.stored import EMBEDDING_FILES
 from controlnet.model.files.tensors import check_finite, read_pickle, read_tensors
 from controlnet.preprocessors.errors import ModelError, UsageError
@@ -34,10 +33,6 @@ class Embedding:
     path: Path
     word: str
     vectors: dict[str, Tensor]
-
-    @property
-    def sha256(self) -> str:
-        return model_hash(self.path)
 
 
 def read_embedding(path: Path, word: str | None = None) -> Embedding:

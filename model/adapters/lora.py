@@ -57,7 +57,7 @@ def _deltas(file: LoraFile, part: str, change: Change, module: Any, state: State
         elif change.method != "full":
             found["weight"] = METHODS[change.method](_bare(module), own, change.rank, scaling)
         return found
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # tensors and settings that do not go together fail in a dozen ways
         raise ModelError(

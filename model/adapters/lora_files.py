@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.model.adapters.parts import Parts, file_in
-from controlnet.model.files.hashes import model_hash
 from controlnet.model.files.stored import LORA_FILES
 from controlnet.model.files.tensors import Header, check_finite, read_header, read_json, read_tensors
 from controlnet.preprocessors.errors import ModelError
@@ -109,10 +108,6 @@ class LoraFile:
     first_other: str
     alphas: Mapping[str, Any] = field(default_factory=dict)
     """Settings of peft by part: lora_alpha, alpha_pattern, use_rslora."""
-
-    @property
-    def sha256(self) -> str:
-        return model_hash(self.path)
 
     def count(self) -> str:
         """`unet 12 of 12, text_encoder 0 of 3`: modules applied, of those in the file."""

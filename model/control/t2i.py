@@ -25,7 +25,7 @@ class T2INet(T2IAdapter):
 
     @property
     def connections(self) -> int:
-        return connections_of(self.config)  # type: ignore[arg-type]
+        return connections_of(dict(self.config))
 
     def prepare(self, condition: Tensor) -> list[Tensor]:
         """The features (B, C, h_i, w_i) of a condition (B, 3, H, W) in [0, 1], one for each connection. Where a fourth

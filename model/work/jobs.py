@@ -371,7 +371,10 @@ def check_names(job: Job) -> None:
         check_scheduler_name(job.scheduler)
     for what, source in job.adapters:
         if not (exists(source) or is_hub_id(source)):
-            raise InputError(f"--{what} {source}: no such file or folder, and no hub id OWNER/NAME", "ls FILE")
+            raise InputError(
+                f"--{what} {source}: no such file or folder, and no hub id OWNER/NAME",
+                f"ls {quote(str(Path(source).parent))}",
+            )
     for path in (job.init, job.mask):
         if path not in (None, ALPHA) and not (exists(path) or is_member(path)):
             raise InputError(f"{path}: no such file", f"ls {quote(str(Path(path).parent))}")

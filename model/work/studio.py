@@ -47,7 +47,7 @@ from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.errors import ControlNetError, ModelError
 from controlnet.preprocessors.files import whole_path
-from controlnet.preprocessors.geometry import inside
+from controlnet.preprocessors.geometry import Box, inside, window
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.stage_one import MAKING
@@ -198,10 +198,17 @@ class Studio:
             if one.job is bad:  # its other images would fail as the first one did
                 continue
             try:
-                yield self._prepared(one)
+                prepared = self._prepared(one)
             except ControlNetError as error:
                 bad = one.job
                 failed(one.name, error)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                bad = one.job
+                failed(one.name, ModelError(f"out of memory for its models in {self.dtype}", "--low-memory"))
+            else:
+                yield prepared
 
     def _prepared(self, one: Wanted) -> Prepared:
         # Checked, and what is worth knowing said, before anything is computed.
@@ -278,6 +285,16 @@ class Studio:
         entry["map_sha256"] = sha256(map_.tobytes())
         return ActiveCondition(net, strength, map_, entry)
 
+    def _box(self, flag: ConditionFlag, job: Job, size: tuple[int, int], painting: Painting | None) -> Box | None:
+        """The part of a condition that the canvas shows: of the photo to start from as much as it shows of that."""
+        if painting is not None:
+            return painting.box if job.region_only or flag.path == job.init else None
+        if flag.path != job.init or flag.detect is not None:  # a detector cuts its photo itself
+            return None
+        photo = self.pictures.picture(flag.path)[0]
+        left, top, width, height, _ = window((photo.shape[1], photo.shape[0]), size, "crop")
+        return left, top, left + width, top + height
+
     def _region(self, flag: ConditionFlag, painting: Painting | None, job: Job) -> tuple[np.ndarray | None, str]:
         """Where a condition acts, (H, W) on the canvas, and the sha256 of its file."""
         assert job.size is not None
@@ -327,8 +344,7 @@ class Studio:
             painting.check_canvas(size, str(job.init))
         found = []
         for flag in job.cond:
-            of_photo = painting is not None and (job.region_only or flag.path == job.init)
-            box = painting.box if painting is not None and of_photo else None
+            box = self._box(flag, job, size, painting)
             found.append(self.pictures.condition(flag, size if flag.detect else None, box))
         return size, found
 
