@@ -30,7 +30,14 @@ class Networks:
 
     def __init__(self, unet, nets, device, dtype, channels_last: bool):
         import torch
-        from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
+        from controlnet.model.control.upsampling import fold_upsampling
+        from diffusers import (
+            AutoencoderKL,
+            ControlNetModel,
+            DDIMScheduler,
+            StableDiffusionControlNetPipeline,
+            UNet2DConditionModel,
+        )
         from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -49,6 +56,11 @@ class Networks:
             reference.load_state_dict(net.state_dict(), assign=True)  # the same tensors: no memory of its own
             references.append(reference.eval())
         self.references = references
+        with torch.device("meta"):
+            self.own = UNet2DConditionModel.from_config(self.unet.config)
+        self.own.load_state_dict(self.unet.state_dict(), assign=True)  # the same tensors, folded where that is quicker
+        self.own.eval().requires_grad_(False)
+        fold_upsampling(self.own)
         self.multi = MultiControlNetModel
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         vae = AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, **blocks)
@@ -68,10 +80,10 @@ class Networks:
         condition = (torch.rand(1, 3, side, side, generator=generator) < 0.05).to(self.device, self.dtype)
         return noise.to(self.device, self.dtype), text, null, condition
 
-    def ours(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
+    def ours(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1, engine=None):
         import torch
         from controlnet.model.control.prompt import Prompt
-        from controlnet.model.sampling.loop import ActiveNet, sample
+        from controlnet.model.sampling.loop import EAGER, ActiveNet, sample
         from controlnet.model.sampling.schedulers import make_scheduler
         from controlnet.model.sampling.starts import FromNoise
 
@@ -79,7 +91,8 @@ class Networks:
         with torch.no_grad():
             applied = [ActiveNet(net, net.prepare(condition)) for net in self.nets[:nets]]
             own = make_scheduler(self.scheduler)
-            return sample(self.unet, own, FromNoise(noise), Prompt(text), Prompt(null), applied, steps, GUIDANCE)
+            prompt, negative, start = Prompt(text), Prompt(null), FromNoise(noise)
+            return sample(self.own, own, start, prompt, negative, applied, steps, GUIDANCE, engine=engine or EAGER)
 
     def theirs(self, steps: int, side: int = 512, batch: int = 1, nets: int = 1):
         noise, text, null, condition = self.inputs(side, batch)

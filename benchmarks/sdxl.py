@@ -25,7 +25,7 @@ from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.union import ControlNetUnion
 from controlnet.model.files.families import SDXL
-from controlnet.model.sampling.loop import ActiveNet, sample
+from controlnet.model.sampling.loop import EAGER, ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from diffusers import (
@@ -90,30 +90,31 @@ class Networks:
         for pipeline in self.pipelines:
             pipeline.set_progress_bar_config(disable=True)
 
-    def inputs(self, side: int):
+    def inputs(self, side: int, batch: int = 1):
         generator = torch.Generator().manual_seed(0)
         pooled = self.unet.config.projection_class_embeddings_input_dim - 6 * self.unet.config.addition_time_embed_dim
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(self.device, self.dtype)
 
-        texts = [random(1, 77, 2048), random(1, pooled), random(1, 77, 2048), random(1, pooled)]
+        texts = [random(batch, *shape) for shape in ((77, 2048), (pooled,)) * 2]
         maps = [(torch.rand(1, 3, side, side, generator=generator) < 0.05).to(self.device, self.dtype) for _ in TYPES]
-        return random(1, 4, side // 8, side // 8), texts, maps
+        return random(batch, 4, side // 8, side // 8), texts, maps
 
     @torch.no_grad()
-    def ours(self, steps: int, side: int, union: bool) -> torch.Tensor:
-        noise, (text, pooled, null, null_pooled), maps = self.inputs(side)
+    def ours(self, steps: int, side: int, union: bool = False, engine=EAGER, batch: int = 1) -> torch.Tensor:
+        noise, (text, pooled, null, null_pooled), maps = self.inputs(side, batch)
         net, count = (self.union, 2) if union else (self.net, 1)
         rows = list(zip(maps, SCALES, TYPES, strict=True))[:count]
         acting = [ActiveNet(net, net.prepare(map_), Strength(scale), type_) for map_, scale, type_ in rows]
-        ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32, device=self.device)
-        prompt, negative = Prompt(text, pooled, ids), Prompt(null, null_pooled, ids)
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * batch, dtype=torch.float32, device=self.device)
+        prompt, negative = (Prompt(*pair, ids) for pair in ((text, pooled), (null, null_pooled)))
         own = make_scheduler(self.scheduler)
-        return sample(self.unet, own, FromNoise(noise), prompt, negative, acting, steps, GUIDANCE)
+        start = FromNoise(noise)
+        return sample(self.unet, own, start, prompt, negative, acting, steps, GUIDANCE, engine=engine)
 
-    def theirs(self, steps: int, side: int, union: bool) -> torch.Tensor:
-        noise, (text, pooled, null, null_pooled), maps = self.inputs(side)
+    def theirs(self, steps: int, side: int, union: bool = False, batch: int = 1) -> torch.Tensor:
+        noise, (text, pooled, null, null_pooled), maps = self.inputs(side, batch)
         if union:
             given = {"control_image": maps, "control_mode": TYPES,
                      "controlnet_conditioning_scale": SCALES}  # fmt: skip

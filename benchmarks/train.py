@@ -71,6 +71,7 @@ def step_of(variant: str, args, device):
     import torch
     import torch.nn.functional as F
     from controlnet.model.control.controlnet import ControlNet
+    from controlnet.model.control.prompt import Prompt
     from controlnet.model.training.objective import Batch, NoiseSchedule, control_losses
     from controlnet.model.training.precision import autocast
     from diffusers import ControlNetModel, DDPMScheduler
@@ -96,7 +97,7 @@ def step_of(variant: str, args, device):
         inputs = condition.contiguous(memory_format=torch.channels_last)
 
         def loss():
-            batch = Batch(latents, torch.randn_like(latents), t, embeddings, inputs)
+            batch = Batch(latents, torch.randn_like(latents), t, Prompt(embeddings), inputs)
             with autocast(device, args.precision):
                 return control_losses(unet, net, diffusion, batch).mean()
     else:
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--small", action="store_true", help="small networks, to try the script")
+    parser.add_argument("--no-reading", action="store_true", help="leave out the time to read batches")
     parser.add_argument("--cached", action="store_true", help="give the others latents and texts too")
     args = parser.parse_args()
     if args.variant:
@@ -226,6 +228,8 @@ def main() -> None:
         median = statistics.median(result["seconds"])
         print(f"| {names[variant]} | {median:.2f} | {min(result['seconds']):.2f} | {median / first:.2f} "
               f"| {result['peak'] / 1e9:.2f} | {result['peak'] / ours['peak']:.2f} |")  # fmt: skip
+    if args.no_reading:
+        return
     print("\n| pairs | ms to read a batch of 4 |\n|---|---|")
     for count, milliseconds in read_times():
         print(f"| {count:,} | {milliseconds:.2f} |")

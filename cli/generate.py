@@ -16,6 +16,7 @@ from controlnet.cli.options import (
     Device,
     Devices,
     Dtype,
+    EngineFlag,
     Json,
     Offline,
     Overwrite,
@@ -84,6 +85,7 @@ PARAMETERS = [
     parameter("as_json", Json, False), parameter("overwrite", Overwrite, False),
     parameter("skip_existing", SkipExisting, False), parameter("offline", Offline, False),
     parameter("strict", Strict, False), parameter("quiet", Quiet, False), parameter("low_memory", LowMemory, False),
+    parameter("engine", EngineFlag, None),
     parameter("keep_best", KeepBest, None), parameter("preview", Preview, None), parameter("shard", ShardFlag, None),
     parameter("processes", Processes, None), parameter("devices", Devices, None),
     parameter("ray", RayAddress, None), parameter("tar", TarSize, None),
@@ -127,6 +129,7 @@ def _generate(
     strict,
     quiet,
     low_memory,
+    engine,
     keep_best,
     preview,
     shard,
@@ -150,7 +153,7 @@ def _generate(
     if sharded and is_folder(defaults["out"] or "out/"):
         lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
         settings = {name: value for name, value in defaults.items() if name != "out"}
-        claim(place(defaults["out"] or "out"), part, [settings, lines, keep_best, tar, dtype, low_memory])
+        claim(place(defaults["out"] or "out"), part, [settings, lines, keep_best, tar, dtype, low_memory, engine])
     todo = _jobs(jobs, defaults, failed, part)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
@@ -165,7 +168,7 @@ def _generate(
         # Not before: what is wrong with a job is told in a moment, and this imports torch.
         from controlnet.model.work import pool, sheets
 
-        setup = pool.Setup(device, dtype, offline, strict, low_memory, keep_best, rows=preview is not None)
+        setup = pool.Setup(device, dtype, offline, strict, low_memory, engine, keep_best, rows=preview is not None)
         tasks = [pool.Task(group, group[0].path if tar is not None else None) for group in groups]
         with images_bar(sum(map(len, groups)), quiet) as on_step:
             for image in pool.make(tasks, setup, used, ray, failed, say, on_step):

@@ -111,6 +111,14 @@ Offline = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="A condition that looks wrong is an error, not a warning.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best there is)")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: by the device)")]
+EngineFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="What runs the networks: eager (torch), graphs (CUDA), compiled (torch.compile) or openvino. (default: "
+        "graphs on CUDA; on a CPU openvino for large bases, if it is installed)",
+    ),
+]
 BaseName = Annotated[str | None, typer.Option("--base", help=field_docs(Job)["base"])]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
 

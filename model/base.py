@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from controlnet.model.control.prompt import Prompt
+from controlnet.model.engines.engine import Eager, Engine
 from controlnet.model.text import TextEncoder, words_apart
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class Base:
     """Whether the features of no prompt at all are zeros, as SDXL was trained, and not those of the empty text."""
     distilled: str = ""
     """Why it seems to be distilled for few steps without guidance (Turbo, Lightning, ...); empty if it does not."""
+    engine: Engine = field(default_factory=Eager)
+    """What runs the networks in sampling."""
     low_memory: bool = False
     """Less memory, more time: each network is on the device only while it works, images are made one at a time, and
     the VAE decodes large ones in tiles."""

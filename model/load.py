@@ -15,6 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from controlnet.model.base import Base, inpainting_channels
 from controlnet.model.control.unet import BLOCKS
+from controlnet.model.control.upsampling import fold_upsampling
 from controlnet.model.files import hub
 from controlnet.model.files.families import SUPPORTED, Encoder, Family, family_of_config
 from controlnet.model.files.layouts import open_model
@@ -233,6 +234,7 @@ def _load_network(part: str, stored: Stored | LoneVae, device, dtype: torch.dtyp
     # Not the library's own `to`: diffusers' warns of types that its models keep.
     network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
     nn.Module.to(network, memory_format=torch.channels_last)
+    fold_upsampling(network)
     align(network)
     return network
 

@@ -23,7 +23,14 @@ LEAST = 256
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax of q k^T over v: q (B, heads, N, C), k and v (B, heads, M, C) -> (B, heads, N, C)."""
     small = min(q.shape[2], k.shape[2]) < LEAST
-    if small or q.dtype != torch.bfloat16 or q.device.type != "cpu" or torch.is_grad_enabled() or not _has_products():
+    if (
+        torch.compiler.is_compiling()
+        or small
+        or q.dtype != torch.bfloat16
+        or q.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or not _has_products()
+    ):
         return F.scaled_dot_product_attention(q, k, v)
     return in_blocks(q, k, v)
 

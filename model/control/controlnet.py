@@ -133,3 +133,14 @@ def skip_channels(config: dict) -> list[int]:
     for level, (width, count) in enumerate(zip(widths, layers, strict=True)):
         channels += [width] * (count + (level < len(widths) - 1))
     return channels
+
+
+def halvings(config: dict) -> list[bool]:
+    """For each skip connection after conv_in's: whether it is a down-sampler's, at half the size of the one before."""
+    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
+    halved = []
+    for level, count in enumerate([layers] * levels if isinstance(layers, int) else layers):
+        halved += [False] * count
+        if level < levels - 1:  # the last level has no down-sampler
+            halved.append(True)
+    return halved

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from controlnet.model.control.controlnet import ControlNet, skip_channels
+from controlnet.model.control.controlnet import ControlNet, halvings, skip_channels
 from controlnet.model.control.hint import SD_WIDTHS, gaussian_
 from controlnet.model.control.prompt import Prompt
 from torch import Tensor, nn
@@ -43,17 +43,6 @@ class ControlNetLite(ControlNet):
         for convolution in self.down_blocks:
             skips.append(F.silu(convolution(skips[-1])))
         return skips, F.silu(self.mid_block(skips[-1]))
-
-
-def halvings(config: dict) -> list[bool]:
-    """For each skip connection after conv_in's: whether it is a down-sampler's, at half the size of the one before."""
-    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
-    halved = []
-    for level, count in enumerate([layers] * levels if isinstance(layers, int) else layers):
-        halved += [False] * count
-        if level < levels - 1:  # the last level has no down-sampler
-            halved.append(True)
-    return halved
 
 
 def gaussian_convolutions_(controlnet: ControlNet) -> ControlNet:

@@ -85,6 +85,13 @@ def predict(
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
 
+def read_prompt(network: Any, prompt: Prompt) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of all cross-attentions, in the order in which the walk reads them."""
+    blocks = [*network.down_blocks, network.mid_block, *getattr(network, "up_blocks", ())]
+    attentions = [attention for block in blocks for attention in getattr(block, "attentions", None) or ()]
+    return [prompt.keys_values(one.attn2, _keys_values) for two in attentions for one in two.transformer_blocks]
+
+
 def denoise(unet: UNet2DConditionModel, z: Tensor, t: Tensor, prompt: Prompt, control: Control | None = None) -> Tensor:
     """`predict` for z_t (B, 4, h, w) at timesteps t (B,), without a schedule."""
     return predict(unet, z, embed_times(unet, t, z.dtype), prompt, control)
@@ -107,7 +114,7 @@ def _down(
         if attention is not None:
             x = _transformer(attention, x, prompt)
         outputs.append(x)
-    attends = bool(getattr(block, "attentions", None))
+    attends = _attentions(block)[0] is not None
     if inner is not None and attends:
         outputs[-1] = x = add(x, inner)
     for downsampler in block.downsamplers or ():
@@ -136,7 +143,8 @@ def _up(block: Any, x: Tensor, skips: list[Tensor], size, embedding: Tensor, pro
 
 
 def _attentions(block: Any) -> list:
-    return list(getattr(block, "attentions", None) or [None] * len(block.resnets))
+    attentions = getattr(block, "attentions", None)
+    return [None] * len(block.resnets) if attentions is None else list(attentions)
 
 
 def _transformer(module: Any, x: Tensor, prompt: Prompt) -> Tensor:

@@ -160,7 +160,7 @@ def generate(
     encoded = encoded or Encoded()
     ids = base.size_ids((width, height)) if ids is None else ids
     made = 0
-    for group in _groups(requests, 1 if base.low_memory else batch):
+    for group in _groups(requests, 1 if base.low_memory or base.engine.alone else batch):
         # What the images of a group need, encoded once per text and once per condition.
         prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
         guided = guidance != 1
@@ -182,7 +182,18 @@ def generate(
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):
             latents = sample(
-                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory, around
+                base.unet,
+                own,
+                start,
+                prompt,
+                negative,
+                controls,
+                steps,
+                guidance,
+                tell,
+                base.low_memory,
+                around,
+                base.engine,
             )  # (B, C, h, w)
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")

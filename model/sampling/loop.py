@@ -17,10 +17,13 @@ from controlnet.model.control.control import Control
 from controlnet.model.control.net import Feature, Net
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
-from controlnet.model.control.unet import embed_times, predict
+from controlnet.model.control.unet import embed_times
+from controlnet.model.engines.engine import Eager, Engine
 from controlnet.model.sampling.starts import Start, times_from
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
+
+EAGER = Eager()
 
 
 @dataclass
@@ -66,6 +69,7 @@ def sample(
     on_step: Callable[[int, int], None] = lambda done, of: None,
     halves_apart: bool = False,
     around: Callable[[Evaluation], Callable[[Tensor, int], Tensor]] = lambda evaluation: evaluation,
+    engine: Engine = EAGER,
 ) -> Tensor:
     """Latents (B, C, h, w), in the type of the start.
 
@@ -75,7 +79,9 @@ def sample(
     scheduler.set_timesteps(steps, device=unet.device)
     times = start.times(scheduler)
     options = {"generator": start.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    evaluate = around(Evaluation(unet, times.to(unet.device), prompt, negative, controls, guidance, halves_apart))
+    evaluate = around(
+        Evaluation(unet, times.to(unet.device), prompt, negative, controls, guidance, halves_apart, engine)
+    )
     z = start.first(scheduler, unet.device)  # (B, C, h, w)
     for i, t in enumerate(times):
         z_t = start.model_input(scheduler.scale_model_input(z, t))  # (B, C', h, w)
@@ -103,8 +109,9 @@ class Evaluation:
         controls: Sequence[ActiveNet],
         guidance: float,
         halves_apart: bool = False,
+        engine: Engine = EAGER,
     ):
-        self.unet, self.guidance, self.halves_apart = unet, guidance, halves_apart
+        self.unet, self.guidance, self.halves_apart, self.engine = unet, guidance, halves_apart, engine
         self.passes = passes_of(controls)
         self.count = len(times)
         self.prompt = prompt  # B rows
@@ -135,7 +142,7 @@ class Evaluation:
         return without + self.guidance * (with_prompt - without)
 
     def _predict(self, z: Tensor, i: int, prompt: Prompt, passes: list[list[ActiveNet]]) -> Tensor:
-        return predict(self.unet, z, self.times[i : i + 1], prompt, self._control(z, i, prompt, passes))
+        return self.engine.predict(self.unet, z, self.times[i : i + 1], prompt, self._control(z, i, prompt, passes))
 
     def _control(self, z: Tensor, i: int, prompt: Prompt, passes: list[list[ActiveNet]]) -> Control | None:
         """The sum of the controls that act in evaluation i, for the rows of a prompt; None if none acts. A ControlNet
@@ -150,7 +157,7 @@ class Evaluation:
             net, strength = together[0].net, together[0].strength
             alone = strength.control_on == "cond" and len(prompt) > len(self.prompt)
             time = self.begun[net][i : i + 1]
-            control = net.control(z, time, self.prompt if alone else prompt, self._join(net, acting))
+            control = self.engine.control(net, z, time, self.prompt if alone else prompt, self._join(net, acting))
             control = strength.apply(control, acting[0][1] if len(acting) == 1 else 1.0)  # several: scaled by `_join`
             if alone:
                 control = control.zero_in_unconditional_half()

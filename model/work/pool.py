@@ -40,6 +40,7 @@ class Setup:
     offline: bool = False
     strict: bool = False
     low_memory: bool = False
+    engine: str | None = None
     keep_best: int | None = None
     rows: bool = False
     """Whether `Made.row` is wanted."""
@@ -59,6 +60,14 @@ class Made:
     """For a preview: the conditions and the image, each with a short text."""
 
 
+def studio_of(setup: Setup, say: Callable[[str], None] = lambda text: None) -> Any:
+    from controlnet.model.work.studio import Studio  # here: it imports torch
+
+    return Studio(
+        setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory, setup.engine, say
+    )  # fmt: skip
+
+
 def make_here(
     tasks: list[Task],
     setup: Setup,
@@ -68,9 +77,7 @@ def make_here(
     studio: Any = None,
 ) -> Iterator[Made]:
     """Do tasks in this process. `on_step` is called with the number of images made, fractions included."""
-    from controlnet.model.work.studio import Studio
-
-    studio = studio or Studio(setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory, say)
+    studio = studio or studio_of(setup, say)
     if any(task.tar for task in tasks):
         done = 0
         for task in tasks:
@@ -186,15 +193,13 @@ def make_worker(setup: Setup, device: str | None) -> Callable[[Task], Outcome]:
 
     def work(task: Task) -> Outcome:
         nonlocal studio
-        from controlnet.model.work.studio import Studio
-
         outcome = Outcome()
 
         def failed(name: str, error: ControlNetError) -> None:
             outcome.failed.append((name, error))
 
         try:
-            studio = studio or Studio(setup.device, setup.dtype, setup.offline, setup.strict, setup.low_memory)
+            studio = studio or studio_of(setup)
             studio.say = outcome.said.append
             outcome.made += make_here([task], setup, failed, outcome.said.append, studio=studio)
         except ControlNetError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,7 @@ def remake(
     """Make an image again. `job` is `job_of(image)`, or a changed copy of it. The image is made on `device`, by default
     the recorded one, if this machine has it, and in the recorded number type. Raises as `Studio.make` does."""
     record = image.record
-    studio = Studio(
-        _available(device or record.get("device")),
-        record.get("dtype"),
-        offline,
-        strict=False,
-        low_memory=bool(record.get("low_memory")),
-        say=say,
-    )
+    studio = _studio(record, device, offline, say)
     # Away from the base's native size, rounding makes an image depend on how many are sampled together and on its place
     # among them; so the same number is sampled again.
     paths = [flag.path for flag in job.cond]
@@ -80,6 +74,18 @@ def remake(
     together, place = _batch(record) if same else (1, 0)
     copies = [Wanted("", job, job.seed or 0, None)] * together
     return list(studio.make(copies))[place]
+
+
+def _studio(record: dict[str, Any], device: str | None, offline: bool, say: Callable[[str], None]) -> Studio:
+    """A studio as the record says; torch runs the networks where the recorded engine cannot."""
+    make = partial(
+        Studio, _available(device or record.get("device")), record.get("dtype"), offline,
+        low_memory=bool(record.get("low_memory")), say=say,
+    )  # fmt: skip
+    try:
+        return make(engine=record.get("engine") or "eager")
+    except UsageError:
+        return make(engine="eager")
 
 
 def replay(path: str | Path, device: str | None = None) -> tuple[Image, Difference, list[str]]:
@@ -109,6 +115,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         "dtype",
         "threads",
         "low_memory",
+        "engine",
         "batch",
     ):
         if (before.get(name) or None) != (after.get(name) or None):
@@ -167,7 +174,7 @@ _RECORD: dict[str, tuple[type, ...]] = {
     "size": (list,), "seed": (int,), "scheduler": (str,), "conditions": (list, type(None)),
     "control_on": (str, type(None)), "device": (str, type(None)), "dtype": (str, type(None)),
     "versions": (dict, type(None)), "init": (str, type(None)), "mask": (str, type(None)),
-    "strength": (int, float, type(None)), "hires": (int, float, type(None)),
+    "engine": (str, type(None)), "strength": (int, float, type(None)), "hires": (int, float, type(None)),
 }  # fmt: skip
 _CONDITION: dict[str, tuple[type, ...]] = {
     "path": (str,), "kind": (str,), "net": (str,), "scale": (int, float, str), "start": (int, float),

@@ -18,6 +18,7 @@ import torch
 from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.emphasis import plain
+from controlnet.model.engines.choose import engine_name, make_engine
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import has_vae, load_base, with_vae
 from controlnet.model.nets import load_net
@@ -69,7 +70,7 @@ class Studio:
 
     `device` and `dtype` are names, or None for the best available. With `offline` the network is never used; with
     `strict` a condition that looks wrong is an error; with `low_memory` each network is on the device only while it
-    works. `say` is called with each line of talk.
+    works. `engine` is what runs the networks (engines/choose.py). `say` is called with each line of talk.
     """
 
     def __init__(
@@ -79,11 +80,16 @@ class Studio:
         offline: bool = False,
         strict: bool = False,
         low_memory: bool = False,
+        engine: str | None = None,
         say: Callable[[str], None] = lambda text: None,
     ):
         silence_libraries()
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
+        self.engine = engine
+        self.made_engine = cache(partial(make_engine, say=say))
+        if engine is not None:  # what is wrong with it comes out before anything is loaded
+            self.made_engine(engine_name(engine, self.device, self.dtype, low_memory, 0))
         self.offline, self.strict, self.low_memory, self.say = offline, strict, low_memory, say
         # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
         self.bases: dict[tuple[str, str | None], tuple[Base, Encoded]] = {}
@@ -102,9 +108,8 @@ class Studio:
         """Yield one image after another. `failed` is called for each job that fails, and the rest goes on. `on_step` is
         called with the number of images made, fractions included."""
         made = 0
-        together = 1 if self.low_memory else TOGETHER
         for _, alike in groupby(self._prepare(wanted, failed), lambda one: (one.wanted.unit, one.shared)):
-            while group := list(islice(alike, together)):
+            for group in _groups(alike, self.low_memory):
                 try:
                     yield from self._sample_or_split(group, partial(_tell, on_step, made))
                 except ControlNetError as error:
@@ -256,6 +261,7 @@ class Studio:
             "versions": versions(),
             "threads": torch.get_num_threads(),
             "low_memory": self.low_memory,
+            "engine": base.engine.name,
             "seed": one.seed,
         }
         regions = [None if (r := one.strength.region) is None else sha256(r.tobytes()) for one in (*acting, *larger)]
@@ -361,7 +367,10 @@ class Studio:
             return with_vae(base, vae, self.offline), encoded
         base = load_base(name, self.device, self.dtype, self.offline, self.low_memory, vae)
         dtype = str(self.dtype).removeprefix("torch.")
-        self.say(f"base {name} on {self.device} in {dtype}; no safety checker runs")
+        size = sum(parameter.numel() for parameter in base.unet.parameters())
+        base.engine = self.made_engine(engine_name(self.engine, self.device, self.dtype, self.low_memory, size))
+        how = "" if base.engine.name == "eager" else f" by {base.engine.name}"
+        self.say(f"base {name} on {self.device} in {dtype}{how}; no safety checker runs")
         return base, Encoded()
 
     def _adapted(
@@ -371,7 +380,10 @@ class Studio:
         base, encoded = self.base(name, vae)
         if not (loras or words):
             return base, encoded
-        return adapted(base, loras, words, self.sources, self.say), Encoded()
+        under = adapted(base, loras, words, self.sources, self.say)
+        if under.unet is not base.unet and self.engine is None and base.engine.alone:
+            under.engine = self.made_engine("eager")  # each choice of LoRAs and scales would need a graph of its own
+        return under, Encoded()
 
     def _plain_base(self, name: str) -> tuple[Base, Encoded]:
         """A loaded base of this name, whichever VAE it has."""
@@ -436,6 +448,13 @@ def tile_of(job: Job, base: Base) -> int | None:
 
 def _tell_part(on_step: Callable[[float], None], before: float, part: float, images: float) -> None:
     on_step(before + part * images)
+
+
+def _groups(alike: Iterator[Prepared], low_memory: bool) -> Iterator[list[Prepared]]:
+    """As many as are sampled together, of some that may be."""
+    for first in alike:
+        more = 0 if low_memory or first.base.engine.alone else TOGETHER - 1
+        yield [first, *islice(alike, more)]
 
 
 def _tell(on_step: Callable[[float], None], before: int, images: float) -> None:

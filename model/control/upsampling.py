@@ -1,0 +1,67 @@
+"""Upsampling and the convolution after it as one: a transposed convolution has less than half of the products.
+
+Each pixel that nearest-neighbour upsampling repeats four times meets the nine weights of a 3x3 convolution; those that
+meet the same pixel are added up beforehand, which leaves 4 weights of 9 for each pixel of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+ADDED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+"""The 4 weights of a column (or row) of the transposed convolution, each a sum of the 3 of the plain one."""
+
+_kept = WeakTensorKeyDictionary()
+"""By the plain weight: its version, and the folded one."""
+
+
+class FoldedUpsample(Upsample2D):
+    """diffusers' layer, quicker where its weights are locked. Same parameters, same result up to rounding."""
+
+    conv: nn.Conv2d
+
+    def forward(self, x: Tensor, output_size=None, *more, **others) -> Tensor:
+        """(B, C, h, w) -> (B, C', 2h, 2w), or of another `output_size`, which is then reached as diffusers does."""
+        doubled = [2 * side for side in x.shape[-2:]]
+        weight = self.conv.weight
+        if weight.requires_grad or torch.is_grad_enabled() or list(output_size or doubled) != doubled:
+            return super().forward(x, output_size, *more, **others)
+        return F.conv_transpose2d(x, folded(weight), self.conv.bias, stride=2, padding=1)
+
+
+def folded(weight: Tensor) -> Tensor:
+    """(C', C, 3, 3) -> (C, C', 4, 4), the weight of the transposed convolution. Computed once for a locked weight."""
+    if torch.compiler.is_compiling():
+        return _fold(weight)
+    version, known = _kept.get(weight, (None, None))
+    if version != weight._version:
+        layout = (
+            torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.preserve_format
+        )
+        known = _fold(weight).contiguous(memory_format=layout)
+        _kept[weight] = weight._version, known
+    return known
+
+
+def _fold(weight: Tensor) -> Tensor:
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    added = ADDED.to(weight.device, exact)
+    return torch.einsum("ak,bl,oikl->ioab", added, added, weight.to(exact)).to(weight.dtype)
+
+
+def fold_upsampling(network: nn.Module) -> None:
+    """Make every upsampler of a network a FoldedUpsample, in place, if it is of the usual kind."""
+    for module in network.modules():
+        if type(module) is Upsample2D and _is_usual(module):
+            module.__class__ = FoldedUpsample
+
+
+def _is_usual(module: Upsample2D) -> bool:
+    """Whether it doubles by repeating pixels, and then has a 3x3 convolution."""
+    if not (module.use_conv and module.interpolate and module.name == "conv") or module.norm is not None:
+        return False
+    return module.conv.kernel_size == (3, 3) and module.conv.padding == (1, 1)

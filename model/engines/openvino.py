@@ -1,0 +1,212 @@
+"""OpenVINO: the networks as graphs compiled for the processor, kept on disk.
+
+A graph is made once for the contents of a network and the shapes of a call: torch exports the walk, OpenVINO reads
+that and saves it, and every later process reads the file. A graph of the UNet has control as an input, so scales,
+windows and several ControlNets need no other one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from controlnet.model.control.control import Control, grow
+from controlnet.model.control.controlnet import halvings, skip_channels
+from controlnet.model.control.prompt import Prompt
+from controlnet.model.engines.calls import Call, Function, OfTensors, Unchanged
+from controlnet.preprocessors.errors import UsageError, reason
+from controlnet.preprocessors.files import beside
+from controlnet.preprocessors.weights import cache_folder
+from torch import Tensor, nn
+
+KEPT = 16_000_000_000
+"""Bytes of graphs on disk; those that were not used for longest are removed. Stable Diffusion 1.5's UNet is 1.7 GB."""
+
+
+def load_openvino() -> Any:
+    """The library. Raises UsageError if it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report every use of it
+    try:
+        import openvino
+    except ImportError:
+        raise UsageError(
+            "the engine openvino needs OpenVINO, which is not installed", "pip install 'controlnet-toolkit[openvino]'"
+        ) from None
+    return openvino
+
+
+class OpenVino(OfTensors):
+    """The engine, for networks of float32 or bfloat16 on a CPU. What OpenVINO cannot make a graph of is run by torch;
+    `say` is told."""
+
+    name = "openvino"
+    alone = True
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None):
+        super().__init__()
+        self.ov, self.say = load_openvino(), say
+        self.core = self.ov.Core()
+        self._contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+    def predict(self, unet: Any, z: Tensor, time: Tensor, prompt: Prompt, control: Control | None) -> Tensor:
+        return super().predict(unet, z, time, prompt, whole(control, unet.config, z, len(prompt)))
+
+    def make(self, call: Call) -> Function:
+        folder = self._folder(call)
+        try:
+            if not is_whole(folder):
+                height, width = (8 * side for side in call.tensors[0].shape[-2:])
+                self.say(f"OpenVINO: a graph for {width}x{height} is made, once for a model and size")
+                self._save(call, folder)
+            (folder / "used").touch()
+            return self._compiled(folder / "graph.xml", call.tensors)
+        except Exception as error:  # OpenVINO fails in a dozen ways
+            self.say(f"OpenVINO cannot run this network, torch does: {reason(error)}")
+            return call.of_tensors()
+
+    def _compiled(self, path: Path, tensors: list[Tensor]) -> Function:
+        half = tensors[0].dtype == torch.bfloat16 and "BF16" in self.core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        )
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        return Request(self.ov, self.core.compile_model(self.core.read_model(path), "CPU", options))
+
+    def _folder(self, call: Call) -> Path:
+        """Where the graph of a call is kept: by what the network holds, the call, and OpenVINO's version."""
+        if call.network not in self._contents:
+            self._contents[call.network] = contents(call.network)
+        _, *structure = call.key
+        versions = self.ov.__version__, torch.__version__
+        text = f"{self._contents[call.network]} {call.function.__qualname__} {structure} {versions}"
+        return cache_folder() / "graphs" / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _save(self, call: Call, folder: Path) -> None:
+        tensors = tuple(one.contiguous() for one in call.tensors)
+        with torch.no_grad(), contiguous(call.network), beside(folder) as place:
+            place.mkdir()
+            exported = torch.export.export(_Module(call), tensors)
+            model = self.ov.convert_model(exported)
+            # One shape is quicker than any shape.
+            model.reshape({source: list(one.shape) for source, one in zip(model.inputs, tensors, strict=True)})
+            self.ov.save_model(model, place / "graph.xml", compress_to_fp16=False)
+            sizes = {one.name: one.stat().st_size for one in place.iterdir()}
+            (place / "sizes.json").write_text(json.dumps(sizes))
+        forget_old(folder.parent)
+
+
+class Request:
+    """A compiled graph as a function of tensors."""
+
+    def __init__(self, ov: Any, compiled: Any):
+        self.ov, self.request, self.unchanged = ov, compiled.create_infer_request(), Unchanged()
+        self.inputs: dict[int, Any] = {}
+        types = {"bf16": torch.bfloat16, "f32": torch.float32}
+        self.outputs = [(tuple(one.shape), types[one.element_type.get_type_name()]) for one in compiled.outputs]
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        for k in self.unchanged.new(tensors):
+            self.inputs[k] = self._shared(tensors[k].contiguous())
+            self.request.set_input_tensor(k, self.inputs[k][0])
+        results = [torch.empty(shape, dtype=dtype) for shape, dtype in self.outputs]
+        shared = [self._shared(one) for one in results]
+        for k, (one, _) in enumerate(shared):
+            self.request.set_output_tensor(k, one)
+        self.request.infer()
+        return results
+
+    def _shared(self, tensor: Tensor) -> tuple[Any, Any]:
+        """A tensor of OpenVINO with the memory of one of torch, and what must live as long."""
+        if tensor.dtype == torch.bfloat16:  # numpy has no such type
+            array = tensor.view(torch.int16).numpy()
+            return self.ov.Tensor(array, list(tensor.shape), self.ov.Type.bf16), array
+        array = tensor.numpy()
+        return self.ov.Tensor(array, shared_memory=True), array
+
+
+class _Module(nn.Module):
+    """A call as a module, as torch's export takes it."""
+
+    def __init__(self, call: Call):
+        super().__init__()
+        self.network, self.run = call.network, call.of_tensors()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.run(*tensors))
+
+
+def whole(control: Control | None, config: Any, z: Tensor, rows: int) -> Control:
+    """Control with every residual of a UNet, at its full size and of all rows; zeros where there is none. So one graph
+    serves every choice of controls."""
+    control = control or Control([], None)
+    sides = [tuple(z.shape[-2:])]
+    for halves in halvings(dict(config)):
+        sides.append(tuple((side + 1) // 2 for side in sides[-1]) if halves else sides[-1])
+    shapes = [(rows, width, *side) for width, side in zip(skip_channels(dict(config)), sides, strict=True)]
+    shapes.append(shapes[-1])  # the middle's
+    given = control.down + ([] if control.middle is None else [control.middle])
+    residuals = [
+        grow(one, rows).expand(shape) for one, shape in zip(given, shapes, strict=True)
+    ] if given else [z.new_zeros(1).expand(shape) for shape in shapes]  # fmt: skip
+    return Control(residuals[:-1], residuals[-1], [grow(one, rows) for one in control.inner])
+
+
+def contents(network: nn.Module) -> str:
+    """A hash of names and numbers of a network's tensors."""
+
+    def digest(named: tuple[str, Tensor]) -> bytes:
+        name, tensor = named
+        data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+        head = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = pool.map(digest, network.state_dict().items())
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a graph on disk is there with all of its bytes."""
+    try:
+        sizes = json.loads((folder / "sizes.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def forget_old(folder: Path) -> None:
+    """Remove the graphs that were not used for longest: as many as make the others KEPT bytes or less. The newest
+    stays."""
+
+    def used(graph: Path) -> float:
+        mark = graph / "used"
+        return mark.stat().st_mtime if mark.exists() else graph.stat().st_mtime
+
+    graphs = sorted((one for one in folder.iterdir() if one.is_dir()), key=used, reverse=True)
+    total = 0
+    for k, graph in enumerate(graphs):
+        total += sum(file.stat().st_size for file in graph.iterdir())
+        if k and total > KEPT:
+            shutil.rmtree(graph, ignore_errors=True)
+
+
+@contextmanager
+def contiguous(network: nn.Module) -> Iterator[None]:
+    """A network with its weights in torch's plain layout: OpenVINO's reader takes channels_last for it."""
+    nn.Module.to(network, memory_format=torch.contiguous_format)
+    try:
+        yield
+    finally:
+        nn.Module.to(network, memory_format=torch.channels_last)
