@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-tiles bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
+.PHONY: bench-gpu help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-tiles bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ card: env ## Measure the embedded model again and write its card
 bench: env ## Time the command line, and SD 1.5 with a ControlNet, against what one would use instead (20 GB, half an hour)
 	$(BIN)/python benchmarks/detect.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/image.py
+
+bench-gpu: env ## Every figure that needs a GPU, in nine minutes
+	$(BIN)/python benchmarks/gpu.py
 
 bench-sdxl: env ## SDXL at full size beside diffusers' pipelines
 	$(BIN)/python benchmarks/sdxl.py

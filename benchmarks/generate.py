@@ -17,8 +17,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 GUIDANCE = 7.5
@@ -125,13 +127,17 @@ def networks(small: bool, nets: int = 1):
     return unet, made
 
 
-def timed(function: Callable, device) -> float:
+def wait(device) -> None:
     import torch
 
-    start = time.perf_counter()
-    function()
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def timed(function: Callable, device) -> float:
+    start = time.perf_counter()
+    function()
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -140,35 +146,77 @@ def speed(args, device) -> None:
 
     unet, nets = networks(args.small)
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
-    plain, tuned, fast = (Networks(unet, nets, device, dtype, last)
-                          for dtype, last in ((torch.float32, False), (torch.float32, True), (half, True)))  # fmt: skip
+    plain, fast = (Networks(unet, nets, device, dtype, last)
+                   for dtype, last in ((torch.float32, False), (half, True)))  # fmt: skip
     del unet, nets
+    side = 128 if args.small else 512
     name = str(half).removeprefix("torch.")
     variants = {
-        "diffusers as one gets it, float32": plain.theirs, "diffusers tuned, float32, channels_last": tuned.theirs,
-        "ours, float32": tuned.ours, f"diffusers tuned, {name}, channels_last": fast.theirs, f"ours, {name}": fast.ours,
-    }  # fmt: skip
-    if device.type == "cuda":
-        compiled = Networks(fast.unet, fast.nets, device, half, True)
-        compiled.pipeline.unet = torch.compile(compiled.unet)
-        variants[f"diffusers tuned and compiled, {name}"] = compiled.theirs
-    off = (tuned.ours(1) - plain.theirs(1)).abs().max() / plain.theirs(1).std()
+        "diffusers as one gets it, float32": plain.theirs,
+        f"diffusers tuned, {name}, channels_last": fast.theirs,
+        f"ours, {name}, engine eager": fast.ours,
+    }
+    off = (plain.ours(1, side) - plain.theirs(1, side)).abs().max() / plain.theirs(1, side).std()
+    variants |= graphs_of(fast, device, name, side)
     times: dict[str, list[float]] = {key: [] for key in variants}
+    made = {}
     for turn in range(args.rounds + 1):
         for key, function in variants.items():
-            seconds = timed(lambda function=function: function(args.evaluations), device)
-            print(f"{key}: {seconds / args.evaluations:.2f} s", file=sys.stderr)
+            steps = args.evaluations if turn else 1
+            start = time.perf_counter()
+            made[key] = function(steps, side)
+            wait(device)
+            seconds = (time.perf_counter() - start) / steps
+            print(f"{key}: {seconds:.2f} s{'' if turn else ' (the first call)'}", file=sys.stderr)
             if turn:
-                times[key].append(seconds / args.evaluations)
-    first, second = (statistics.median(times[key]) for key in list(variants)[:4:3])
+                times[key].append(seconds)
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    tuned = medians[f"diffusers tuned, {name}, channels_last"]
+    graph = medians.get(PEER, float("nan"))
+    reference = made["diffusers as one gets it, float32"].float()
+    print("| one evaluation, both halves of the guidance | median s | min s | times diffusers tuned | times OpenVINO | "
+          "difference |\n|---|---|---|---|---|---|")  # fmt: skip
+    for key, median in medians.items():
+        rms = (made[key].float() - reference).std() / reference.std()
+        print(f"| {key} | {median:.2f} | {min(times[key]):.2f} | {median / tuned:.2f} | {median / graph:.2f} "
+              f"| {rms:.4f} |")  # fmt: skip
     print(
-        "| one evaluation, both halves of the guidance | median s | min s | times diffusers | times diffusers tuned |"
+        f"\nAfter one evaluation in float32, ours and diffusers' differ by {off:.1e} of the standard deviation. In the"
+        f" table: the deviation of the latents after {args.evaluations}, from diffusers in float32."
     )
-    print("|---|---|---|---|---|")
-    for key, values in times.items():
-        median = statistics.median(values)
-        print(f"| {key} | {median:.2f} | {min(values):.2f} | {median / first:.2f} | {median / second:.2f} |")
-    print(f"\nAfter one evaluation in float32, ours and diffusers' differ by {off:.1e} of the standard deviation.")
+
+
+PEER = "OpenVINO alone, both networks one graph"
+
+
+def graphs_of(both: Networks, device, name: str, side: int) -> dict[str, Callable]:
+    """The rows of engines that make graphs, ours and what one would use instead."""
+    import torch
+    from controlnet.model.engines.choose import make_engine
+
+    if device.type == "cuda":
+        graphs, ours = make_engine("graphs"), make_engine("compiled")
+        compiled = Networks(both.unet, both.nets, device, both.dtype, True)
+        compiled.pipeline.unet = torch.compile(compiled.unet, fullgraph=True)
+        compiled.references = [torch.compile(one, fullgraph=True) for one in compiled.references]
+        return {
+            f"ours, {name}, engine graphs": lambda n, side: both.ours(n, side, engine=graphs),
+            f"ours, {name}, engine compiled": lambda n, side: both.ours(n, side, engine=ours),
+            f"diffusers tuned and compiled, {name}": compiled.theirs,
+        }
+    if not find_spec("openvino"):
+        return {}
+    from peers import one_graph, sampled
+
+    os.environ.setdefault("CONTROLNET_CACHE", tempfile.mkdtemp())
+    engine = make_engine("openvino", lambda text: print(text, file=sys.stderr))
+    request = one_graph(both.unet, both.references[0], Path(tempfile.mkdtemp()), side)
+    noise, text, null, condition = both.inputs(side, 1)
+
+    def alone(steps: int, side: int):
+        return sampled(request, both.scheduler, noise, torch.cat([null, text]), condition, steps, GUIDANCE)
+
+    return {f"ours, {name}, engine openvino": lambda n, side: both.ours(n, side, engine=engine), PEER: alone}
 
 
 def cost(args, device) -> None:

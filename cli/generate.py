@@ -36,6 +36,7 @@ from controlnet.cli.options import (
 from controlnet.model.work.batch import Wanted, in_tars, in_units, read_jobs_file, spread, targets
 from controlnet.model.work.crew import places
 from controlnet.model.work.jobs import Job, check_names, make_job
+from controlnet.model.work.machine import silence_libraries
 from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
@@ -166,6 +167,7 @@ def _generate(
     rows: list[list] = []
     if groups:
         # Not before: what is wrong with a job is told in a moment, and this imports torch.
+        silence_libraries()
         from controlnet.model.work import pool, sheets
 
         setup = pool.Setup(device, dtype, offline, strict, low_memory, engine, keep_best, rows=preview is not None)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from controlnet.cli.options import Device, Json, Offline, Overwrite, say, tell
 from controlnet.model.work.jobs import OPTIONS
+from controlnet.model.work.machine import silence_libraries
 from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import exists, write_file
@@ -55,6 +56,7 @@ def replay(
     overwrite: Overwrite = False,
     offline: Offline = False,
 ) -> None:
+    silence_libraries()
     from controlnet.model.work.replay import job_of, read_recorded, remake
 
     before = read_recorded(image)

@@ -11,6 +11,7 @@ from controlnet.cli.bars import count_bar
 from controlnet.cli.options import Json, Offline, Overwrite, Processes, Quiet, RayAddress, ShardFlag, say
 from controlnet.model.work.batch import read_jobs_file
 from controlnet.model.work.crew import places
+from controlnet.model.work.machine import silence_libraries
 from controlnet.model.work.outputs import check_png, keeps
 from controlnet.preprocessors.errors import Exit, UsageError
 from controlnet.preprocessors.jsons import dumps
@@ -56,6 +57,7 @@ def score(
             raise UsageError("--overlay shows one image", "controlnet score IMAGE --overlay overlay.png")
         check_png("--overlay", overlay)
         keeps(overlay, overwrite, skip_existing=False)
+    silence_libraries()
     from controlnet.model.work import score, sheets  # torch and OpenCV
 
     if jobs is not None:

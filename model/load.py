@@ -232,8 +232,8 @@ def _load_network(part: str, stored: Stored | LoneVae, device, dtype: torch.dtyp
     check_state(network, state, stored.path / part if whole else stored.path)
     network.load_state_dict(state, assign=True)
     # Not the library's own `to`: diffusers' warns of types that its models keep.
-    network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
-    nn.Module.to(network, memory_format=torch.channels_last)
+    network = network.requires_grad_(False).eval()
+    nn.Module.to(network, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fold_upsampling(network)
     align(network)
     return network

@@ -89,8 +89,7 @@ def load_net(
     if dtype is None and any(is_float8(tensor) for tensor in state.values()):
         dtype = torch.float16  # nothing is computed in float8; float16 holds each of its numbers
     # Not the library's own `to`, which some of these networks have.
-    nn.Module.to(net, dtype)
-    nn.Module.to(net, memory_format=torch.channels_last)
+    nn.Module.to(net, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     align(net)
     return net.eval()
 

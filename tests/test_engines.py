@@ -1,8 +1,10 @@
 """Engines: graphs of the networks compute what torch does, and are kept; upsampling folded into a convolution."""
 
 import copy
+import gc
 import os
 import shutil
+import signal
 import sys
 from importlib.util import find_spec
 from itertools import product
@@ -272,3 +274,18 @@ def test_bases_are_loaded_with_folded_upsampling(models):
     for network in (base.unet, base.vae):
         kinds = {type(module) for module in network.modules() if isinstance(module, Upsample2D)}
         assert kinds == {FoldedUpsample}
+
+
+def test_signals_are_handled_after_engines_are_gone(made_graphs):
+    """OpenVINO replaces the stack that signals are handled on, and takes it away again."""
+    for _ in range(2):
+        engines = [openvino.OpenVino() for _ in range(2)]
+        engines.reverse()  # the first one goes first
+        while engines:
+            engines.pop()
+            gc.collect()
+    got = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert got == [signal.SIGUSR1]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,6 +45,13 @@ def load_openvino() -> Any:
     return openvino
 
 
+@cache
+def core() -> Any:
+    """OpenVINO's core, one for the process and never given back: with it would go the stack on which this process
+    handles signals, which OpenVINO replaces (a larger one, for AMX)."""
+    return load_openvino().Core()
+
+
 class OpenVino(OfTensors):
     """The engine, for networks of float32 or bfloat16 on a CPU. What OpenVINO cannot make a graph of is run by torch;
     `say` is told."""
@@ -54,7 +62,7 @@ class OpenVino(OfTensors):
     def __init__(self, say: Callable[[str], None] = lambda text: None):
         super().__init__()
         self.ov, self.say = load_openvino(), say
-        self.core = self.ov.Core()
+        self.core = core()
         self._contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
     def predict(self, unet: Any, z: Tensor, time: Tensor, prompt: Prompt, control: Control | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from controlnet.model.work.libraries import import_libraries
 from controlnet.preprocessors.errors import UsageError
 
 
@@ -15,6 +16,7 @@ def silence_libraries(bars: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not (bars and sys.stderr.isatty()):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import_libraries()
     import diffusers
     import transformers
 
