@@ -8,6 +8,7 @@ import signal
 import sys
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,23 @@ def test_a_damaged_graph_is_made_again(models, openvino_engine, tmp_path):
     assert openvino.is_whole(one) and openvino.is_whole(two)
     (one / "sizes.json").write_text("[1")
     assert not openvino.is_whole(one)
+
+
+def test_weights_lie_in_the_graphs_file(models, openvino_engine, tmp_path, monkeypatch):
+    """Bit for bit, so that a graph of another shape is made of them."""
+    monkeypatch.setattr(openvino, "SHARED", 64)
+    shutil.rmtree(tmp_path / "cache" / "graphs")
+    twin = tuple(copy.deepcopy(one) for one in models)
+    twin[0].unet = copy.deepcopy(models[0].unet)
+    near(sampled(twin, openvino_engine), sampled(models, Eager()))
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "graph.bin" in line]
+    spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for before, after in ((models[0].unet, twin[0].unet), (models[1], twin[1])):
+        pairs = list(zip(before.parameters(), after.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in pairs)
+        shared = sum(b.numel() for _, b in pairs if any(low <= b.data_ptr() < high for low, high in spans))
+        assert shared > 0.5 * sum(b.numel() for _, b in pairs)
+    near(sampled(twin, openvino_engine, rows=2), sampled(models, Eager(), rows=2))
 
 
 def test_changed_weights_and_other_shapes_have_graphs_of_their_own(models, openvino_engine, tmp_path):

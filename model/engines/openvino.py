@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from controlnet.model.control.control import Control, grow
 from controlnet.model.control.controlnet import halvings, skip_channels
@@ -31,6 +33,9 @@ from torch import Tensor, nn
 
 KEPT = 16_000_000_000
 """Bytes of graphs on disk; those that were not used for longest are removed. Stable Diffusion 1.5's UNet is 1.7 GB."""
+SHARED = 100_000
+"""Bytes of a tensor from which on its memory is shared with the graph's file."""
+_CONSTANT = re.compile(r'<data element_type="\w+" shape="[^"]*" offset="(?P<offset>\d+)" size="(?P<size>\d+)"')
 
 
 def load_openvino() -> Any:
@@ -76,6 +81,7 @@ class OpenVino(OfTensors):
                 self.say(f"OpenVINO: a graph for {width}x{height} is made, once for a model and size")
                 self._save(call, folder)
             (folder / "used").touch()
+            share_weights(call.network, folder)
             return self._compiled(folder / "graph.xml", call.tensors)
         except Exception as error:  # OpenVINO fails in a dozen ways
             self.say(f"OpenVINO cannot run this network, torch does: {reason(error)}")
@@ -95,7 +101,8 @@ class OpenVino(OfTensors):
     def _folder(self, call: Call) -> Path:
         """Where the graph of a call is kept: by what the network holds, the call, and OpenVINO's version."""
         if call.network not in self._contents:
-            self._contents[call.network] = contents(call.network)
+            digests = digests_of(call.network)
+            self._contents[call.network] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
         _, *structure = call.key
         versions = self.ov.__version__, torch.__version__
         text = f"{self._contents[call.network]} {call.function.__qualname__} {structure} {versions}"
@@ -110,6 +117,8 @@ class OpenVino(OfTensors):
             # One shape is quicker than any shape.
             model.reshape({source: list(one.shape) for source, one in zip(model.inputs, tensors, strict=True)})
             self.ov.save_model(model, place / "graph.xml", compress_to_fp16=False)
+            del model
+            (place / "weights.json").write_text(json.dumps(places_of(call.network, place)))
             sizes = {one.name: one.stat().st_size for one in place.iterdir()}
             (place / "sizes.json").write_text(json.dumps(sizes))
         forget_old(folder.parent)
@@ -171,18 +180,50 @@ def whole(control: Control | None, config: Any, z: Tensor, rows: int) -> Control
     return Control(residuals[:-1], residuals[-1], [grow(one, rows) for one in control.inner])
 
 
-def contents(network: nn.Module) -> str:
-    """A hash of names and numbers of a network's tensors."""
+def digests_of(network: nn.Module) -> dict[str, str]:
+    """A hash of type, shape and numbers of each of a network's tensors, by name."""
 
-    def digest(named: tuple[str, Tensor]) -> bytes:
-        name, tensor = named
-        data: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        head = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-        return hashlib.sha256(head + hashlib.sha256(data).digest()).digest()
+    def digest(tensor: Tensor) -> str:
+        head = f"{tuple(tensor.shape)} {tensor.dtype} "
+        return head + _sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
+    state = network.state_dict()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = pool.map(digest, network.state_dict().items())
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return dict(zip(state, pool.map(digest, state.values()), strict=True))
+
+
+def places_of(network: nn.Module, folder: Path) -> dict[str, int]:
+    """Where in a graph's file the tensors of its network are, in bytes: those that are there with the same numbers."""
+    data = np.memmap(folder / "graph.bin", np.uint8, "r")
+    known = {}
+    for constant in _CONSTANT.finditer((folder / "graph.xml").read_text()):
+        offset, size = int(constant["offset"]), int(constant["size"])
+        if size >= SHARED:
+            known[size, _sha256(data[offset : offset + size])] = offset
+    found = {}
+    for name, parameter in network.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if size >= SHARED:
+            digest = _sha256(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
+            if (size, digest) in known:
+                found[name] = known[size, digest]
+    return found
+
+
+def share_weights(network: nn.Module, folder: Path) -> None:
+    """Give a network's parameters the memory of a graph's file, which has the same numbers: they take none of their own
+    then, and all processes share it. Those that the graph does not have stay as they are."""
+    places = json.loads((folder / "weights.json").read_text())
+    data = np.memmap(folder / "graph.bin", np.uint8, "c")  # nothing is written; torch wants memory that could be
+    for name, parameter in network.named_parameters():
+        if name in places:
+            offset, size = places[name], parameter.numel() * parameter.element_size()
+            own = torch.from_numpy(data[offset : offset + size])
+            parameter.data = own.view(parameter.dtype).view(parameter.shape)
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
