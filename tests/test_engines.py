@@ -202,6 +202,7 @@ def test_cuda_graphs_compute_what_torch_does(small_base_folder):
         ((None, CUDA, torch.float16, False, 10), "graphs"),
         ((None, CUDA, torch.float16, True, 10), "eager"),
         ((None, CPU, torch.bfloat16, False, 10), "eager"),
+        ((None, CPU, torch.bfloat16, True, 10**9), "eager"),
         ((None, CPU, torch.float16, False, 10**9), "eager"),
         (("eager", CUDA, torch.float16, False, 10), "eager"),
         (("compiled", CPU, torch.float32, True, 10), "compiled"),

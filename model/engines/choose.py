@@ -16,13 +16,15 @@ LARGE = 100_000_000
 
 def engine_name(name: str | None, device: Any, dtype: Any, low_memory: bool, parameters: int) -> str:
     """The engine to use for a UNet of so many parameters: the named one, else CUDA graphs on CUDA, OpenVINO on a CPU if
-    it is installed and the UNet is large, else torch's own. Raises UsageError for an engine that cannot be used."""
+    it is installed, the UNet is large and memory is not scarce, else torch's own. Raises UsageError for an engine that cannot be used."""
     import torch
 
     carried = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     if name is None:
+        if low_memory:
+            return "eager"
         if device.type == "cuda":
-            return "eager" if low_memory else "graphs"
+            return "graphs"
         return "openvino" if carried and parameters >= LARGE and find_spec("openvino") else "eager"
     if name not in ENGINES:
         raise UsageError(f"--engine {name}: expected {', '.join(ENGINES[:-1])} or {ENGINES[-1]}", "--engine eager")
