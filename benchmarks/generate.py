@@ -10,16 +10,19 @@ one process, with the same weights and noise: one round unmeasured, then ROUNDS;
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import gc
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -186,6 +189,13 @@ def speed(args, device) -> None:
     )
 
 
+def spare() -> str:
+    """A folder until this process ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 PEER = "OpenVINO alone, both networks one graph"
 
 
@@ -208,53 +218,73 @@ def graphs_of(both: Networks, device, name: str, side: int) -> dict[str, Callabl
         return {}
     from peers import one_graph, sampled
 
-    os.environ.setdefault("CONTROLNET_CACHE", tempfile.mkdtemp())
+    os.environ.setdefault("CONTROLNET_CACHE", spare())
     engine = make_engine("openvino", lambda text: print(text, file=sys.stderr))
-    request = one_graph(both.unet, both.references[0], Path(tempfile.mkdtemp()), side)
+    request = one_graph(both.unet, both.references, Path(spare()), side)
     noise, text, null, condition = both.inputs(side, 1)
 
-    def alone(steps: int, side: int):
+    def peer(steps: int, side: int):
         return sampled(request, both.scheduler, noise, torch.cat([null, text]), condition, steps, GUIDANCE)
 
-    return {f"ours, {name}, engine openvino": lambda n, side: both.ours(n, side, engine=engine), PEER: alone}
+    return {f"ours, {name}, engine openvino": lambda n, side: both.ours(n, side, engine=engine), PEER: peer}
 
 
 def cost(args, device) -> None:
-    """One evaluation for more ControlNets, larger canvases and batches; a table and a plot."""
+    """One evaluation for more ControlNets, larger canvases and batches, ours and the best peer's."""
     import torch
+    from controlnet.model.engines.choose import make_engine
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    unet, nets = networks(args.small, 3)
+    unet, nets = networks(args.small, 4)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
     both = Networks(unet, nets, device, dtype, True)
     del unet, nets
+    os.environ.setdefault("CONTROLNET_CACHE", spare())
+    graphs = device.type == "cpu" and bool(find_spec("openvino"))
+    peer = PEER if graphs else "diffusers tuned"
     axes = {
-        "ControlNets": [(n, {"nets": n}) for n in (1, 2, 3)],
-        "pixels a side": [(side, {"side": side}) for side in (256, 384, 512, 768, 1024)],
-        "images at once": [(n, {"batch": n, "side": 256}) for n in (1, 2, 4, 8)],
+        "ControlNets": [(n, {"nets": n}) for n in (1, 2, 3, 4)],
+        "pixels a side": [(side, {"side": side}) for side in (256, 512, 768, 1024, 1536)],
+        "images at once": [(n, {"batch": n, "side": 256}) for n in (1, 2, 4, 8, 16)],
     }
     figure = Figure(figsize=(10, 3.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    print("\n| | ours s | diffusers tuned s | ratio |\n|---|---|---|---|")
+    print(f"\n| | ours s | {peer} s | ratio |\n|---|---|---|---|")
     for plot, (what, points) in zip(figure.subplots(1, 3), axes.items(), strict=True):
         rows = []
-        for value, options in points:
-            pair = []
-            for function in (both.ours, both.theirs):
-                seconds = [timed(lambda f=function, o=options: f(1, **o), device) for _ in range(args.rounds + 1)][1:]
-                pair.append(statistics.median(seconds))
+        for value, options in points[:2] if args.small else points:
+            engine = make_engine("openvino" if graphs else "graphs" if device.type == "cuda" else "eager")
+            with tempfile.TemporaryDirectory() as folder:
+                theirs = alone(both, Path(folder), **options) if graphs else partial(both.theirs, 1, **options)
+                pair = []
+                for function in (partial(both.ours, 1, engine=engine, **options), theirs):
+                    seconds = [timed(function, device) for _ in range(args.rounds + 1)][1:]
+                    pair.append(statistics.median(seconds))
+            del theirs
             rows.append((value, *pair))
             more = " of 256 pixels" if what == "images at once" else ""
             print(f"| {value} {what}{more} | {pair[0]:.2f} | {pair[1]:.2f} | {pair[0] / pair[1]:.2f} |", flush=True)
         values, ours, theirs = zip(*rows, strict=True)
-        plot.plot(values, theirs, marker="o", color="0.6", label="diffusers tuned")
+        plot.plot(values, theirs, marker="o", color="0.6", label=peer)
         plot.plot(values, ours, marker="o", color="tab:blue", label="ours")
         plot.set_xlabel(what), plot.set_ylim(bottom=0), plot.set_xticks(values)
         plot.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("seconds an evaluation")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(PLOT)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    if not args.small:
+        figure.savefig(PLOT)
+
+
+def alone(both: Networks, folder: Path, side: int = 512, batch: int = 1, nets: int = 1) -> Callable:
+    """One evaluation by OpenVINO alone."""
+    import torch
+    from peers import one_graph, sampled
+
+    request = one_graph(both.unet, both.references[:nets], folder, side, batch)
+    noise, text, null, condition = both.inputs(side, batch)
+    texts = torch.cat([null.expand_as(text), text])
+    return lambda: sampled(request, both.scheduler, noise, texts, condition, 1, GUIDANCE)
 
 
 def memory(args) -> None:

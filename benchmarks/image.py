@@ -117,7 +117,7 @@ def by_openvino(folder: Path, steps: int) -> None:
     meta = type("meta", (), {"dtype": torch.bfloat16, "config": type("config", (), {"cross_attention_dim": 768})})
     unet = meta if made else UNet2DConditionModel.from_pretrained(folder / "base" / "unet", **half)
     net = None if made else ControlNetModel.from_pretrained(folder / "net", **half)
-    both = one_graph(unet, net, folder, SIDE)
+    both = one_graph(unet, [] if net is None else [net], folder, SIDE)
     vae = torch.nn.Module() if made else AutoencoderKL.from_pretrained(folder / "base" / "vae", **half)
     z = torch.zeros(1, 4, SIDE // 8, SIDE // 8, dtype=torch.bfloat16)
     decoder = graph_of(vae if made else Decoder(vae), (z,), folder / "decoder.xml")

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +24,11 @@ from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.control.union import ControlNetUnion
 from controlnet.model.control.weighting import SOFT
+from controlnet.model.engines.engine import Eager, Engine
+from controlnet.model.engines.graphs import Compiled
+from controlnet.model.engines.openvino import OpenVino
 from controlnet.model.files.families import SD1, SD2, SDXL, VAE, Family, scheduler_config
-from controlnet.model.sampling.loop import ActiveNet, sample
+from controlnet.model.sampling.loop import EAGER, ActiveNet, sample
 from controlnet.model.sampling.schedulers import SCHEDULERS, make_scheduler
 from controlnet.model.sampling.starts import FromNoise
 from diffusers import (
@@ -84,7 +90,7 @@ class Pair:
         self.condition = (torch.rand(1, 3, CANVAS, CANVAS) < 0.1).float()
 
     @torch.no_grad()
-    def difference(self, scheduler: str, mode: str, dtype: torch.dtype) -> tuple[int, float]:
+    def difference(self, scheduler: str, mode: str, dtype: torch.dtype, engine: Engine = EAGER) -> tuple[int, float]:
         """(evaluations, largest difference in standard deviations)."""
         settings = MODES[mode]
         for network in (self.unet, self.net, self.pipeline.controlnet, self.pipeline.vae):
@@ -95,7 +101,8 @@ class Pair:
         strength = Strength(SCALE, weighting=settings.weighting, control_on=settings.control_on)
         applied = [ActiveNet(self.net, self.net.prepare(condition), strength)]
         own = make_scheduler(self.scheduler, scheduler)
-        ours = sample(self.unet, own, start, Prompt(text), Prompt(null), applied, STEPS, GUIDANCE)
+        prompt, negative = Prompt(text), Prompt(null)
+        ours = sample(self.unet, own, start, prompt, negative, applied, STEPS, GUIDANCE, engine=engine)
 
         self.pipeline.scheduler = make_scheduler(self.scheduler, scheduler)
         self.pipeline.controlnet.weights = WEIGHTS[settings.weighting]
@@ -162,7 +169,9 @@ class PairXL:
         self.conditions = [(torch.rand(1, 3, *XL_CANVAS[::-1]) < 0.1).float() for _ in range(2)]
 
     @torch.no_grad()
-    def difference(self, scheduler: str, way: str, negative: bool, dtype: torch.dtype) -> tuple[int, float]:
+    def difference(
+        self, scheduler: str, way: str, negative: bool, dtype: torch.dtype, engine: Engine = EAGER
+    ) -> tuple[int, float]:
         """(evaluations, largest difference in standard deviations); without a negative prompt, zeros in its place. One
         image, since diffusers' union lets the images of a batch see each other."""
         count, halves = WAYS[way]
@@ -189,7 +198,7 @@ class PairXL:
         start.noise = start.noise.to(dtype)
         own = make_scheduler(self.scheduler, scheduler)
         prompt, other = Prompt(text, pooled, ids), Prompt(null, null_pooled, ids)
-        ours = sample(self.unet, own, start, prompt, other, applied, STEPS, GUIDANCE)
+        ours = sample(self.unet, own, start, prompt, other, applied, STEPS, GUIDANCE, engine=engine)
 
         pipeline.scheduler = make_scheduler(self.scheduler, scheduler)
         start = FromNoise.seeded(SEEDS[:1], shape)
@@ -233,9 +242,31 @@ class Table:
         cells = []
         for (_, off), limit in zip(differences, list(LIMITS.values()) * len(differences), strict=False):
             self.beyond += not off <= limit
-            cells.append(f"{off:.1e}" if off <= limit else f"**{off:.1e}**")
+            cells.append(shown(off, limit))
         self.lines.append(f"| {name} | {scheduler} | {differences[0][0]} | {' | '.join(cells)} |")
         print(self.lines[-1], file=sys.stderr)
+
+
+def shown(off: float, limit: float) -> str:
+    return f"{off:.1e}" if off <= limit else f"**{off:.1e}**"
+
+
+def engines(networks: PairXL) -> list[tuple[str, list[float]]]:
+    """Differences by engine: two modes of SD 1.x, SD 2.x, and three ways of SDXL."""
+    os.environ["CONTROLNET_CACHE"] = tempfile.mkdtemp()
+    makers = {"eager": Eager, "compiled": lambda: Compiled("aot_eager")}
+    if find_spec("openvino"):
+        makers["openvino"] = lambda: OpenVino(lambda text: print(text, file=sys.stderr))
+    rows = []
+    for name, make in makers.items():
+        offs = []
+        for family, mode in ((SD1, "balanced"), (SD1, "control"), (SD2, "balanced")):
+            offs.append(Pair(family).difference("ddim", mode, torch.float32, make())[1])
+        for way in ("one net", "two nets", "union, two types"):
+            offs.append(networks.difference("ddim", way, True, torch.float32, make())[1])
+        rows.append((name, offs))
+        print(name, offs, file=sys.stderr)
+    return rows
 
 
 def main() -> None:
@@ -253,7 +284,8 @@ def main() -> None:
         for scheduler in SCHEDULERS:
             row = [networks.difference(scheduler, way, negative, d) for way in WAYS for d in LIMITS]
             xl.add("given" if negative else "none", scheduler, row)
-    beyond = sd.beyond + xl.beyond
+    graphs, limit = engines(networks), LIMITS[torch.float32]
+    beyond = sd.beyond + xl.beyond + sum(off > limit for _, offs in graphs for off in offs)
     verdict = f"{beyond} are beyond them (bold)." if beyond else "Every figure is within them."
     text = f"""# Parity with diffusers
 
@@ -277,6 +309,15 @@ Against `StableDiffusionXLControlNetPipeline` and `StableDiffusionXLControlNetUn
 negative prompt both take zeros, as SDXL was trained.
 
 {chr(10).join(xl.lines)}
+
+## Engines
+
+Every engine of a CPU, float32, against the same pipelines; what `compiled` compiles is run by torch here, operation by
+operation (`aot_eager`).
+
+| engine | SD 1.x | SD 1.x, control mode | SD 2.x | SDXL, one net | SDXL, two nets | SDXL, union, two types |
+|---|---|---|---|---|---|---|
+{chr(10).join(f"| {name} | {' | '.join(shown(off, limit) for off in offs)} |" for name, offs in graphs)}
 """
     (Path(__file__).parent / "parity.md").write_text(text)
     raise SystemExit(beyond > 0)

@@ -6,6 +6,7 @@ optimum-intel 2.2 has no pipeline with a ControlNet, so this is what its users w
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,29 @@ OPTIONS = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
 
 
 class _Both(nn.Module):
-    def __init__(self, unet: Any, net: Any):
+    def __init__(self, unet: Any, nets: Sequence[Any]):
         super().__init__()
-        self.unet, self.net = unet, net
+        self.unet, self.nets = unet, nn.ModuleList(nets)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor, condition: Tensor) -> tuple[Tensor]:
-        down, middle = self.net(z, t, encoder_hidden_states=text, controlnet_cond=condition, return_dict=False)
+        found = [
+            net(z, t, encoder_hidden_states=text, controlnet_cond=condition, return_dict=False) for net in self.nets
+        ]
+        down = [sum(column) for column in zip(*(down for down, _ in found), strict=True)]
+        middle = sum(middle for _, middle in found)
         control = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return self.unet(z, t, encoder_hidden_states=text, **control, return_dict=False)
 
 
-def one_graph(unet: Any, net: Any, folder: Path, side: int = 512) -> Request:
+def one_graph(unet: Any, nets: Sequence[Any], folder: Path, side: int = 512, batch: int = 1) -> Request:
     """Both halves of the guidance, in the networks' own type."""
+    rows = 2 * batch
     inputs = (
-        torch.randn(2, 4, side // 8, side // 8, dtype=unet.dtype), torch.tensor(500.0),
-        torch.randn(2, 77, unet.config.cross_attention_dim, dtype=unet.dtype),
-        torch.rand(2, 3, side, side, dtype=unet.dtype),
+        torch.randn(rows, 4, side // 8, side // 8, dtype=unet.dtype), torch.tensor(500.0),
+        torch.randn(rows, 77, unet.config.cross_attention_dim, dtype=unet.dtype),
+        torch.rand(rows, 3, side, side, dtype=unet.dtype),
     )  # fmt: skip
-    return graph_of(_Both(unet, net), inputs, folder / "both.xml")
+    return graph_of(_Both(unet, nets), inputs, folder / "both.xml")
 
 
 def graph_of(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> Request:
@@ -55,10 +61,10 @@ def graph_of(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> Reque
 
 
 def sampled(request: Request, scheduler: Any, noise: Tensor, texts: Tensor, condition: Tensor, steps: int, guidance):
-    """Latents by the graph, with a scheduler of diffusers."""
+    """Latents by the graph, with a scheduler of diffusers. `texts` has as many rows as both halves."""
     scheduler.set_timesteps(steps)
     z = noise.float()
-    condition = condition.expand(2, *condition.shape[1:]).contiguous()
+    condition = condition.expand(len(texts), *condition.shape[1:]).contiguous()
     for t in scheduler.timesteps:
         twice = torch.cat([z, z]).to(texts.dtype)
         without, with_prompt = request(twice, t.float(), texts, condition)[0].float().chunk(2)

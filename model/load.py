@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +17,12 @@ from accelerate import init_empty_weights
 from controlnet.model.base import Base, inpainting_channels
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.control.upsampling import fold_upsampling
+from controlnet.model.engines.engine import Eager, Engine
 from controlnet.model.files import hub
 from controlnet.model.files.families import SUPPORTED, Encoder, Family, family_of_config
 from controlnet.model.files.layouts import open_model
 from controlnet.model.files.stored import Stored
-from controlnet.model.files.tensors import align, check_state, read_json
+from controlnet.model.files.tensors import fill, read_json
 from controlnet.model.files.tokenizer import load_tokenizer
 from controlnet.model.files.vae import LoneVae
 from controlnet.model.registry import BASES, KnownBase, check_base_name
@@ -65,9 +67,10 @@ def load_base(
     offline: bool = False,
     low_memory: bool = False,
     vae: str | None = None,
+    engine_for: Callable[[int], Engine] = lambda parameters: Eager(),
 ) -> Base:
-    """Load what `find_base` finds, with another VAE (a folder, a file or a hub id) if one is named. Raises as it does,
-    and ModelError for unusable weights."""
+    """Load what `find_base` finds, with another VAE (a folder, a file or a hub id) if one is named. `engine_for` gives
+    the engine for a UNet of so many parameters. Raises as `find_base` does, and ModelError for unusable weights."""
     # What is there, and whether it fits together, before anything large is read.
     stored = find_base(name, offline)
     known = BASES.get(name, KnownBase("", "", ""))
@@ -76,13 +79,16 @@ def load_base(
     words = stored.path / "tokenizer" / "words.txt"
     family = family_of_config(stored.config("unet"))
 
+    engine = engine_for(sum(math.prod(header.shape) for header in stored.headers("unet").values()))
+
     # The parts, on the CPU where they wait for their turn.
     home = "cpu" if low_memory else device
     base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
-        unet=_load_network("unet", stored, home, dtype),
+        unet=_load_network("unet", stored, home, dtype, engine),
+        engine=engine,
         vae=_load_network("vae", own_vae, home, dtype),
         vae_path=own_vae.path if vae else None,
         distilled=_distilled(name, stored),
@@ -211,7 +217,9 @@ def _width(stored: Stored, part: str) -> int:
     return width
 
 
-def _load_network(part: str, stored: Stored | LoneVae, device, dtype: torch.dtype) -> nn.Module:
+def _load_network(
+    part: str, stored: Stored | LoneVae, device, dtype: torch.dtype, engine: Engine | None = None
+) -> nn.Module:
     config = stored.config(part)
     architectures = config.get("architectures")
     name = config.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else "?")
@@ -229,14 +237,10 @@ def _load_network(part: str, stored: Stored | LoneVae, device, dtype: torch.dtyp
     if part.startswith("text_encoder"):
         state = _with_prefix(state, network)
     whole = stored.path.is_dir() and not isinstance(stored, LoneVae)
-    check_state(network, state, stored.path / part if whole else stored.path)
-    network.load_state_dict(state, assign=True)
-    # Not the library's own `to`: diffusers' warns of types that its models keep.
-    network = network.requires_grad_(False).eval()
-    nn.Module.to(network, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kept = {} if engine is None else engine.weights(network, stored.path, part, dtype)
+    fill(network, state, stored.path / part if whole else stored.path, device, dtype, kept)
     fold_upsampling(network)
-    align(network)
-    return network
+    return network.requires_grad_(False).eval()
 
 
 def _with_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

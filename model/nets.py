@@ -19,14 +19,14 @@ from controlnet.model.control import t2i
 from controlnet.model.control.controlnet import ControlNet, copied_parts, skip_channels
 from controlnet.model.control.lite import ControlNetLite
 from controlnet.model.control.union import ControlNetUnion
+from controlnet.model.engines.engine import Eager, Engine
 from controlnet.model.files.families import SD1, SDXL, family_name
 from controlnet.model.files.layouts import open_model
 from controlnet.model.files.stored import STEMS, T2I_CLASS, UNION_CLASS, Stored
-from controlnet.model.files.tensors import align, check_state, is_float8, write_tensors
+from controlnet.model.files.tensors import fill, is_float8, write_tensors
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
 from diffusers import ControlNetModel, UNet2DConditionModel
-from torch import nn
 
 NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite, "union": ControlNetUnion}
 """The networks that control. The key is the value of `copy` in their config and in the settings of a run; a union is
@@ -68,11 +68,19 @@ def load_controlnet(
     return net
 
 
+_EAGER = Eager()
+
+
 def load_net(
-    path: Path, dtype: torch.dtype | None = torch.float32, base: Mapping | None = None, base_name: str = "the base"
+    path: Path,
+    dtype: torch.dtype | None = torch.float32,
+    base: Mapping | None = None,
+    base_name: str = "the base",
+    engine: Engine = _EAGER,
 ) -> Any:
     """Load the network of a folder or a single file, a `Net`, in evaluation mode, in `dtype` (None: as stored). If
     `base`, the config of a base's UNet, is given, one of another family is refused before its weights are read.
+    `engine` is what will run it.
 
     Raises ModelError for a missing or unreadable file, a config of something else, and weights whose names, shapes or
     numbers are wrong.
@@ -84,13 +92,9 @@ def load_net(
     with torch.device("meta"):
         net = _built(config, stored.path)
     state = stored.state("controlnet")
-    check_state(net, state, stored.path)
-    net.load_state_dict(state, assign=True)
     if dtype is None and any(is_float8(tensor) for tensor in state.values()):
         dtype = torch.float16  # nothing is computed in float8; float16 holds each of its numbers
-    # Not the library's own `to`, which some of these networks have.
-    nn.Module.to(net, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    align(net)
+    fill(net, state, stored.path, None, dtype, engine.weights(net, stored.path, "controlnet", dtype))
     return net.eval()
 
 

@@ -19,8 +19,9 @@ from controlnet.model.engines import openvino
 from controlnet.model.engines.choose import engine_name, make_engine
 from controlnet.model.engines.engine import Eager
 from controlnet.model.engines.graphs import Compiled, Graphs
+from controlnet.model.files import tensors
 from controlnet.model.load import load_base
-from controlnet.model.nets import load_controlnet
+from controlnet.model.nets import load_controlnet, load_net
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.sampling.loop import ActiveNet, sample
 from controlnet.model.sampling.schedulers import make_scheduler
@@ -91,7 +92,7 @@ def openvino_engine(made_graphs, tmp_path):
 
 
 def graphs_in(cache):
-    return sorted((cache / "graphs").iterdir())
+    return sorted(one for one in (cache / "graphs").iterdir() if one.is_dir())
 
 
 @pytest.mark.parametrize("strengths", CHOICES)
@@ -140,6 +141,35 @@ def test_weights_lie_in_the_graphs_file(models, openvino_engine, tmp_path, monke
         shared = sum(b.numel() for _, b in pairs if any(low <= b.data_ptr() < high for low, high in spans))
         assert shared > 0.5 * sum(b.numel() for _, b in pairs)
     near(sampled(twin, openvino_engine, rows=2), sampled(models, Eager(), rows=2))
+
+
+def test_weights_that_a_graph_has_are_not_read_again(small_base_folder, openvino_engine, tmp_path, monkeypatch):
+    """And the model that is loaded of them is the same; a graph that is cut off is no source."""
+    monkeypatch.setattr(openvino, "SHARED", 64)
+    shutil.rmtree(tmp_path / "cache" / "graphs")
+
+    def loaded():
+        engine = openvino.OpenVino(openvino_engine.said.append)
+        base = load_base(str(small_base_folder / "base"), engine_for=lambda parameters: engine)
+        return base, load_net(small_base_folder / "net", torch.float32, engine=engine)
+
+    checked = []
+    monkeypatch.setattr(tensors, "check_finite", lambda state, source: checked.append(len(state)))
+    first = loaded()
+    before = sampled(first, first[0].engine)
+    every, checked[:] = sum(checked), []
+    again = loaded()
+    assert sum(checked) < 0.7 * every  # keys and values of the prompt are computed outside of the graphs
+    for a, b in zip((first[0].unet, first[1]), (again[0].unet, again[1]), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert torch.equal(sampled(again, again[0].engine), before) and len(openvino_engine.said) == 2
+    near(sampled(again, Eager()), before)
+
+    for graph in graphs_in(tmp_path / "cache"):
+        (graph / "graph.bin").write_bytes(b"cut off")
+    checked.clear()
+    loaded()
+    assert sum(checked) == every
 
 
 def test_changed_weights_and_other_shapes_have_graphs_of_their_own(models, openvino_engine, tmp_path):

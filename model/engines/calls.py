@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from controlnet.model.control.control import Control
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.net import Net
@@ -69,6 +71,9 @@ class OfTensors:
 
     def __init__(self) -> None:
         self._made: WeakKeyDictionary[Any, OrderedDict[tuple, Function]] = WeakKeyDictionary()
+
+    def weights(self, network: Any, path: Path, part: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {}
 
     def make(self, call: Call) -> Function:
         """A graph of the call, as a function of its tensors."""

@@ -15,8 +15,9 @@ LARGE = 100_000_000
 
 
 def engine_name(name: str | None, device: Any, dtype: Any, low_memory: bool, parameters: int) -> str:
-    """The engine to use for a UNet of so many parameters: the named one, else CUDA graphs on CUDA, OpenVINO on a CPU if
-    it is installed, the UNet is large and memory is not scarce, else torch's own. Raises UsageError for an engine that cannot be used."""
+    """The engine to use for a UNet of so many parameters: the named one; else, if memory is not scarce, CUDA graphs on
+    CUDA, and OpenVINO on a CPU for a large UNet if it is installed; else torch's own. Raises UsageError for an engine
+    that cannot be used."""
     import torch
 
     carried = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)

@@ -3,8 +3,10 @@ differs from another's by rounding alone."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from controlnet.model.control.control import Control
 from controlnet.model.control.net import Net
 from controlnet.model.control.prompt import Prompt
@@ -20,6 +22,10 @@ class Engine(Protocol):
     """Whether images are sampled one by one: an engine that has a graph for each shape would need more of them for no
     gain."""
 
+    def weights(self, network: Any, path: Path, part: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """Tensors that need not be read from a model's file, because the engine has kept them for its graphs of this
+        network; by name."""
+
     def control(self, net: Net, z: Tensor, time: Tensor, prompt: Prompt, feature: Any) -> Control: ...
 
     def predict(self, unet: Any, z: Tensor, time: Tensor, prompt: Prompt, control: Control | None) -> Tensor: ...
@@ -30,6 +36,9 @@ class Eager:
 
     name = "eager"
     alone = False
+
+    def weights(self, network: Any, path: Path, part: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {}
 
     def control(self, net: Net, z: Tensor, time: Tensor, prompt: Prompt, feature: Any) -> Control:
         return net.control(z, time, prompt, feature)

@@ -26,8 +26,9 @@ from controlnet.model.control.control import Control, grow
 from controlnet.model.control.controlnet import halvings, skip_channels
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.engines.calls import Call, Function, OfTensors, Unchanged
+from controlnet.model.files.hashes import model_hash
 from controlnet.preprocessors.errors import UsageError, reason
-from controlnet.preprocessors.files import beside
+from controlnet.preprocessors.files import beside, write_file
 from controlnet.preprocessors.weights import cache_folder
 from torch import Tensor, nn
 
@@ -73,6 +74,17 @@ class OpenVino(OfTensors):
     def predict(self, unet: Any, z: Tensor, time: Tensor, prompt: Prompt, control: Control | None) -> Tensor:
         return super().predict(unet, z, time, prompt, whole(control, unet.config, z, len(prompt)))
 
+    def weights(self, network: Any, path: Path, part: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """From the file of a graph of the same model and part in this type, if there is one."""
+        if dtype is None:
+            return {}
+        self._contents[network] = f"{model_hash(path)} {part} {dtype}"
+        try:
+            folder = cache_folder() / "graphs" / json.loads(self._index(network).read_text())
+            return kept_tensors(network, folder, dtype) if is_whole(folder) else {}
+        except (OSError, ValueError):
+            return {}
+
     def make(self, call: Call) -> Function:
         folder = self._folder(call)
         try:
@@ -81,7 +93,9 @@ class OpenVino(OfTensors):
                 self.say(f"OpenVINO: a graph for {width}x{height} is made, once for a model and size")
                 self._save(call, folder)
             (folder / "used").touch()
-            share_weights(call.network, folder)
+            write_file(self._index(call.network), json.dumps(folder.name).encode())
+            for name, tensor in kept_tensors(call.network, folder, call.tensors[0].dtype).items():
+                call.network.get_parameter(name).data = tensor
             return self._compiled(folder / "graph.xml", call.tensors)
         except Exception as error:  # OpenVINO fails in a dozen ways
             self.say(f"OpenVINO cannot run this network, torch does: {reason(error)}")
@@ -107,6 +121,11 @@ class OpenVino(OfTensors):
         versions = self.ov.__version__, torch.__version__
         text = f"{self._contents[call.network]} {call.function.__qualname__} {structure} {versions}"
         return cache_folder() / "graphs" / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _index(self, network: Any) -> Path:
+        """The file that names a folder with this network's weights."""
+        name = hashlib.sha256(self._contents[network].encode()).hexdigest()[:32]
+        return cache_folder() / "graphs" / f"{name}.json"
 
     def _save(self, call: Call, folder: Path) -> None:
         tensors = tuple(one.contiguous() for one in call.tensors)
@@ -210,16 +229,17 @@ def places_of(network: nn.Module, folder: Path) -> dict[str, int]:
     return found
 
 
-def share_weights(network: nn.Module, folder: Path) -> None:
-    """Give a network's parameters the memory of a graph's file, which has the same numbers: they take none of their own
-    then, and all processes share it. Those that the graph does not have stay as they are."""
+def kept_tensors(network: nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those parameters of a network that are in a graph's file, by name, in the memory of that file: they take none of
+    their own, and all processes share it."""
     places = json.loads((folder / "weights.json").read_text())
     data = np.memmap(folder / "graph.bin", np.uint8, "c")  # nothing is written; torch wants memory that could be
+    found = {}
     for name, parameter in network.named_parameters():
         if name in places:
-            offset, size = places[name], parameter.numel() * parameter.element_size()
-            own = torch.from_numpy(data[offset : offset + size])
-            parameter.data = own.view(parameter.dtype).view(parameter.shape)
+            own = torch.from_numpy(data[places[name] : places[name] + parameter.numel() * dtype.itemsize])
+            found[name] = own.view(dtype).view(parameter.shape)
+    return found
 
 
 def _sha256(data: Any) -> str:

@@ -7,9 +7,10 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,12 +116,32 @@ def is_float8(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() == 1
 
 
-def align(network: nn.Module) -> None:
-    """Copy the tensors of a network that do not begin at a multiple of ALIGNMENT. Where a tensor mapped from a file
-    begins depends on the length of the file's header, but a network's results must depend on its tensors alone."""
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+def fill(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    source: Path,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Give a network without numbers its tensors: checked, on a device, in a type (None: as they are), convolutions in
+    channels_last. Those that are `kept` elsewhere, in that type already, are taken from there as they are. Raises as
+    `check_state` does."""
+    check_state(network, state, source, kept)
+    network.load_state_dict(state | dict(kept), assign=True)
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if name not in kept:
+            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+            own = dtype if tensor.is_floating_point() else None
+            tensor.data = _aligned(tensor.data.to(device, own, memory_format=layout))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A tensor, copied if it does not begin at a multiple of ALIGNMENT. Where a tensor mapped from a file begins
+    depends on the length of the file's header, but a network's results must depend on its tensors alone."""
+    if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+        return tensor.clone(memory_format=torch.preserve_format)
+    return tensor
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -206,8 +227,11 @@ def _dtype(name: str) -> str:
     return names.get(name, name.lower())
 
 
-def check_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Raises ModelError unless names, shapes and numbers of `state` fit `module`."""
+def check_state(
+    module: nn.Module, state: dict[str, Tensor], source: Path, checked: Container[str] = frozenset()
+) -> None:
+    """Raises ModelError unless names, shapes and numbers of `state` fit `module`; the numbers of those that were
+    `checked` before are not read."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if missing := sorted(expected.keys() - state.keys()):
         raise ModelError(f"{source}: weights lack {len(missing)} tensors, among them {missing[0]}")
@@ -216,7 +240,7 @@ def check_state(module: nn.Module, state: dict[str, Tensor], source: Path) -> No
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise ModelError(f"{source}: {name} has shape {tuple(state[name].shape)}, expected {shape}")
-    check_finite(state, source)
+    check_finite({name: tensor for name, tensor in state.items() if name not in checked}, source)
 
 
 def check_finite(state: dict[str, Tensor], source: Path) -> None:

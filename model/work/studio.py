@@ -19,6 +19,7 @@ from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.emphasis import plain
 from controlnet.model.engines.choose import engine_name, make_engine
+from controlnet.model.engines.engine import Engine
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import has_vae, load_base, with_vae
 from controlnet.model.nets import load_net
@@ -365,13 +366,14 @@ class Studio:
         if vae is not None and has_vae(name, self.offline):
             base, encoded = self.base(name, None)
             return with_vae(base, vae, self.offline), encoded
-        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory, vae)
+        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory, vae, self._engine_for)
         dtype = str(self.dtype).removeprefix("torch.")
-        size = sum(parameter.numel() for parameter in base.unet.parameters())
-        base.engine = self.made_engine(engine_name(self.engine, self.device, self.dtype, self.low_memory, size))
         how = "" if base.engine.name == "eager" else f" by {base.engine.name}"
         self.say(f"base {name} on {self.device} in {dtype}{how}; no safety checker runs")
         return base, Encoded()
+
+    def _engine_for(self, parameters: int) -> Engine:
+        return self.made_engine(engine_name(self.engine, self.device, self.dtype, self.low_memory, parameters))
 
     def _adapted(
         self, name: str, vae: str | None, loras: tuple[str, ...], words: tuple[str, ...]
@@ -393,7 +395,7 @@ class Studio:
         """A ControlNet that fits the base, and its hash."""
         base, _ = self._plain_base(base_name)
         path = self.sources.find(source)
-        net = load_net(path, base.dtype, base.unet.config, base.name)
+        net = load_net(path, base.dtype, base.unet.config, base.name, base.engine)
         return net if self.low_memory else nn.Module.to(net, base.device), model_hash(path)
 
     def _say_distilled(self, job: Job, base: Base) -> None:
