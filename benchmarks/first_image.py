@@ -20,6 +20,8 @@ from pathlib import Path
 
 RUNS = 5
 LIBRARIES = """
+from controlnet.model.work.machine import silence_libraries
+silence_libraries()
 import cv2, numpy, PIL.Image, rich.progress, safetensors.torch, torch, typer
 from accelerate import init_empty_weights
 from diffusers import AutoencoderTiny, ControlNetModel, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -27,9 +29,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 """
 CLOCKED = [
     ("base loaded", "controlnet.model.work.studio", "load_base"),
-    ("ControlNet loaded", "controlnet.model.work.studio", "load_controlnet"),
+    ("ControlNet loaded", "controlnet.model.work.studio", "load_net"),
     ("hashes of the models", "controlnet.model.work.studio", "model_hash"),
-    ("condition read and judged", "controlnet.model.work.studio", "Studio._placed"),
+    ("condition read and judged", "controlnet.model.work.pictures", "Pictures._placed"),
     ("text encoded", "controlnet.model.base", "Base.encode_text"),
     ("hint encoded", "controlnet.model.control.controlnet", "ControlNet.prepare"),
     ("20 steps", "controlnet.model.sampling.generate", "sample"),

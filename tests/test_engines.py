@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.control.strength import Strength
+from controlnet.model.control.unet import embed_times, predict
 from controlnet.model.control.upsampling import FoldedUpsample, fold_upsampling
 from controlnet.model.engines import openvino
 from controlnet.model.engines.choose import engine_name, make_engine
@@ -98,6 +99,17 @@ def graphs_in(cache):
 @pytest.mark.parametrize("strengths", CHOICES)
 def test_a_graph_computes_what_torch_does(models, strengths):
     near(sampled(models, Compiled("eager"), strengths), sampled(models, Eager(), strengths), 1e-5)
+
+
+@torch.no_grad()
+def test_any_number_of_graphs_is_compiled(models):
+    """torch gives up after compiling one piece of code eight times."""
+    base, _ = models
+    engine = Compiled("eager")
+    for side in range(2, 11):
+        z, prompt = torch.randn(1, 4, side, side), base.encode_text([PROMPT])
+        time = embed_times(base.unet, torch.tensor([5.0]), torch.float32)
+        near(engine.predict(base.unet, z, time, prompt, None), predict(base.unet, z, time, prompt), 1e-5)
 
 
 def test_one_graph_of_openvino_serves_every_choice_of_controls(models, openvino_engine, tmp_path):

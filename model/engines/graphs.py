@@ -6,6 +6,7 @@ writes memory of its own, so arguments are copied in and results out.
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ class Compiled(OfTensors):
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def make(self, call: Call) -> Function:
-        compiled = torch.compile(call.of_tensors(), fullgraph=True, dynamic=False, backend=self.backend)
+        run: Any = call.of_tensors()
+        # With code of its own: torch compiles one piece of code a few times at most, and all calls have the same.
+        own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+        compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self.backend)
         return Recorded(compiled, call.tensors, self.pool) if call.tensors[0].is_cuda else compiled
 
 
