@@ -9,12 +9,12 @@ import sys
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from controlnet.model.control.strength import Strength
-from controlnet.model.control.unet import embed_times, predict
 from controlnet.model.control.upsampling import FoldedUpsample, fold_upsampling
 from controlnet.model.engines import openvino
 from controlnet.model.engines.choose import engine_name, make_engine
@@ -101,15 +101,15 @@ def test_a_graph_computes_what_torch_does(models, strengths):
     near(sampled(models, Compiled("eager"), strengths), sampled(models, Eager(), strengths), 1e-5)
 
 
-@torch.no_grad()
-def test_any_number_of_graphs_is_compiled(models):
-    """torch gives up after compiling one piece of code eight times."""
-    base, _ = models
+def test_any_number_of_graphs_is_compiled():
+    """torch gives up after compiling one piece of code eight times; all calls of networks have the same."""
+
+    def call(number):
+        return SimpleNamespace(of_tensors=lambda: lambda x: [x + number], tensors=[torch.zeros(1)])
+
     engine = Compiled("eager")
-    for side in range(2, 11):
-        z, prompt = torch.randn(1, 4, side, side), base.encode_text([PROMPT])
-        time = embed_times(base.unet, torch.tensor([5.0]), torch.float32)
-        near(engine.predict(base.unet, z, time, prompt, None), predict(base.unet, z, time, prompt), 1e-5)
+    made = [engine.make(call(number)) for number in range(10)]
+    assert [function(torch.zeros(1))[0].item() for function in made] == list(range(10))
 
 
 def test_one_graph_of_openvino_serves_every_choice_of_controls(models, openvino_engine, tmp_path):
