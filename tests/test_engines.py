@@ -193,6 +193,18 @@ def test_changed_weights_and_other_shapes_have_graphs_of_their_own(models, openv
     assert len(graphs_in(tmp_path / "cache")) == 4
 
 
+def test_another_config_or_version_has_a_graph_of_its_own(models, openvino_engine, tmp_path, monkeypatch):
+    """Of the same weights: this config averages the control over the picture."""
+    base, net = models
+    other = copy.deepcopy(net)
+    other.config = net.config | {"global_pool_conditions": True}
+    near(sampled((base, other), openvino_engine), sampled((base, other), Eager()))
+    assert len(graphs_in(tmp_path / "cache")) == 3
+    monkeypatch.setattr(openvino, "version", lambda name: "0")
+    sampled(models, openvino.OpenVino())
+    assert len(graphs_in(tmp_path / "cache")) == 5
+
+
 def test_what_openvino_cannot_run_torch_runs(models, openvino_engine, monkeypatch):
     def refuse(*arguments, **options):
         raise RuntimeError("no such operation\nmore")

@@ -90,13 +90,13 @@ class OfTensors:
 
     def _run(self, function: Callable[..., Any], network: Any, *arguments: Any) -> list[Tensor]:
         call = Call(function, network, arguments)
-        made = self._made.setdefault(network, OrderedDict())
-        if call.key not in made:
+        key, made = call.key, self._made.setdefault(network, OrderedDict())
+        if key not in made:
             while len(made) >= self.kept:
                 made.popitem(last=False)
-            made[call.key] = self.make(call)
-        made.move_to_end(call.key)
-        return made[call.key](*call.tensors)
+            made[key] = self.make(call)
+        made.move_to_end(key)
+        return made[key](*call.tensors)
 
 
 class Unchanged:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -113,13 +114,16 @@ class OpenVino(OfTensors):
         return Request(self.ov, self.core.compile_model(self.core.read_model(path), "CPU", options))
 
     def _folder(self, call: Call) -> Path:
-        """Where the graph of a call is kept: by what the network holds, the call, and OpenVINO's version."""
+        """Where the graph of a call is kept: by what the network is and holds, the call, and all versions that made
+        it."""
         if call.network not in self._contents:
             digests = digests_of(call.network)
             self._contents[call.network] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
         _, *structure = call.key
-        versions = self.ov.__version__, torch.__version__
-        text = f"{self._contents[call.network]} {call.function.__qualname__} {structure} {versions}"
+        versions = [version(name) for name in ("controlnet-toolkit", "openvino", "torch", "diffusers")]
+        config = sorted((key, str(value)) for key, value in call.network.config.items() if not key.startswith("_"))
+        what = type(call.network).__name__, call.function.__qualname__
+        text = f"{self._contents[call.network]} {what} {config} {structure} {versions}"
         return cache_folder() / "graphs" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _index(self, network: Any) -> Path:
@@ -204,7 +208,7 @@ def digests_of(network: nn.Module) -> dict[str, str]:
 
     def digest(tensor: Tensor) -> str:
         head = f"{tuple(tensor.shape)} {tensor.dtype} "
-        return head + _sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        return head + _sha256(_bytes(tensor))
 
     state = network.state_dict()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -223,9 +227,9 @@ def places_of(network: nn.Module, folder: Path) -> dict[str, int]:
     for name, parameter in network.named_parameters():
         size = parameter.numel() * parameter.element_size()
         if size >= SHARED:
-            digest = _sha256(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
-            if (size, digest) in known:
-                found[name] = known[size, digest]
+            place = known.get((size, _sha256(_bytes(parameter))))
+            if place is not None:
+                found[name] = place
     return found
 
 
@@ -240,6 +244,10 @@ def kept_tensors(network: nn.Module, folder: Path, dtype: torch.dtype) -> dict[s
             own = torch.from_numpy(data[places[name] : places[name] + parameter.numel() * dtype.itemsize])
             found[name] = own.view(dtype).view(parameter.shape)
     return found
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _sha256(data: Any) -> str:

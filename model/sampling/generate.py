@@ -181,20 +181,10 @@ def generate(
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
         with base.at_work(base.unet, *networks):
-            latents = sample(
-                base.unet,
-                own,
-                start,
-                prompt,
-                negative,
-                controls,
-                steps,
-                guidance,
-                tell,
-                base.low_memory,
-                around,
+            latents = sample(  # (B, C, h, w)
+                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory, around,
                 base.engine,
-            )  # (B, C, h, w)
+            )  # fmt: skip
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
 
