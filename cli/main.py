@@ -25,6 +25,7 @@ COMMANDS = {
     "score": (
         "score:score", "Measure how well images keep to their conditions: lines by F1, depth by rank, poses by OKS.",
     ),
+    "report": ("report:report", "Show a training run, or a folder of results, as one page for the browser."),
     "train": ("train:train", "Train a ControlNet on photos or pairs, and be told whether it works."),
     "status": ("train:status", "Say how a training run stands: verdict, control gap, time left; draw its curve."),
     "detect": ("detect:app", "Make condition maps from photos."),

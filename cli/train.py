@@ -28,7 +28,7 @@ from controlnet.cli.options import (
 from controlnet.model.registry import BASES
 from controlnet.model.training.report import describe, draw_curve, draw_curves, read_run
 from controlnet.model.training.runfolder import RunFolder, claimed, next_run
-from controlnet.model.work.machine import choose_device, silence_libraries
+from controlnet.model.work.machine import choose_device, keep_freed_memory, silence_libraries
 from controlnet.model.work.outputs import keeps
 from controlnet.model.work.processes import ORPHANED, launch, stop_without_parent
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
@@ -154,6 +154,7 @@ def _stoppable(folder: Path):
 
 def _train(found: Any, folder, config, resume, force, device, offline, as_json, strict, quiet):
     silence_libraries()
+    keep_freed_memory()
     from controlnet.model.tiny.world import shards
     from controlnet.model.training import run as training
     from controlnet.preprocessors.data import pairs

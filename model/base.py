@@ -29,6 +29,12 @@ def inpainting_channels(latent: int) -> int:
     return 2 * latent + 1
 
 
+def maps_weights(low_memory: bool, device: str | torch.device, engine: Engine) -> bool:
+    """Whether weights are in a file and in memory only while their layer works: what `low_memory` means on a CPU. An
+    engine that makes graphs keeps them otherwise."""
+    return low_memory and torch.device(device).type == "cpu" and engine.name == "eager"
+
+
 @dataclass
 class Base:
     """A loaded base. Latents are (B, 4, H/8, W/8), images (B, 3, H, W) in [-1, 1]."""
@@ -58,8 +64,8 @@ class Base:
     engine: Engine = field(default_factory=Eager)
     """What runs the networks in sampling."""
     low_memory: bool = False
-    """Less memory, more time: each network is on the device only while it works, images are made one at a time, and
-    the VAE decodes large ones in tiles."""
+    """Less memory, more time: each network is on the device only while it works (`maps_weights` on a CPU), images are
+    made one at a time, and the VAE decodes large ones in tiles."""
 
     def __post_init__(self):
         self.scale = self.vae.config.scaling_factor

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from controlnet.model.base import Base, inpainting_channels
+from controlnet.model.base import Base, inpainting_channels, maps_weights
 from controlnet.model.control.unet import BLOCKS
 from controlnet.model.control.upsampling import fold_upsampling
 from controlnet.model.engines.engine import Eager, Engine
@@ -83,16 +84,17 @@ def load_base(
 
     # The parts, on the CPU where they wait for their turn.
     home = "cpu" if low_memory else device
+    load = partial(_load_network, device=home, dtype=dtype, low_memory=maps_weights(low_memory, device, engine))
     base = Base(
         name=name,
         path=stored.path,
         scheduler=_load_scheduler(stored),
-        unet=_load_network("unet", stored, home, dtype, engine),
+        unet=load("unet", stored, engine=engine),
         engine=engine,
-        vae=_load_network("vae", own_vae, home, dtype),
+        vae=load("vae", own_vae),
         vae_path=own_vae.path if vae else None,
         distilled=_distilled(name, stored),
-        encoders=[_load_encoder(one, stored, home, dtype) for one in family.encoders],
+        encoders=[_load_encoder(one, stored, load) for one in family.encoders],
         words=frozenset(words.read_text().split()) if words.is_file() else None,
         guidance=family.guidance if known.guidance is None else known.guidance,
         control_on=known.control_on,
@@ -124,7 +126,9 @@ def with_vae(base: Base, vae: str, offline: bool = False) -> Base:
     """The same base, its networks shared, with another VAE. Raises ModelError for one that does not fit."""
     own_vae = _vae(open_model(base.path), vae, offline)
     home = "cpu" if base.low_memory else base.device
-    network: Any = _load_network("vae", own_vae, home, base.vae.dtype)
+    network: Any = _load_network(
+        "vae", own_vae, home, base.vae.dtype, low_memory=maps_weights(base.low_memory, base.device, base.engine)
+    )
     if base.low_memory:
         network.enable_tiling()
     return replace(base, vae=network, vae_path=own_vae.path)
@@ -218,7 +222,12 @@ def _width(stored: Stored, part: str) -> int:
 
 
 def _load_network(
-    part: str, stored: Stored | LoneVae, device, dtype: torch.dtype, engine: Engine | None = None
+    part: str,
+    stored: Stored | LoneVae,
+    device,
+    dtype: torch.dtype,
+    engine: Engine | None = None,
+    low_memory: bool = False,
 ) -> nn.Module:
     config = stored.config(part)
     architectures = config.get("architectures")
@@ -238,7 +247,7 @@ def _load_network(
         state = _with_prefix(state, network)
     whole = stored.path.is_dir() and not isinstance(stored, LoneVae)
     kept = {} if engine is None else engine.weights(network, stored.path, part, dtype)
-    fill(network, state, stored.path / part if whole else stored.path, device, dtype, kept)
+    fill(network, state, stored.path / part if whole else stored.path, device, dtype, kept, low_memory)
     fold_upsampling(network)
     return network.requires_grad_(False).eval()
 
@@ -251,10 +260,10 @@ def _with_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tens
     return {name if name in known else f"text_model.{name}": tensor for name, tensor in state.items()}
 
 
-def _load_encoder(encoder: Encoder, stored: Stored, device, dtype: torch.dtype) -> TextEncoder:
+def _load_encoder(encoder: Encoder, stored: Stored, load: Callable[[str, Stored], nn.Module]) -> TextEncoder:
     with TemporaryDirectory() as spare:
         tokenizer = load_tokenizer(stored.tokenizer(encoder.tokenizer, Path(spare)))
-    network = _load_network(encoder.part, stored, device, dtype)
+    network = load(encoder.part, stored)
     return TextEncoder(encoder.part, network, tokenizer, encoder.skipped)
 
 

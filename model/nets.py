@@ -77,10 +77,11 @@ def load_net(
     base: Mapping | None = None,
     base_name: str = "the base",
     engine: Engine = _EAGER,
+    low_memory: bool = False,
 ) -> Any:
     """Load the network of a folder or a single file, a `Net`, in evaluation mode, in `dtype` (None: as stored). If
     `base`, the config of a base's UNet, is given, one of another family is refused before its weights are read.
-    `engine` is what will run it.
+    `engine` is what will run it. With `low_memory` its weights are in memory only while a layer works.
 
     Raises ModelError for a missing or unreadable file, a config of something else, and weights whose names, shapes or
     numbers are wrong.
@@ -94,7 +95,7 @@ def load_net(
     state = stored.state("controlnet")
     if dtype is None and any(is_float8(tensor) for tensor in state.values()):
         dtype = torch.float16  # nothing is computed in float8; float16 holds each of its numbers
-    fill(net, state, stored.path, None, dtype, engine.weights(net, stored.path, "controlnet", dtype))
+    fill(net, state, stored.path, None, dtype, engine.weights(net, stored.path, "controlnet", dtype), low_memory)
     return net.eval()
 
 

@@ -60,7 +60,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
 
 
 def commands() -> list[str]:
-    names = "detect|generate|replay|score|train|status|dataset|models"
+    names = "detect|generate|replay|score|report|train|status|dataset|models"
     lines = re.findall(rf"^    (?:cat \S+ \| )?(controlnet (?:{names}) .*)$", README, re.MULTILINE)
     return [re.sub(r"\s+(#|>).*", "", line) for line in lines]
 

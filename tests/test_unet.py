@@ -3,7 +3,7 @@
 import controlnet.model.control.attention as ways
 import pytest
 import torch
-from controlnet.model.control.attention import in_blocks
+from controlnet.model.control.attention import InBlocks, in_blocks
 from controlnet.model.control.controlnet import Control
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise, embed_times, encode, predict
@@ -157,8 +157,28 @@ def test_attention_in_blocks_is_attention(shape):
         assert (rounded.double() - true).square().mean().sqrt() <= 0.01 * true.std()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 700, 40, 512), (1, 2, 256, 64, 256), (2, 1, 1030, 8, 300)])
+def test_gradients_of_attention_in_blocks(shape):
+    """In float64 to rounding; in bfloat16 within some of its own, as those of the fused kernel."""
+    batch, heads, queries, width, keys = shape
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(batch, heads, n, width, dtype=torch.float64, requires_grad=True) for n in (queries, keys, keys)
+    ]
+    above = torch.randn(batch, heads, queries, width, dtype=torch.float64)
+    true = torch.autograd.grad(torch.nn.functional.scaled_dot_product_attention(*inputs), inputs, above)
+    ours = torch.autograd.grad(InBlocks.apply(*inputs), inputs, above)
+    for one, other in zip(ours, true, strict=True):
+        assert (one - other).abs().max() <= 1e-11
+    halves = [one.detach().bfloat16().requires_grad_() for one in inputs]
+    rounded = torch.autograd.grad(InBlocks.apply(*halves), halves, above.bfloat16())
+    for one, other in zip(rounded, true, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).square().mean().sqrt() <= 0.02 * other.std()
+
+
 def test_blocks_are_for_large_products_of_bfloat16_alone(monkeypatch):
-    """On whatever processor: the way is chosen by type, size and gradients, so the same job gives the same bits."""
+    """On whatever processor: the way is chosen by type and size, so the same job gives the same bits."""
     taken = []
     monkeypatch.setattr(ways, "in_blocks", lambda q, k, v: taken.append(q.shape) or q)
     q = torch.zeros(1, 1, 512, 8, dtype=torch.bfloat16)
@@ -169,4 +189,4 @@ def test_blocks_are_for_large_products_of_bfloat16_alone(monkeypatch):
             ways.attend(q, q[:, :, :77], q[:, :, :77])
             ways.attend(q.float(), q.float(), q.float())
         ways.attend(q, q, q)
-    assert len(taken) == 1
+    assert len(taken) == 2

@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from controlnet.model.control.controlnet import halvings, skip_channels
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.engines.calls import Call, Function, OfTensors, Unchanged
 from controlnet.model.files.hashes import model_hash
+from controlnet.model.files.mapping import Mapping
 from controlnet.preprocessors.errors import UsageError, reason
 from controlnet.preprocessors.files import beside, write_file
 from controlnet.preprocessors.weights import cache_folder
@@ -97,12 +98,12 @@ class OpenVino(OfTensors):
             write_file(self._index(call.network), json.dumps(folder.name).encode())
             for name, tensor in kept_tensors(call.network, folder, call.tensors[0].dtype).items():
                 call.network.get_parameter(name).data = tensor
-            return self._compiled(folder / "graph.xml", call.tensors)
+            return self._compiled(folder, call.tensors)
         except Exception as error:  # OpenVINO fails in a dozen ways
             self.say(f"OpenVINO cannot run this network, torch does: {reason(error)}")
             return call.of_tensors()
 
-    def _compiled(self, path: Path, tensors: list[Tensor]) -> Function:
+    def _compiled(self, folder: Path, tensors: list[Tensor]) -> Function:
         half = tensors[0].dtype == torch.bfloat16 and "BF16" in self.core.get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         )
@@ -111,7 +112,12 @@ class OpenVino(OfTensors):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        return Request(self.ov, self.core.compile_model(self.core.read_model(path), "CPU", options))
+        weights = numbers_of(folder)
+        shared = self.ov.Tensor(np.frombuffer(weights, np.uint8), shared_memory=True)
+        with weights.forgotten():  # it makes its own of nearly all
+            model = self.core.read_model((folder / "graph.xml").read_text(), shared)
+            compiled = self.core.compile_model(model, "CPU", options)
+        return Request(self.ov, compiled, weights)
 
     def _folder(self, call: Call) -> Path:
         """Where the graph of a call is kept: by what the network is and holds, the call, and all versions that made
@@ -150,8 +156,9 @@ class OpenVino(OfTensors):
 class Request:
     """A compiled graph as a function of tensors."""
 
-    def __init__(self, ov: Any, compiled: Any):
+    def __init__(self, ov: Any, compiled: Any, weights: Any = None):
         self.ov, self.request, self.unchanged = ov, compiled.create_infer_request(), Unchanged()
+        self.weights = weights  # lives as long
         self.inputs: dict[int, Any] = {}
         types = {"bf16": torch.bfloat16, "f32": torch.float32}
         self.outputs = [(tuple(one.shape), types[one.element_type.get_type_name()]) for one in compiled.outputs]
@@ -233,17 +240,27 @@ def places_of(network: nn.Module, folder: Path) -> dict[str, int]:
     return found
 
 
+_numbers: WeakValueDictionary[Path, Mapping] = WeakValueDictionary()
+
+
+def numbers_of(folder: Path) -> Mapping:
+    """The weights of a graph in memory, mapped once: for OpenVINO and for torch."""
+    mapping = _numbers.get(folder)
+    if mapping is None:
+        _numbers[folder] = mapping = Mapping.of_file(folder / "graph.bin")
+    return mapping
+
+
 def kept_tensors(network: nn.Module, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Those parameters of a network that are in a graph's file, by name, in the memory of that file: they take none of
     their own, and all processes share it."""
     places = json.loads((folder / "weights.json").read_text())
-    data = np.memmap(folder / "graph.bin", np.uint8, "c")  # nothing is written; torch wants memory that could be
-    found = {}
-    for name, parameter in network.named_parameters():
-        if name in places:
-            own = torch.from_numpy(data[places[name] : places[name] + parameter.numel() * dtype.itemsize])
-            found[name] = own.view(dtype).view(parameter.shape)
-    return found
+    numbers = numbers_of(folder)
+    return {
+        name: numbers.tensor(dtype, parameter.shape, places[name])
+        for name, parameter in network.named_parameters()
+        if name in places
+    }
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
+from controlnet.model.files.mapping import Mapping, Spare, forget
 from controlnet.preprocessors.errors import ModelError, OutputError, reason
 from controlnet.preprocessors.files import beside, not_written
 from controlnet.preprocessors.jsons import read_object
@@ -100,13 +101,24 @@ def read_header(path: Path) -> tuple[dict[str, Header], dict[str, str]]:
 
 
 def read_tensors(path: Path, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, or the wanted ones."""
+    """All tensors of a file, or the wanted ones; read when they are used."""
     if not is_safetensors(path):
         tensors = _read_pickle(path)
         return tensors if wanted is None else {name: tensors[name] for name in wanted}
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in (file.keys() if wanted is None else wanted)}
+        with safe_open(path, "pt") as file:  # it checks that the header fits the file
+            names = list(file.keys() if wanted is None else wanted)
+            headers = {name: file.get_slice(name) for name in names}
+            types: dict[str, Any] = {k: getattr(torch, _dtype(one.get_dtype()), None) for k, one in headers.items()}
+            others = {name: file.get_tensor(name) for name in names if types[name] is None}
+        mapping = Mapping.of_file(path)
+        start = 8 + int.from_bytes(mapping[:8], "little")
+        places = {name: one["data_offsets"][0] for name, one in json.loads(mapping[8:start]).items() if name in types}
+        return others | {
+            name: mapping.tensor(types[name], headers[name].get_shape(), start + places[name])
+            for name in names
+            if name not in others
+        }
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
 
@@ -122,18 +134,32 @@ def fill(
     source: Path,
     device: str | torch.device | None,
     dtype: torch.dtype | None,
-    kept: Mapping[str, Tensor] = MappingProxyType({}),
+    kept: dict[str, Tensor] | None = None,
+    low_memory: bool = False,
 ) -> None:
     """Give a network without numbers its tensors: checked, on a device, in a type (None: as they are), convolutions in
-    channels_last. Those that are `kept` elsewhere, in that type already, are taken from there as they are. Raises as
-    `check_state` does."""
-    check_state(network, state, source, kept)
-    network.load_state_dict(state | dict(kept), assign=True)
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if name not in kept:
-            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-            own = dtype if tensor.is_floating_point() else None
-            tensor.data = _aligned(tensor.data.to(device, own, memory_format=layout))
+    channels_last. Those that are `kept` elsewhere, in that type already, are taken from there as they are. With
+    `low_memory` each large one is in memory only while its layer works. Raises ModelError unless names, shapes and
+    numbers fit."""
+    check_names(network, state, source)
+    kept = kept or {}
+    spare = Spare(network, dtype) if low_memory and dtype is not None else None
+    filled = {}
+    for name, tensor in state.items():
+        if name in kept:
+            filled[name] = kept[name]
+            continue
+        check_finite({name: tensor}, source)
+        if spare is not None:
+            tensor = spare.keep(name, tensor)
+        layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        filled[name] = _aligned(tensor.to(device, dtype if tensor.is_floating_point() else None, memory_format=layout))
+        if filled[name].data_ptr() != state[name].data_ptr():
+            forget(state[name])
+    network.load_state_dict(filled, assign=True)
+    for name, buffer in network.named_buffers():
+        if name not in filled:  # it is in no file
+            buffer.data = buffer.to(device, dtype if buffer.is_floating_point() else None)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -227,11 +253,8 @@ def _dtype(name: str) -> str:
     return names.get(name, name.lower())
 
 
-def check_state(
-    module: nn.Module, state: dict[str, Tensor], source: Path, checked: Container[str] = frozenset()
-) -> None:
-    """Raises ModelError unless names, shapes and numbers of `state` fit `module`; the numbers of those that were
-    `checked` before are not read."""
+def check_names(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Raises ModelError unless names and shapes of `state` fit `module`."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if missing := sorted(expected.keys() - state.keys()):
         raise ModelError(f"{source}: weights lack {len(missing)} tensors, among them {missing[0]}")
@@ -240,7 +263,6 @@ def check_state(
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise ModelError(f"{source}: {name} has shape {tuple(state[name].shape)}, expected {shape}")
-    check_finite({name: tensor for name, tensor in state.items() if name not in checked}, source)
 
 
 def check_finite(state: dict[str, Tensor], source: Path) -> None:

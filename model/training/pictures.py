@@ -57,7 +57,9 @@ def draw_strip(run: RunFolder, rows: list[dict[str, Any]], held_out: Samples, ki
         return
     cells: list[tuple[np.ndarray, str]] = []
     side = held_out.size
-    for i, pair in enumerate(held_out.pairs[:SHOWN]):
-        cells += [(held_out.picture(pair, 0), "held-out picture"), (held_out.condition(pair, 0, False), f"its {kind}")]
+    pairs = [(held_out.picture(pair, 0), held_out.condition(pair, 0, False)) for pair in held_out.pairs[:SHOWN]]
+    write_file(run.held_out, png_bytes(np.concatenate([np.concatenate(row, 1) for row in zip(*pairs, strict=True)])))
+    for i, (picture, condition) in enumerate(pairs):
+        cells += [(picture, "held-out picture"), (condition, f"its {kind}")]
         cells += [(shot[:, i * side : (i + 1) * side], f"step {step}") for step, shot in sorted(shots.items())]
     write_file(run.samples, png_bytes(contact_sheet(cells, len(shots) + 2, 128)))

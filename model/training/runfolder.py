@@ -68,6 +68,11 @@ class RunFolder:
         return self.path / "pictures" / f"step-{step:07d}.png"
 
     @property
+    def held_out(self) -> Path:
+        """The held-out pairs that pictures are made of: pictures above, conditions below."""
+        return self.path / "pictures" / "held-out.png"
+
+    @property
     def holds_run(self) -> bool:
         return is_file(self.record)
 

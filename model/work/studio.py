@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from controlnet.model.base import Base
+from controlnet.model.base import Base, maps_weights
 from controlnet.model.control.strength import Strength
 from controlnet.model.emphasis import plain
 from controlnet.model.engines.choose import engine_name, make_engine
@@ -41,7 +41,13 @@ from controlnet.model.work.condition import (
     weighting_text,
 )
 from controlnet.model.work.jobs import Job, check_names
-from controlnet.model.work.machine import choose_device, choose_dtype, is_out_of_memory, silence_libraries
+from controlnet.model.work.machine import (
+    choose_device,
+    choose_dtype,
+    is_out_of_memory,
+    keep_freed_memory,
+    silence_libraries,
+)
 from controlnet.model.work.paint import Painting
 from controlnet.model.work.pictures import Pictures
 from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
@@ -86,6 +92,8 @@ class Studio:
     ):
         silence_libraries()
         self.device = choose_device(device)
+        if self.device.type == "cpu" and not low_memory:
+            keep_freed_memory()
         self.dtype = choose_dtype(dtype, self.device)
         self.engine = engine
         self.made_engine = cache(partial(make_engine, say=say))
@@ -395,7 +403,8 @@ class Studio:
         """A ControlNet that fits the base, and its hash."""
         base, _ = self._plain_base(base_name)
         path = self.sources.find(source)
-        net = load_net(path, base.dtype, base.unet.config, base.name, base.engine)
+        spare = maps_weights(self.low_memory, base.device, base.engine)
+        net = load_net(path, base.dtype, base.unet.config, base.name, base.engine, spare)
         return net if self.low_memory else nn.Module.to(net, base.device), model_hash(path)
 
     def _say_distilled(self, job: Job, base: Base) -> None:
