@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 NEED_GB := 12
 
 .DEFAULT_GOAL := help
-.PHONY: bench-gpu help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-tiles bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
+.PHONY: docs release-check bench-gpu help env demo test test-floors check lint format types layers tiny tiny-depth card bench parity bench-tiny bench-batch bench-sdxl bench-stream bench-tiles bench-scale bench-train memory paper ablations gallery convergence torture wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ wheel: env ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
 	@ls dist
 
+release-check: env ## Build wheel and sdist, check them, and use the wheel in a bare environment (8 GB, minutes)
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) .ci/release.py dist/*.whl
+
 tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=base=120 for other times)
 	$(BIN)/python -u -m controlnet.model.tiny.train $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -u -m controlnet.model.tiny.card
@@ -113,7 +119,10 @@ paper: env ## Tables of the paper's claims on the embedded model (half an hour o
 ablations: env ## Train ControlNets on tiny with other prompts and data, and judge them (an hour on 2 cores)
 	$(BIN)/python benchmarks/ablations.py
 
-gallery: env ## Pictures of what control does, into examples/gallery/
+docs: env ## These pages as a site with search, in out/docs/site/
+	$(BIN)/python docs/build.py
+
+gallery: env ## Pictures of what control does, into docs/
 	$(BIN)/python examples/gallery.py
 
 convergence: env ## Train three ControlNets on tiny: when does control begin? (half an hour on 2 cores)

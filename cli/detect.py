@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from controlnet.cli.bars import bytes_bar, count_bar
+from controlnet.cli.help import finish
 from controlnet.cli.options import (
     Json,
     Offline,
@@ -76,7 +77,8 @@ class KindGroup(TyperGroup):
     """Builds the command of a kind when it is called, so that help imports no detector."""
 
     def resolve_command(self, ctx, args):
-        return args[0], _all_command() if args[0] == "all" else _command(find_detector(args[0])), args[1:]
+        command = _all_command() if args[0] == "all" else _command(find_detector(args[0]))
+        return args[0], finish(command, f"detect {args[0]}"), args[1:]
 
 
 app = typer.Typer(

@@ -37,7 +37,7 @@ from controlnet.model.work.batch import Wanted, in_tars, in_units, read_jobs_fil
 from controlnet.model.work.crew import places
 from controlnet.model.work.jobs import Job, check_names, make_job
 from controlnet.model.work.machine import silence_libraries
-from controlnet.model.work.outputs import check_png, exists_already, is_folder, keeps
+from controlnet.model.work.outputs import IMAGES, check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
 from controlnet.preprocessors.remote import place
@@ -151,7 +151,7 @@ def _generate(
     used = places(processes, devices, ray)
     failed = _Failures()
     part, sharded = parse_shard(shard), shard is not None
-    if sharded and is_folder(defaults["out"] or "out/"):
+    if sharded and is_folder(defaults["out"] or "out/", IMAGES):
         lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
         settings = {name: value for name, value in defaults.items() if name != "out"}
         claim(place(defaults["out"] or "out"), part, [settings, lines, keep_best, tar, dtype, low_memory, engine])
@@ -266,7 +266,7 @@ def _in_tars(groups: list, size: int, out: str | None, overwrite: bool, skip_exi
     """Groups of the size of a tar file, each image with its tar file as its path."""
     if size < 1:
         raise UsageError(f"--tar {size}: expected 1 or more images a file", "--tar 1000")
-    if out is not None and not is_folder(out):
+    if out is not None and not is_folder(out, IMAGES):
         raise UsageError(f"--tar {size} -o {out}: expected a folder", "-o set/")
     tars = []
     for number, group in enumerate(in_tars(groups, size)):

@@ -13,22 +13,25 @@ import threading
 from typing import Annotated
 
 import typer
+from controlnet.cli import verbose
+from controlnet.cli.help import examples, finish, named
 from controlnet.preprocessors.errors import ControlNetError, Exit
 from typer.core import TyperGroup
 
 COMMANDS = {
+    "detect": ("detect:app", "Make condition maps from photos."),
     "generate": ("generate:generate", "Make images from condition maps and a prompt."),
-    "replay": (
-        "replay:replay",
-        "Make an image again from its own PNG text; say whether it is identical, or how far off and why.",
-    ),
+    "train": ("train:train", "Train a ControlNet on photos or pairs, and be told whether it works."),
+    "status": ("train:status", "Say how a training run stands: verdict, control gap, time left; draw its curve."),
     "score": (
         "score:score", "Measure how well images keep to their conditions: lines by F1, depth by rank, poses by OKS.",
     ),
     "report": ("report:report", "Show a training run, or a folder of results, as one page for the browser."),
-    "train": ("train:train", "Train a ControlNet on photos or pairs, and be told whether it works."),
-    "status": ("train:status", "Say how a training run stands: verdict, control gap, time left; draw its curve."),
-    "detect": ("detect:app", "Make condition maps from photos."),
+    "replay": (
+        "replay:replay",
+        "Make an image again from its own PNG text; say whether it is identical, or how far off and why.",
+    ),
+    "doctor": ("doctor:doctor", "Say what this machine has: versions, devices, memory, models; and what is missing."),
     "dataset": ("dataset:app", "Check training data, or build it from photos."),
     "models": ("models:app", "List, fetch, check, show and convert models and detectors' weights."),
 }  # fmt: skip
@@ -37,6 +40,9 @@ COMMANDS = {
 
 class Commands(TyperGroup):
     """Builds a command when it is called."""
+
+    def get_params(self, ctx):
+        return named(super().get_params, ctx)
 
     def resolve_command(self, ctx, args):
         if args[0] not in COMMANDS:
@@ -48,15 +54,15 @@ class Commands(TyperGroup):
             single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
             single.command(args[0], help=help_)(found)
             found = single
-        return args[0], typer.main.get_command(found), args[1:]
+        return args[0], finish(typer.main.get_command(found), args[0]), args[1:]
 
 
 app = typer.Typer(
     name="controlnet",
     help="Spatial control for text-to-image diffusion: photos become condition maps, maps and prompts become images.",
     cls=Commands,
+    epilog=examples(""),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -91,6 +97,7 @@ def main(args: list[str] | None = None) -> None:
         try:
             app(args)
         finally:
+            verbose.close()
             sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends
     except SystemExit as stop:
         if stop.code == Exit.INTERRUPTED and args is None and threading.active_count() > 1:

@@ -18,12 +18,14 @@ from controlnet.model.work.jobs import Job
 from controlnet.model.work.options import Option
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.log import LOG
 from rich.markup import escape
 from typer.core import TyperCommand
 
 
 def say(text: str) -> None:
     """Talk goes to standard error; standard output is data."""
+    LOG.debug("%s", text)
     print(text, file=sys.stderr)
 
 

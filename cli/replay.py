@@ -11,7 +11,7 @@ import typer
 from controlnet.cli.options import Device, Json, Offline, Overwrite, say, tell
 from controlnet.model.work.jobs import OPTIONS
 from controlnet.model.work.machine import silence_libraries
-from controlnet.model.work.outputs import keeps, output_path
+from controlnet.model.work.outputs import IMAGES, keeps, output_path
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import exists, write_file
 from controlnet.preprocessors.jsons import dumps
@@ -74,7 +74,7 @@ def replay(
     path = _place(image, out, changed, as_json, overwrite)
     after = remake(before, replace(job, **changed), device, offline, say)
     if path is not None:
-        write_file(path, after.png())
+        write_file(path, after.encoded(path.suffix.lower()))
     elif out is not None:
         sys.stdout.buffer.write(after.png())
         return
@@ -88,7 +88,7 @@ def _place(image: Path, out: str | None, changed: dict[str, Any], as_json: bool,
     """Where the image made again goes; None for nowhere, or for standard output."""
     if out is None:
         return None
-    path = output_path(out, Path(image.name), several=False)
+    path = output_path(out, Path(image.name), several=False, endings=IMAGES)
     if path is None:
         if not changed or as_json:
             raise UsageError("the image and what is said of it would both go to standard output", "-o again.png")
@@ -109,7 +109,7 @@ def _tell_difference(before: Any, after: Any, as_json: bool) -> None:
             f" {list(after.record['size'])}",
             "the image was resized after it was made: replay the one that generate wrote",
         )
-    off, causes = compare(before.pixels, after.pixels), sorted(changes(before.record, after.record))
+    off, causes = compare(before, after), sorted(changes(before.record, after.record))
     same = off.largest == 0
     if as_json:
         told = {"largest": off.largest, "mean": round(off.mean, 4), "changed": round(off.changed, 4)}

@@ -1,6 +1,6 @@
 """What control does, in pictures: sheets made by `tiny` from photos and from held-out scenes of its world.
 
-    python examples/gallery.py [examples/gallery] [--person PHOTO]
+    python examples/gallery.py [docs] [--person PHOTO]
 
 Equal on the same machine each time: float32, fixed seeds. The photos come with scikit-image; of a person it has a
 portrait alone, whose pose is drawn as if one had stepped back. --person takes a photo of a whole person instead.
@@ -9,7 +9,6 @@ portrait alone, whose pose is drawn as if one had stepped back. --person takes a
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -178,7 +177,7 @@ SHEETS: dict[str, tuple[Callable[[Studio], Cells], int, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent / "gallery")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent.parent / "docs")
     parser.add_argument("--person", type=Path, help="a photo of a whole person")
     parser.add_argument("--sheets", default=",".join(SHEETS))
     args = parser.parse_args()
@@ -186,12 +185,12 @@ def main() -> None:
     page = ["# Gallery", "", "Made by `make gallery` with the embedded model, 20 steps, on a CPU.", ""]
     for name in args.sheets.split(","):
         cells, columns, title = SHEETS[name]
-        write_file(args.folder / f"{name}.png", png_bytes(contact_sheet(cells(studio), columns, 128)))
-        page += [f"## {title}", "", f"![{title}]({name}.png)", ""]
-        print(args.folder / f"{name}.png", flush=True)
-    strip = os.path.relpath(Path(__file__).parent / "strip.png", args.folder)
-    page += ["## When control began", "", f"![held-out pictures over the steps of a training]({strip})", ""]
-    write_file(args.folder / "README.md", "\n".join(page).encode())
+        picture = args.folder / "pictures" / f"gallery-{name}.png"
+        write_file(picture, png_bytes(contact_sheet(cells(studio), columns, 128)))
+        page += [f"## {title}", "", f"![{title}](pictures/{picture.name})", ""]
+        print(picture, flush=True)
+    page += ["## When control began", "", "![held-out pictures over the steps of a training](pictures/strip.png)", ""]
+    write_file(args.folder / "gallery.md", "\n".join(page).encode())
 
 
 if __name__ == "__main__":

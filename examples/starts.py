@@ -1,6 +1,6 @@
 """Pictures as a start, and adapters, in pictures: two sheets made by `tiny` through the commands' own engine.
 
-    python examples/starts.py [examples/starts] [--steps 300]
+    python examples/starts.py [docs/pictures] [--steps 300]
 
 A LoRA and a word are learned here in a few minutes, from drawn scenes whose main thing is orange and whose captions do
 not say so. Equal on the same machine each time: float32, fixed seeds.
@@ -174,7 +174,7 @@ def sheet(rows: Rows) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=Path("examples/starts"))
+    parser.add_argument("out", nargs="?", type=Path, default=Path("docs/pictures"))
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     sheets = Sheets()

@@ -29,6 +29,7 @@ from controlnet.model.files.vae import LoneVae
 from controlnet.model.registry import BASES, KnownBase, check_base_name
 from controlnet.model.text import TextEncoder
 from controlnet.preprocessors.errors import ModelError, reason
+from controlnet.preprocessors.log import LOG, doing
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
@@ -81,6 +82,8 @@ def load_base(
     family = family_of_config(stored.config("unet"))
 
     engine = engine_for(sum(math.prod(header.shape) for header in stored.headers("unet").values()))
+
+    LOG.info("base %s: %s, %s, by %s", name, stored.path, family.name, engine.name)
 
     # The parts, on the CPU where they wait for their turn.
     home = "cpu" if low_memory else device
@@ -242,12 +245,13 @@ def _load_network(
                 network = getattr(diffusers, name).from_config(config)
         except Exception as error:  # the libraries raise a dozen types for a config that makes no network
             raise ModelError(f"{stored.path}: the config of its {part} is not usable: {reason(error)}") from error
-    state = stored.state(part)
-    if part.startswith("text_encoder"):
-        state = _with_prefix(state, network)
-    whole = stored.path.is_dir() and not isinstance(stored, LoneVae)
-    kept = {} if engine is None else engine.weights(network, stored.path, part, dtype)
-    fill(network, state, stored.path / part if whole else stored.path, device, dtype, kept, low_memory)
+    with doing(f"loading {part}"):
+        state = stored.state(part)
+        if part.startswith("text_encoder"):
+            state = _with_prefix(state, network)
+        whole = stored.path.is_dir() and not isinstance(stored, LoneVae)
+        kept = {} if engine is None else engine.weights(network, stored.path, part, dtype)
+        fill(network, state, stored.path / part if whole else stored.path, device, dtype, kept, low_memory)
     fold_upsampling(network)
     return network.requires_grad_(False).eval()
 

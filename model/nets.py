@@ -26,6 +26,7 @@ from controlnet.model.files.stored import STEMS, T2I_CLASS, UNION_CLASS, Stored
 from controlnet.model.files.tensors import fill, is_float8, write_tensors
 from controlnet.preprocessors.errors import ModelError, reason
 from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.log import LOG
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 NETWORKS: dict[str, type[ControlNet]] = {"full": ControlNet, "lite": ControlNetLite, "union": ControlNetUnion}
@@ -88,6 +89,7 @@ def load_net(
     """
     stored = open_model(Path(path))
     config = stored.config("controlnet")
+    LOG.info("net %s", stored.path)
     if base is not None:
         check_family(stored, base, base_name)
     with torch.device("meta"):

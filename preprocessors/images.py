@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from controlnet.preprocessors.errors import InputError, reason
 from controlnet.preprocessors.files import exists, is_dir
+from controlnet.preprocessors.metadata import exif_of, text_in
 from controlnet.preprocessors.remote import is_url, read_url
 from controlnet.preprocessors.tars import read_member, split
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -102,7 +103,7 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
             raise InputError(f"{name}: {width}x{height} pixels, expected at least {MIN_SIDE} on each side")
         if (frames := getattr(image, "n_frames", 1)) > 1:
             warn(f"{name}: has {frames} frames, only the first is used")
-        text = {k: v for k, v in getattr(image, "text", {}).items() if isinstance(v, str)}
+        text = text_in(image)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on broken EXIF or palettes: only the pixels matter
             return _to_rgb(ImageOps.exif_transpose(image)), text
@@ -153,6 +154,19 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
     return np.asarray(image.convert("RGB"))
+
+
+def picture_bytes(image: np.ndarray, text: dict[str, str], ending: str) -> bytes:
+    """A picture (H, W, 3) uint8 with text, as a PNG, or for the endings .jpg, .jpeg and .webp as such a file: they keep
+    the pixels only nearly."""
+    if ending == ".png":
+        return png_bytes(image, text)
+    buffer, exif = io.BytesIO(), exif_of(text)
+    if ending == ".webp":
+        Image.fromarray(image).save(buffer, "WEBP", quality=95, exif=exif)
+    else:
+        Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, exif=exif)
+    return buffer.getvalue()
 
 
 def png_bytes(image: np.ndarray, text: dict[str, str] | None = None, two_levels: bool = False) -> bytes:

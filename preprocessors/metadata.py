@@ -1,11 +1,13 @@
-"""The text that our PNG files carry: how a map was made, and all that is needed to make an image again."""
+"""The text that our pictures carry: how a map was made, and all that is needed to make an image again."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.jsons import dumps, object_or_empty
@@ -15,6 +17,11 @@ from controlnet.preprocessors.tars import read_member, split
 
 KEY = "controlnet"
 """Name of the PNG text chunk; its value is one JSON object."""
+
+
+DESCRIPTION, EXIF, COMMENT = 0x010E, 0x8769, 0x9286
+"""Tags: ImageDescription, the EXIF part, UserComment in it."""
+UNICODE = b"UNICODE\0"
 
 
 def sha256(data: bytes) -> str:
@@ -48,9 +55,35 @@ def text_of(path: Path) -> dict[str, str]:
 
     try:
         with Image.open(_opened(str(path))) as image:
-            return {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
+            return text_in(image)
     except Exception:  # Pillow raises a dozen types for broken data; decoding it reports the error
         return {}
+
+
+def text_in(image: Any) -> dict[str, str]:
+    """The text that a picture of Pillow carries: of a PNG its chunks, of a JPEG or WebP what `exif_of` wrote."""
+    text = {key: value for key, value in getattr(image, "text", {}).items() if isinstance(value, str)}
+    if text or image.format not in ("JPEG", "WEBP"):
+        return text
+    exif = image.getexif()
+    record, comment = exif.get(DESCRIPTION), exif.get_ifd(EXIF).get(COMMENT)
+    if isinstance(record, str) and record.startswith(f"{KEY}: "):
+        text[KEY] = record.removeprefix(f"{KEY}: ")
+    if isinstance(comment, bytes) and comment.startswith(UNICODE):
+        text["parameters"] = comment.removeprefix(UNICODE).decode("utf-16-be", "replace")
+    return text
+
+
+def exif_of(text: dict[str, str]) -> Any:
+    """EXIF with our record, in ASCII, as the description, and with `parameters` as the comment, where A1111 has it."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    if KEY in text:
+        exif[DESCRIPTION] = f"{KEY}: {json.dumps(json.loads(text[KEY]))}"
+    if "parameters" in text:
+        exif.get_ifd(EXIF)[COMMENT] = UNICODE + text["parameters"].encode("utf-16-be")
+    return exif
 
 
 def _opened(path: str) -> str | io.BytesIO:

@@ -363,3 +363,27 @@ def test_signals_are_handled_after_engines_are_gone(made_graphs):
     os.kill(os.getpid(), signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, before)
     assert got == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "side", "tokens"),
+    [
+        (["CrossAttnDownBlock2D", "DownBlock2D"], 128, 16384),
+        (["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], 128, 4096),
+        (["DownBlock2D"], 128, 0),
+    ],
+)
+def test_tokens_of_the_largest_attention(blocks, side, tokens):
+    assert openvino.most_tokens({"down_block_types": blocks}, torch.empty(2, 4, side, side)) == tokens
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_sizes_at_which_torch_is_quicker_are_left_to_it(models, openvino_engine, tmp_path, monkeypatch, has):
+    """Where that was measured: on a processor that multiplies bfloat16 without AMX."""
+    monkeypatch.setattr(openvino, "SLOW", range(1, 10_000))
+    monkeypatch.setattr(openvino, "multiplies_halves", lambda: has)
+    shutil.rmtree(tmp_path / "cache" / "graphs", ignore_errors=True)
+    (tmp_path / "cache" / "graphs").mkdir(parents=True)
+    near(sampled(models, openvino.OpenVino(openvino_engine.said.append)), sampled(models, Eager()))
+    assert any("torch runs the networks at this size" in text for text in openvino_engine.said) == has
+    assert bool(graphs_in(tmp_path / "cache")) != has

@@ -1,5 +1,6 @@
 """Files mapped into memory: read when they are used, given back at any time; weights that are there only at work."""
 
+import ctypes
 import errno
 import gc
 import os
@@ -14,6 +15,7 @@ from controlnet.model.files.mapping import Mapping, Spare, forget
 from controlnet.model.files.tensors import fill, read_tensors, write_tensors
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_net
+from controlnet.model.work import machine, studio
 from controlnet.preprocessors.errors import ModelError, OutputError
 from torch import nn
 
@@ -139,3 +141,16 @@ def test_a_full_disk_is_found_before_anything_is_written(monkeypatch):
     with pytest.raises(OutputError, match=r"--low-memory keeps 0\.0 GB .*No space left") as raised:
         Spare(Layers(), torch.float32)
     assert "CONTROLNET_CACHE" in raised.value.hint
+
+
+def test_a_studio_keeps_freed_memory_unless_memory_is_scarce(monkeypatch):
+    asked = []
+    monkeypatch.setattr(studio, "keep_freed_memory", lambda: asked.append(True))
+    studio.Studio("cpu")
+    studio.Studio("cpu", low_memory=True)
+    assert asked == [True]
+
+
+def test_where_the_c_library_is_another_one_nothing_happens(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    machine.keep_freed_memory()

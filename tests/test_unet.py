@@ -183,7 +183,7 @@ def test_blocks_are_for_large_products_of_bfloat16_alone(monkeypatch):
     monkeypatch.setattr(ways, "in_blocks", lambda q, k, v: taken.append(q.shape) or q)
     q = torch.zeros(1, 1, 512, 8, dtype=torch.bfloat16)
     for has in (True, False):
-        monkeypatch.setattr(ways, "_has_products", lambda has=has: has)
+        monkeypatch.setattr(ways, "multiplies_halves", lambda has=has: has)
         with torch.no_grad():
             ways.attend(q, q, q)
             ways.attend(q, q[:, :, :77], q[:, :, :77])

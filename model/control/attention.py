@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         or small
         or q.dtype != torch.bfloat16
         or q.device.type != "cpu"
-        or not _has_products()
+        or not multiplies_halves()
     ):
         return F.scaled_dot_product_attention(q, k, v)
     return InBlocks.apply(q, k, v) if torch.is_grad_enabled() else in_blocks(q, k, v)
@@ -89,7 +89,7 @@ class InBlocks(torch.autograd.Function):
 
 
 @cache
-def _has_products() -> bool:
+def multiplies_halves() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 in hardware, but not in AMX's tiles, which the kernel uses."""
     known: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16")) and not known.get("amx_bf16")

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
+from controlnet.model.control.attention import multiplies_halves
 from controlnet.model.control.control import Control, grow
 from controlnet.model.control.controlnet import halvings, skip_channels
 from controlnet.model.control.prompt import Prompt
@@ -38,6 +39,8 @@ KEPT = 16_000_000_000
 """Bytes of graphs on disk; those that were not used for longest are removed. Stable Diffusion 1.5's UNet is 1.7 GB."""
 SHARED = 100_000
 """Bytes of a tensor from which on its memory is shared with the graph's file."""
+SLOW = range(12_000, 25_000)
+"""Tokens of which OpenVINO 2026.4 computes attention at half of torch's speed (benchmarks/LOG.md)."""
 _CONSTANT = re.compile(r'<data element_type="\w+" shape="[^"]*" offset="(?P<offset>\d+)" size="(?P<size>\d+)"')
 
 
@@ -88,6 +91,9 @@ class OpenVino(OfTensors):
             return {}
 
     def make(self, call: Call) -> Function:
+        if most_tokens(call.network.config, call.tensors[0]) in SLOW and multiplies_halves():
+            self.say("torch runs the networks at this size: its attention is the quicker one here")
+            return call.of_tensors()
         folder = self._folder(call)
         try:
             if not is_whole(folder):
@@ -208,6 +214,15 @@ def whole(control: Control | None, config: Any, z: Tensor, rows: int) -> Control
         grow(one, rows).expand(shape) for one, shape in zip(given, shapes, strict=True)
     ] if given else [z.new_zeros(1).expand(shape) for shape in shapes]  # fmt: skip
     return Control(residuals[:-1], residuals[-1], [grow(one, rows) for one in control.inner])
+
+
+def most_tokens(config: Any, z: Tensor) -> int:
+    """The tokens of a network's largest attention, for latents z (B, C, h, w); 0 if it has none."""
+    height, width = z.shape[-2:]
+    for k, block in enumerate(config["down_block_types"]):
+        if block.startswith("CrossAttn"):
+            return (height * width) >> (2 * k)
+    return 0
 
 
 def digests_of(network: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from controlnet.model.report.page import as_data
 from controlnet.model.work.condition import where_now
+from controlnet.model.work.outputs import IMAGES
 from controlnet.model.work.score import MEASURES, Scored, Scorer
 from controlnet.preprocessors.errors import ControlNetError, InputError
 from controlnet.preprocessors.images import read_bytes, read_image
@@ -23,7 +24,8 @@ SETTINGS = ("base", "seed", "steps", "scheduler", "guidance", "size", "negative"
 
 def results_in(folder: Path) -> list[Path]:
     """The images below a folder that carry a record of `generate`, by name. Raises InputError if there are none."""
-    found = [path for path in sorted(folder.rglob("*.png")) if "prompt" in _record(path)]
+    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGES)
+    found = [path for path in pictures if "prompt" in _record(path)]
     if not found:
         raise InputError(
             f"{folder}: neither a training run nor images that generate made", "controlnet generate ... -o out/"

@@ -24,6 +24,7 @@ from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import ForInpainting, FromNoise, FromPicture, InMask, Start
 from controlnet.model.sampling.tiles import Tile, Whole, canvas_of, control_in
 from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.log import doing
 from torch import Tensor
 
 BATCH = 4
@@ -164,9 +165,10 @@ def generate(
         # What the images of a group need, encoded once per text and once per condition.
         prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
         guided = guidance != 1
-        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
+        with doing("texts"):
+            encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
         columns = [[request.conditions[k] for request in group] for k in range(len(networks))]
-        with base.at_work(*networks):
+        with doing("conditions"), base.at_work(*networks):
             features = encoded.read(base, networks, columns) if canvas.reads_whole else [[] for _ in columns]
         prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
         negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
@@ -180,7 +182,8 @@ def generate(
         start = _start(base, encoded, group, shape, strength, canvas)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
-        with base.at_work(base.unet, *networks):
+        what = f"sampling of {len(group)} at {width}x{height} in {steps} steps by {base.engine.name}"
+        with doing(what), base.at_work(base.unet, *networks):
             latents = sample(  # (B, C, h, w)
                 base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory, around,
                 base.engine,
@@ -190,7 +193,9 @@ def generate(
 
         # Decoded one by one: the decoder takes more memory than everything before.
         for latent in latents:
-            yield canvas.decoded(base, latent[None])
+            with doing("decoding"):
+                image = canvas.decoded(base, latent[None])
+            yield image
         made += len(group)
 
 

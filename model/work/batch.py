@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from controlnet.model.work.jobs import Job, stem_of
-from controlnet.model.work.outputs import keeps, output_path
+from controlnet.model.work.outputs import IMAGES, keeps, output_path
 from controlnet.preprocessors.errors import ControlNetError, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import decoded, is_dir, is_file
 from controlnet.preprocessors.jsons import read_object
@@ -218,8 +218,8 @@ def targets(
             images: list[Wanted] = []
             for seed in range(seeded.seed, seeded.seed + job.num):
                 default = Path("out") / f"{seed}-{stems[id(job)]}.png"
-                alone = (keep_best or job.num) == 1 and (not several or (job.out or "").endswith(".png"))
-                path = output_path(job.out, default, not alone)
+                alone = (keep_best or job.num) == 1 and (not several or (job.out or "").lower().endswith(IMAGES))
+                path = output_path(job.out, default, not alone, IMAGES)
                 if images and images[0].path == path:  # the best one goes there
                     images.append(replace(one, seed=seed, path=path))
                     continue

@@ -20,7 +20,7 @@ from typing import Any
 from controlnet.model.control.modes import CONTROL_ON, MODES
 from controlnet.model.work import options
 from controlnet.model.work.condition import PAINTED, REST, ConditionFlag
-from controlnet.model.work.outputs import is_folder
+from controlnet.model.work.outputs import IMAGES, is_folder
 from controlnet.preprocessors import remote
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError
 from controlnet.preprocessors.files import exists, is_file
@@ -54,7 +54,7 @@ class Job:
         (),
         options.conditions,
         list[str],
-        metavar="PATH[,key=value...]",
+        metavar="PATH[,...]",
         flag_default=None,
         recorded=False,
         shared=False,
@@ -344,7 +344,7 @@ def make_job(given: dict[str, Any], defaults: dict[str, Any]) -> Job:
         values[key] = value
     values["cond"] = _of_samples(values.get("cond"), defaults.get("cond"))
     place = values.get("out")
-    if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder):
+    if folder and folder != "-" and place != folder and isinstance(place, str) and is_folder(folder, IMAGES):
         # Places in a file of jobs are below -o.
         values["out"] = str(remote.place(folder) / place) + "/" * place.endswith("/")
     return Job(**{key: value for key, value in values.items() if value is not None})

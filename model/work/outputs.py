@@ -9,13 +9,17 @@ from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.files import exists, is_dir
 from controlnet.preprocessors.remote import is_url, place
 
+MAPS = (".png",)
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+"""The endings of what is written: a map must keep every pixel."""
 
-def output_path(out: str | None, default: Path, several: bool) -> Path | None:
-    """The path of a result; None for standard output. `default` is taken if -o is not given, and its file name if -o is
-    a folder."""
+
+def output_path(out: str | None, default: Path, several: bool, endings: tuple[str, ...] = MAPS) -> Path | None:
+    """The path of a result, whose file may have these endings; None for standard output. `default` is taken if -o is
+    not given, and its file name if -o is a folder."""
     if out is None:
         return default
-    if is_folder(out):
+    if is_folder(out, endings):
         return place(out) / default.name
     if several:
         hint = "-o DIR/" if out == "-" else f"-o {place(out).with_suffix('')}/"
@@ -23,21 +27,25 @@ def output_path(out: str | None, default: Path, several: bool) -> Path | None:
     return None if out == "-" else place(out)
 
 
-def is_folder(out: str) -> bool:
-    """Whether -o names a folder: anything but `-` and `NAME.png`. Raises UsageError for another type of picture."""
+def is_folder(out: str, endings: tuple[str, ...] = MAPS) -> bool:
+    """Whether -o names a folder: anything but `-` and names with these endings. Raises UsageError for another type of
+    picture."""
     path = place(out)
     if out.endswith("/") or is_dir(path):
         return True
-    check_png("-o", path)
-    return out != "-" and path.suffix.lower() != ".png"
+    check_png("-o", path, endings)
+    return out != "-" and path.suffix.lower() not in endings
 
 
-def check_png(flag: str, path: Path) -> None:
-    """Raises UsageError for a path with the ending of another picture type: only PNG files are written."""
+def check_png(flag: str, path: Path, endings: tuple[str, ...] = MAPS) -> None:
+    """Raises UsageError for a path with the ending of a picture type that is not written."""
     from controlnet.preprocessors.images import suffixes  # here: it imports the picture libraries
 
-    if path.suffix.lower() in suffixes() - {".png", ".apng"}:
-        raise UsageError(f"{flag} {path}: pictures are written as PNG files", f"{flag} {path.with_suffix('.png')}")
+    if path.suffix.lower() in suffixes() - {*endings, ".apng"}:
+        written = "PNG" if endings == MAPS else "PNG, JPEG or WebP"
+        raise UsageError(
+            f"{flag} {path}: pictures are written as {written} files", f"{flag} {path.with_suffix('.png')}"
+        )
 
 
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:

@@ -87,7 +87,7 @@ def make_here(
     for image, row in _images([one for task in tasks for one in task.wanted], setup, studio, failed, say, on_step):
         path = image.wanted.path
         if path is not None:
-            write_file(path, image.png())
+            write_file(path, image.encoded(path.suffix.lower()))
         yield Made(image.wanted, path and str(path), image.record, image.png() if path is None else None, row)
 
 

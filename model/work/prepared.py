@@ -13,11 +13,12 @@ import transformers
 from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.generate import Encoded, Request
+from controlnet.model.work.a1111 import parameters
 from controlnet.model.work.batch import Wanted
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.paint import Painting
 from controlnet.preprocessors.geometry import fit
-from controlnet.preprocessors.images import png_bytes
+from controlnet.preprocessors.images import picture_bytes, read_image
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.metadata import dump
 from controlnet.preprocessors.stage_one import version
@@ -32,8 +33,16 @@ class Image:
     record: dict[str, Any]
 
     def png(self) -> bytes:
-        """A PNG that carries the record, and the `parameters` line that other tools read."""
-        return png_bytes(self.pixels, {**dump(self.record), "parameters": parameters(self.record)})
+        """A PNG that carries the record, and the `parameters` text that other tools read."""
+        return self.encoded(".png")
+
+    def encoded(self, ending: str) -> bytes:
+        """The same as a file of the type that an ending (outputs.IMAGES) stands for."""
+        return picture_bytes(self.pixels, {**dump(self.record), "parameters": parameters(self.record)}, ending)
+
+    def pixels_in(self, ending: str) -> np.ndarray:
+        """What such a file has of the pixels: all of them in a PNG, nearly the same in the others."""
+        return read_image(self.encoded(ending), f"an image{ending}")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +94,6 @@ class Prepared:
         types = tuple(kind_named(one.entry["kind"]).union_type or 0 for one in acting)
         texts = job.negative, job.prompt2, job.negative2
         return Request(job.prompt, self.wanted.seed, maps, types, *texts, init, mask)
-
-
-def parameters(record: dict[str, Any]) -> str:
-    """The record as the `parameters` line that other tools read."""
-    size = "x".join(map(str, record["size"]))
-    lines = [record["prompt"], f"Negative prompt: {record['negative']}" if record["negative"] else ""]
-    settings = f"Steps: {record['steps']}, Sampler: {record['scheduler']}, CFG scale: {record['guidance']:g}, "
-    settings += f"Seed: {record['seed']}, Size: {size}, Model: {record['base']}"
-    nets = "".join(f", ControlNet {i}: {c['kind']} weight {c['scale']}" for i, c in enumerate(record["conditions"]))
-    return "\n".join(line for line in (*lines, settings + nets) if line)
 
 
 @cache

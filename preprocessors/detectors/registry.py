@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.log import doing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,8 @@ class Ready:
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, dict]:
         """A photo (H, W, 3) uint8 RGB -> its map, of the same height and width, and what else was found on it."""
-        made = self.function(image, self.options, *self.weights)
+        with doing(f"{self.row.kind} by {self.row.name} on {image.shape[1]}x{image.shape[0]}"):
+            made = self.function(image, self.options, *self.weights)
         return made if isinstance(made, tuple) else (made, {})
 
 

@@ -1,0 +1,71 @@
+"""What a shell is offered: commands, flags, names of the tables, keys of a condition; without a library."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from controlnet.cli.complete import WORDS
+from controlnet.cli.main import COMMANDS, app
+from typer.main import get_command
+
+PROGRAM = [sys.executable, "-m", "controlnet.cli.main"]
+
+
+def offered(*words):
+    """What a shell would offer for a line that ends in the last of these words."""
+    environment = os.environ | {
+        "_CONTROLNET_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("controlnet", *words)),
+        "COMP_CWORD": str(len(words)),
+    }  # fmt: skip
+    code = (
+        "import sys; from controlnet.cli.main import app; sys.argv[0] = 'controlnet'\n"
+        "try: app(prog_name='controlnet')\n"
+        "finally: print(*[m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == "", done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        ((""), ["detect", "generate", "train", "models"]),
+        (("det",), ["detect"]),
+        (("detect", ""), ["canny", "pose", "all"]),
+        (("detect", "canny", "--au"), ["--auto"]),
+        (("generate", "--base", "sd15"), ["sd15", "sd15-inpainting"]),
+        (("generate", "--mode", ""), ["balanced", "guess"]),
+        (("generate", "--scheduler", "un"), ["unipc"]),
+        (("generate", "--cond", "a.png,det"), ["a.png,detect="]),
+        (("generate", "--cond", "a.png,detect=de"), ["a.png,detect=depth"]),
+        (("generate", "--cond", "a.png,scale=1,net=sd15-c"), ["a.png,scale=1,net=sd15-canny"]),
+        (("models", "pull", "blaze"), ["blazepose"]),
+    ],
+)
+def test_what_is_offered(words, some):
+    assert set(some) <= set(offered(*([words] if isinstance(words, str) else words)))
+
+
+def test_every_word_stands_for_a_parameter():
+    group = get_command(app)
+    names = set()
+
+    def walk(command):
+        import typer
+
+        names.update(one.name for one in command.get_params(typer.Context(command)))
+        for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
+            walk(command.resolve_command(None, [name])[1])
+
+    for name in COMMANDS:
+        walk(group.resolve_command(None, [name])[1])
+    assert WORDS.keys() <= names
+
+
+def test_words_are_those_of_the_code():
+    """Where they are written out because the module that has them imports torch."""
+    from controlnet.model.engines.choose import ENGINES
+
+    assert tuple(WORDS["engine"]()) == ENGINES
