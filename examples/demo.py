@@ -17,8 +17,8 @@ import time
 import webbrowser
 from pathlib import Path
 
-# All of them come with scikit-image. The horse and the coffee (Rachel Michetti) are CC0, the astronaut is NASA's (public
-# domain).
+# All of them come with scikit-image. The horse and the coffee (Rachel Michetti) are CC0, the astronaut is NASA's and in
+# the public domain.
 PHOTOS = {"canny": "horse", "pose": "astronaut", "depth": "coffee"}
 PROMPTS = {
     "canny": ("a poster in orange and blue", "a poster in black and yellow"),

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from controlnet.model.files.mapping import Mapping, Spare, forget
 from controlnet.model.files.tensors import fill, read_tensors, write_tensors
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_net
+from controlnet.model.sampling.memory import takes_halves_apart
 from controlnet.model.work import machine, studio
 from controlnet.preprocessors.errors import ModelError, OutputError
 from torch import nn
@@ -154,3 +156,19 @@ def test_a_studio_keeps_freed_memory_unless_memory_is_scarce(monkeypatch):
 def test_where_the_c_library_is_another_one_nothing_happens(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     machine.keep_freed_memory()
+
+
+def test_halves_are_computed_apart_where_they_need_more_than_the_decoder():
+    def of(device, low_memory=True, engine="eager"):
+        unet = SimpleNamespace(config=SimpleNamespace(block_out_channels=(320, 640, 1280, 1280)))
+        vae = SimpleNamespace(config={"block_out_channels": (128, 256, 512, 512)})
+        return SimpleNamespace(
+            unet=unet, vae=vae, factor=8, low_memory=low_memory, device=torch.device(device),
+            engine=SimpleNamespace(name=engine),
+        )  # fmt: skip
+
+    assert not takes_halves_apart(of("cpu"), (768, 768))
+    assert takes_halves_apart(of("cpu"), (1536, 1536))
+    assert takes_halves_apart(of("cuda"), (512, 512))  # the UNet's weights are on the device besides
+    assert takes_halves_apart(of("cpu", engine="openvino"), (512, 512))
+    assert not takes_halves_apart(of("cpu", low_memory=False), (1536, 1536))

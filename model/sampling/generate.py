@@ -20,6 +20,7 @@ from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.strength import Strength
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.loop import ActiveNet, sample
+from controlnet.model.sampling.memory import takes_halves_apart
 from controlnet.model.sampling.schedulers import make_scheduler
 from controlnet.model.sampling.starts import ForInpainting, FromNoise, FromPicture, InMask, Start
 from controlnet.model.sampling.tiles import Tile, Whole, canvas_of, control_in
@@ -182,10 +183,11 @@ def generate(
         start = _start(base, encoded, group, shape, strength, canvas)
         tell = partial(_tell_step, on_step, made, len(group))
         own = make_scheduler(base.scheduler, scheduler)
+        apart = takes_halves_apart(base, (width, height) if tile is None else (tile, tile))
         what = f"sampling of {len(group)} at {width}x{height} in {steps} steps by {base.engine.name}"
         with doing(what), base.at_work(base.unet, *networks):
             latents = sample(  # (B, C, h, w)
-                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, base.low_memory, around,
+                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, apart, around,
                 base.engine,
             )  # fmt: skip
         if not torch.isfinite(latents).all():
