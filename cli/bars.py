@@ -6,11 +6,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from controlnet.cli import show
+
+
+def _is_watched(quiet: bool) -> bool:
+    """Whether bars are drawn: not among the pictures of --show."""
+    return sys.stderr.isatty() and not quiet and not show.is_on()
+
 
 @contextmanager
 def count_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A bar over `total` items; yields on_item(done)."""
-    if quiet or not sys.stderr.isatty():
+    if not _is_watched(quiet):
         yield lambda done: None
         return
     from rich.console import Console
@@ -24,7 +31,7 @@ def count_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], No
 @contextmanager
 def bytes_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar over bytes; yields on_bytes(done, of) and shows nothing before its first call."""
-    if quiet or not sys.stderr.isatty():
+    if not _is_watched(quiet):
         yield lambda done, of: None
         return
     from rich.console import Console
@@ -45,7 +52,7 @@ def bytes_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def images_bar(total: int, quiet: bool) -> Iterator[Callable[[float], None]]:
     """A bar over images with the time left; yields on_step(images), where a fraction is part of an image."""
-    if quiet or not sys.stderr.isatty():
+    if not _is_watched(quiet):
         yield lambda images: None
         return
     from rich.console import Console

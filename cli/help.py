@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from controlnet.cli import verbose
+from controlnet.cli import show, verbose
 from controlnet.cli.complete import completion_of
 from rich.markup import escape
 
@@ -45,13 +45,15 @@ EXAMPLES = {
     ),
 }
 """By the command's name, and "" for the program itself."""
+SHOWING = ("detect", "generate", "replay")
+"""Commands that make pictures."""
 VALUES = {"str": "TEXT", "int": "N", "float": "NUMBER", "Path": "PATH"}
 
 
 def finish(command: Any, name: str) -> Any:
     """The same command with its flags' values named, and its examples at the end of its page; its own commands too."""
     if not hasattr(command, "list_commands"):
-        command.params += verbose.parameters()
+        command.params += [*show.parameters()] * (name.split()[0] in SHOWING) + verbose.parameters()
     command.get_params = partial(named, command.get_params)
     if name in EXAMPLES:
         command.epilog = examples(name)

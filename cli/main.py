@@ -13,7 +13,7 @@ import threading
 from typing import Annotated
 
 import typer
-from controlnet.cli import verbose
+from controlnet.cli import show, verbose
 from controlnet.cli.help import examples, finish, named
 from controlnet.preprocessors.errors import ControlNetError, Exit
 from typer.core import TyperGroup
@@ -98,6 +98,7 @@ def main(args: list[str] | None = None) -> None:
             app(args)
         finally:
             verbose.close()
+            show.close()
             sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends
     except SystemExit as stop:
         if stop.code == Exit.INTERRUPTED and args is None and threading.active_count() > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from controlnet.cli.show import show
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.options import Option
 from controlnet.preprocessors.files import write_file
@@ -36,6 +37,7 @@ def warn(text: str) -> None:
 def tell(fields: dict[str, Any], as_json: bool) -> None:
     """One line of data on standard output: the path, or the whole object."""
     print(dumps(fields) if as_json else fields["output"], flush=True)
+    show(fields["output"])
 
 
 @cache

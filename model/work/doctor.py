@@ -20,6 +20,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "opencv-python-
 EXTRAS = {
     "openvino": "openvino", "heic": "pillow_heif", "parquet": "pyarrow", "datasets": "datasets", "ray": "ray",
     "webdataset": "webdataset", "urls": "upath", "8bit": "bitsandbytes", "deepspeed": "deepspeed",
+    "show": "textual_image",
 }  # fmt: skip
 """Extra -> the module that tells whether it is installed."""
 LITTLE = 4e9
