@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.log import LOG
+
+LINE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ")
+"""How a line of a log begins."""
+
+
+class _File(logging.FileHandler):
+    """A log that fails is told of once, and the work goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        LOG.removeHandler(self)
+        print(f"warning: --log {self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
+        with suppress(OSError):
+            self.close()
 
 
 def _verbose(wanted: bool) -> None:
@@ -26,7 +41,9 @@ def _log(path: Path | None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        if path.is_file() and (head := path.read_bytes()[:24]) and not LINE.match(head):
+            raise OutputError(f"--log {path}: exists and is not a log", "another --log FILE")
+        handler = _File(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"--log {path}: cannot be written ({error.strerror})", "--log run.log") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -44,7 +61,8 @@ def close() -> None:
     """Take off what a command added; a program that calls `main` several times would have it twice."""
     for handler in [one for one in LOG.handlers if not isinstance(one, logging.NullHandler)]:
         LOG.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk, which was told
+            handler.close()
 
 
 def parameters() -> list[Any]:

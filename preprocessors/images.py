@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from controlnet.preprocessors.errors import InputError, reason
+from controlnet.preprocessors.errors import InputError, OutputError, reason
 from controlnet.preprocessors.files import exists, is_dir
-from controlnet.preprocessors.metadata import exif_of, text_in
+from controlnet.preprocessors.metadata import KEY, exif_of, text_in
 from controlnet.preprocessors.remote import is_url, read_url
 from controlnet.preprocessors.tars import read_member, split
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -24,6 +24,8 @@ RUN_LENGTHS = 3
 MAX_PIXELS = 250_000_000
 """Larger pictures are refused by their header, before they are decoded."""
 MIN_SIDE = 8
+JPEG_EXIF = 65_000
+"""Bytes of EXIF that a JPEG holds."""
 ORIENTATION = 0x0112
 """The EXIF tag of how a picture is turned; from 5 on width and height are exchanged."""
 _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
@@ -161,11 +163,17 @@ def picture_bytes(image: np.ndarray, text: dict[str, str], ending: str) -> bytes
     the pixels only nearly."""
     if ending == ".png":
         return png_bytes(image, text)
-    buffer, exif = io.BytesIO(), exif_of(text)
+    buffer = io.BytesIO()
     if ending == ".webp":
-        Image.fromarray(image).save(buffer, "WEBP", quality=95, exif=exif)
-    else:
-        Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, exif=exif)
+        Image.fromarray(image).save(buffer, "WEBP", quality=95, exif=exif_of(text))
+        return buffer.getvalue()
+    own = {key: value for key, value in text.items() if key == KEY}
+    fitting = [carried for carried in (text, own) if len(exif_of(carried).tobytes()) <= JPEG_EXIF]
+    if not fitting:
+        raise OutputError(
+            f"the record of {len(text[KEY])} letters does not fit into a JPEG", "-o NAME.webp, or NAME.png"
+        )
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0, exif=exif_of(fitting[0]))
     return buffer.getvalue()
 
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from controlnet.model.work.a1111 import parameters
+from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.images import picture_bytes, read_image
 from controlnet.preprocessors.metadata import dump, load
 from helpers import run
@@ -102,6 +103,8 @@ def test_settings(changes, setting, value):
     ("changes", "told"),
     [
         ({"scale": "1@0/.3@.6"}, "Weight: 1,"),
+        ({"scale": 1e-5}, "Weight: 1e-05,"),
+        ({"scale": "-.5@0/1@.5"}, "Weight: -0.5,"),
         ({"detect": None}, "Module: none"),
         ({"weighting": "soft"}, "My prompt is more important"),
         ({"net": 'a, "b": c'}, "Model: a   b   c [01234567]"),
@@ -148,3 +151,19 @@ def test_another_type_is_refused(tmp_path, capsys):
     assert run("generate", "--prompt", "a", "-o", tmp_path / "a.bmp") == 2
     assert "PNG, JPEG or WebP" in capsys.readouterr().err
     assert run("detect", "canny", "photo.jpg", "-o", tmp_path / "a.jpg") == 2
+
+
+@pytest.mark.parametrize(("letters", "kept"), [(5_000, {"controlnet", "parameters"}), (50_000, {"controlnet"})])
+def test_a_long_record_in_a_jpeg(letters, kept):
+    own = record(prompt="x" * letters, conditions=[])
+    text = {**dump(own), "parameters": parameters(own)}
+    found = read_image(picture_bytes(np.zeros((16, 16, 3), np.uint8), text, ".jpg"), "it")[1]
+    assert found.keys() == kept and load(found)["prompt"] == own["prompt"]
+
+
+def test_a_record_that_no_jpeg_holds():
+    own = record(prompt="x" * 70_000, conditions=[])
+    image = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(OutputError, match="does not fit into a JPEG"):
+        picture_bytes(image, dump(own), ".jpg")
+    assert load(read_image(picture_bytes(image, dump(own), ".webp"), "it")[1])["prompt"] == own["prompt"]

@@ -34,3 +34,10 @@ def test_sizes(tmp_path, size, told):
     with open(tmp_path / "file", "wb") as file:
         file.truncate(size)
     assert doctor._size(tmp_path) == told
+
+
+def test_a_cache_that_is_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONTROLNET_CACHE", str(tmp_path / "file"))
+    assert run("doctor") == 0
+    assert "set CONTROLNET_CACHE to a folder" in capsys.readouterr().out

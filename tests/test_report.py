@@ -265,3 +265,58 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, code, said):
     told = capsys.readouterr().err
     assert said in told and "hint:" in told
     assert not list(tmp_path.rglob("*.html"))
+
+
+SHAPES = [
+    ["x"], {"a": 1}, 5, [{}], [{"kind": "canny", "net": "n"}], [{"kind": "canny", "path": 5}],
+    [{"kind": "canny", "path": "box.canny.png", "detect": 5}],
+    [{"kind": "canny", "path": "box.canny.png", "detect": {"size": "x", "detector": 7, "options": [1]}}],
+    [{"kind": "canny", "path": "box.canny.png", "detect": {
+        "kind": "canny", "detector": "opencv", "options": {}, "size": [10**9, 10**9], "resize": "crop"}}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("conditions", SHAPES)
+@pytest.mark.parametrize("flag", ["--score", "--no-score"])
+def test_records_of_other_shapes_cost_no_page(results, conditions, flag, capsys):
+    write_file(results / "0-odd.png", png_bytes(picture(5), dump({"prompt": "odd", "conditions": conditions})))
+    assert run("report", results, flag) == 0
+    assert run("score", results / "0-odd.png") in (Exit.INPUT, Exit.USAGE)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+LINES = [
+    b"5", b"null", b"[1]", b'"lr control_gap"', b'\xff\xfe{"', b'{"lr":1}', b'{"step":"a","lr":1,"loss":2,"seconds":1}',
+    b'{"control_gap":1}', b'{"step":1,"lr":1}\n{"step":1,"lr":1}', b'{"step":1,"loss":NaN,"lr":1,"seconds":1}',
+    b'{"step":1,"control_gap":NaN,"band":1,"validation_loss":Infinity}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_logs_of_other_shapes(tmp_path, line):
+    folder = make_run(tmp_path / "photos-1", 3)
+    log = folder / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b"\n" + line)
+    assert run("report", folder) == 0 and run("status", folder) == 0
+    text = (folder / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1], parse_constant=pytest.fail)
+    assert len(data["runs"][0]["validations"]) == 3
+
+
+def test_pictures_of_other_shapes_are_left_out(tmp_path):
+    folder = make_run(tmp_path / "photos-1", 2)
+    write_file(folder / "pictures" / "step-0000000.png", png_bytes(np.zeros((64, 20, 3), np.uint8)))
+    write_file(folder / "pictures" / "held-out.png", png_bytes(np.zeros((65, 64, 3), np.uint8)))
+    assert run("report", folder) == 0
+    data = json.loads(re.search(r'id="data">(.*?)</script>', (folder / "report.html").read_text())[1])
+    (only,) = data["runs"]
+    assert [shot["step"] for shot in only["shots"]] == [100] and only["held_out"] == []
+
+
+def test_a_run_without_settings(tmp_path, capsys):
+    folder = make_run(tmp_path / "photos-1", 1)
+    record = json.loads((folder / "run.json").read_text())
+    del record["settings"]["learning_rate"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert run("report", folder) == Exit.INPUT
+    assert "has no learning_rate" in capsys.readouterr().err

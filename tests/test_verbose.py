@@ -2,6 +2,7 @@
 
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,3 +58,16 @@ def test_what_fails_is_logged(caplog):
     with caplog.at_level(logging.INFO, LOG.name), pytest.raises(KeyError), doing("a thing"):
         raise KeyError
     assert re.fullmatch(r"a thing: failed after 0\.\d\d s \(KeyError\)", caplog.messages[0])
+
+
+def test_a_log_never_grows_into_another_file(photo, capsys):
+    before = Path(photo).read_bytes()
+    assert run("detect", "canny", photo, "--log", photo) == Exit.OUTPUT
+    assert "is not a log" in capsys.readouterr().err and Path(photo).read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+def test_a_disk_that_is_full_is_told_of_once(photo, capsys):
+    assert run("detect", "canny", photo, "--log", "/dev/full") == 0
+    out, err = capsys.readouterr()
+    assert out == "photo.canny.png\n" and err.count("warning: --log /dev/full") == 1 and "Traceback" not in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,24 @@ def write_page(path: Path, template: str, title: str, data: dict[str, Any]) -> N
         loader=PackageLoader("controlnet.model.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    text = environment.get_template(template).render(title=title, data=data, mark=MARK)
+    text = environment.get_template(template).render(title=title, data=finite(data), mark=MARK)
     write_file(path, text.encode())
+
+
+def finite(data: Any) -> Any:
+    """The same data with None for numbers that JSON has not."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def check_page(path: Path, overwrite: bool) -> None:
     """Raises OutputError for a file that is there and not a page of ours, unless it may be overwritten."""
     if path.suffix not in (".html", ".htm"):
-        raise OutputError(f"{path}: a report is an HTML file", f"-o {path}.html")
+        name = "report" if str(path) == "-" else path
+        raise OutputError(f"{path}: a report is an HTML file", f"-o {name}.html")
     if path.exists() and not overwrite and MARK not in _head(path):
         raise OutputError(f"{path}: exists and is not a report", "--overwrite, or another -o FILE.html")
 

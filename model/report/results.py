@@ -57,13 +57,19 @@ def _record(path: Path) -> dict[str, Any]:
         return {}
 
 
+def entries_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The conditions of a record; none where it has another shape."""
+    entries = record.get("conditions")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
 def _item(path: Path, page: Path, scorer: Scorer | None, side: int) -> dict[str, Any]:
     image, text = read_image(read_bytes(str(path)), str(path))
     record = load(text)
     views = [{"label": "image", "src": as_data(image, side)}]
     scores: dict[str, dict[str, float]] = {}
     why = []
-    for entry in record.get("conditions") or []:
+    for entry in entries_of(record):
         kind = str(entry.get("kind"))
         try:
             scored = None if scorer is None else scorer.of_record(image, str(path), entry)[1]
@@ -114,7 +120,7 @@ def _unrepeated(views: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _facts(record: dict[str, Any]) -> list[list[str]]:
     facts = [[name, _plain(record[name])] for name in SETTINGS if record.get(name) not in (None, "", [])]
-    for entry in record.get("conditions") or []:
+    for entry in entries_of(record):
         start, end = entry.get("start"), entry.get("end")
         window = "" if (start, end) == (0, 1) else f", from {start} to {end}"
         facts.append([str(entry.get("kind")), f"{entry.get('net')}, scale {_plain(entry.get('scale'))}{window}"])

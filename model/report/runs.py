@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,17 @@ def _run(run: RunState) -> dict[str, Any]:
         "seconds_left": left,
         "kind": settings.get("kind"),
         "base": settings.get("base"),
-        "loss": thinned([[row["step"], row["loss"]] for row in run.steps]),
-        "validations": [
+        "loss": thinned(known([row["step"], row["loss"]] for row in run.steps)),
+        "validations": known(
             [row["step"], row["control_gap"], row["band"], row["validation_loss"]] for row in run.validations
-        ],
+        ),
         **_pictures(run),
     }
+
+
+def known(points: Iterable[list[float]]) -> list[list[float]]:
+    """The points whose numbers are numbers: an exploded run has others."""
+    return [point for point in points if all(map(math.isfinite, point))]
 
 
 def thinned(points: list[list[float]]) -> list[list[float]]:
@@ -73,16 +80,18 @@ def _pictures(run: RunState) -> dict[str, Any]:
     if len(shots) > SHOTS:  # the first, the last, and evenly between
         shots = [shots[round(k * (len(shots) - 1) / (SHOTS - 1))] for k in range(SHOTS)]
     held = _read(folder.held_out)
-    rows = [] if held is None else [_cut(row) for row in np.split(held, 2)]
+    rows = [] if held is None or len(held) % 2 else [_cut(row) for row in np.split(held, 2)]
     return {
-        "shots": [{"step": step, "pictures": _cut(strip)} for step, strip in shots],
+        "shots": [{"step": step, "pictures": cut} for step, strip in shots if (cut := _cut(strip))],
         "held_out": [{"picture": picture, "condition": condition} for picture, condition in zip(*rows, strict=True)]
         if rows else [],
     }  # fmt: skip
 
 
 def _cut(strip: np.ndarray) -> list[str]:
-    """Squares side by side, each as data."""
+    """Squares side by side, each as data; none of a picture that is not made of squares."""
+    if strip.shape[1] % strip.shape[0]:
+        return []
     return [as_data(square, SIDE) for square in np.split(strip, strip.shape[1] // strip.shape[0], 1)]
 
 

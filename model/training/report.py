@@ -15,6 +15,15 @@ from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import read_object
 from controlnet.preprocessors.lock import is_locked
 
+SETTINGS: dict[str, Any] = {
+    "max_steps": int,
+    "kind": str,
+    "base": str,
+    "learning_rate": (int, float),
+    "accumulation": int,
+}
+"""Settings that a run's state is told with, and their types."""
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -47,23 +56,32 @@ def read_run(folder: Path, at_work: bool | None = None) -> RunState:
         raise InputError(f"{folder}: is not a training run (no run.json)", "controlnet status runs/DATA-1")
     record = read_object(run.record.read_bytes(), str(run.record), hint="start the run anew")
     wrong = [key for key in ("settings", "facts", "data") if not isinstance(record.get(key), dict)]
-    if wrong or not isinstance(record["settings"].get("max_steps"), int):
-        raise InputError(f"{run.record}: has no {(*wrong, 'max_steps')[0]}", "start the run anew")
+    if not wrong:
+        wrong = [name for name, types in SETTINGS.items() if not isinstance(record["settings"].get(name), types)]
+    if wrong:
+        raise InputError(f"{run.record}: has no {wrong[0]}", "start the run anew")
     rows = []
     if run.log.is_file():
-        for line in run.log.read_text().splitlines():
+        for line in run.log.read_text(errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a run that was killed
+                row = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
                 continue
-    validations = [row for row in rows if "control_gap" in row]
-    steps = [row for row in rows if "lr" in row]
+            if has_numbers(row, "step"):
+                rows.append(row)
+    validations = [row for row in rows if has_numbers(row, "control_gap", "band", "validation_loss")]
+    steps = [row for row in rows if has_numbers(row, "lr", "loss", "seconds")]
     ended = rows[-1].get("ended") if rows else None
     running = is_locked(folder) if at_work is None else at_work
     state = ("running" if rows else "preparing") if running else ended or "stopped"
     judged = verdict(validations, record["settings"], record["facts"], ended == "finished" and state != "running")
     step = max((row["step"] for row in rows), default=0)
     return RunState(run.path, record, steps, validations, judged, state, step)
+
+
+def has_numbers(row: Any, *names: str) -> bool:
+    """Whether a line of a log is an object in which these are numbers."""
+    return isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in names)
 
 
 def duration(seconds: float) -> str:

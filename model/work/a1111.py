@@ -84,7 +84,7 @@ def _way(entry: dict[str, Any], record: dict[str, Any]) -> str:
 
 def _first(scale: Any) -> str:
     """The number of a scale; of a schedule `1@0/.3@.6` the first one."""
-    found = re.match(r"-?[\d.]+", str(scale))
+    found = re.match(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", str(scale))
     return f"{float(found[0]):g}" if found else str(scale)
 
 

@@ -87,6 +87,8 @@ def _processor() -> str:
 
 def _caches() -> list[Finding]:
     folder = cache_folder()
+    if folder.exists() and not folder.is_dir():
+        return [Finding("cache", str(folder), "is a file", "set CONTROLNET_CACHE to a folder")]
     where = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(where).free
     more = "" if free > LITTLE else "free some, or set CONTROLNET_CACHE to a folder on another disk"
@@ -101,7 +103,10 @@ def _size(folder: Path) -> str:
 
 
 def _models() -> list[Finding]:
-    rows = stock.rows()
+    try:
+        rows = stock.rows()
+    except OSError as error:
+        return [Finding("models", "all", f"not known: {error.filename}: {error.strerror}")]
     found = []
     for what in ("base", "ControlNet"):
         here = [row.name for row in rows if row.what == what and row.here]

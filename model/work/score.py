@@ -37,6 +37,8 @@ from controlnet.preprocessors.stage_one import stage_one
 ASPECT = 0.05
 """How far the ratio of the image's aspect to the map's may be from 1."""
 RESAMPLES = 2000
+MOST_PIXELS = 16384
+"""Of a side of a map that a record names."""
 SCORED = tuple(name for name, kind in KINDS.items() if kind.score)
 
 
@@ -145,6 +147,7 @@ class Scorer:
 
     def of_record(self, image: np.ndarray, name: str, entry: dict) -> tuple[str, Scored]:
         """The scores for a condition in the image's own record. If it was made from a photo, it is made again."""
+        _check_entry(entry, name)
         path = _recorded_path(entry, name)
         made = entry.get("detect")
         if made is None:
@@ -299,6 +302,22 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     means = sample[rng.integers(0, len(sample), (RESAMPLES, len(sample)))].mean(1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(sample.mean()), float(low), float(high)
+
+
+def _check_entry(entry: Any, image: str) -> None:
+    """Raises InputError for an entry of a record that is not as `generate` writes it."""
+
+    def has(fields: Any, **types: type | tuple[type, ...]) -> bool:
+        return isinstance(fields, dict) and all(isinstance(fields.get(name), one) for name, one in types.items())
+
+    made = entry.get("detect") if isinstance(entry, dict) else None
+    whole = has(entry, path=str, kind=str) and (
+        made is None or has(made, kind=str, detector=str, options=dict, size=list, resize=str)
+    )
+    if whole and made is not None:
+        whole = len(made["size"]) == 2 and all(isinstance(n, int) and 0 < n <= MOST_PIXELS for n in made["size"])
+    if not whole:
+        raise InputError(f"{image}: its record is not whole ({str(entry)[:80]})", "an image as generate wrote it")
 
 
 def _recorded_path(entry: dict[str, Any], image: str) -> str:
