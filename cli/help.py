@@ -8,6 +8,7 @@ from typing import Any
 
 from controlnet.cli import show, verbose
 from controlnet.cli.complete import completion_of
+from controlnet.cli.values import quicken
 from rich.markup import escape
 
 EXAMPLES = {
@@ -77,5 +78,6 @@ def named(parameters_of: Callable[[Any], list[Any]], context: Any) -> list[Any]:
             parameter.metavar = ""
         elif parameter.metavar is None:
             parameter.metavar = VALUES.get(parameter.bare_type().removeprefix("list[").removesuffix("]"))
+        quicken(parameter)
         parameter._custom_shell_complete = completion_of(parameter) or parameter._custom_shell_complete
     return parameters

@@ -6,7 +6,6 @@ import ast
 import inspect
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
@@ -41,11 +40,17 @@ def tell(fields: dict[str, Any], as_json: bool) -> None:
 
 
 @cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    """The classes of a file, by name."""
+    return {node.name: node for node in ast.parse(Path(file).read_bytes()).body if isinstance(node, ast.ClassDef)}
+
+
+@cache
 def field_docs(options: type) -> dict[str, str]:
     """The docstrings under the fields of a dataclass, and of those that it extends, each in one line."""
     docs: dict[str, str] = {}
     for owner in reversed(options.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        body = _classes(inspect.getfile(owner))[owner.__name__].body
         for line, after in zip(body, body[1:], strict=False):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and documented:

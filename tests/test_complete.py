@@ -69,3 +69,35 @@ def test_words_are_those_of_the_code():
     from controlnet.model.engines.choose import ENGINES
 
     assert tuple(WORDS["engine"]()) == ENGINES
+
+
+def test_small_commands_import_no_pydantic(tmp_path):
+    """A quarter of their time."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    code = (
+        "import sys; from controlnet.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(*[m for m in ('pydantic', 'torch') if m in sys.modules], file=sys.stderr)"
+    )
+    asked = ["detect", "canny", str(tmp_path / "photo.png"), "-o", str(tmp_path / "map.png"), "--size", "64"]
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.strip() == "", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--low", "50", "--high", "60"], ""),
+        (["--low", "x"], "--low"),
+        (["--processes", "1.5"], "--processes"),
+    ],
+)
+def test_values_are_converted_as_before(tmp_path, flags, told, capsys):
+    from helpers import run
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    code = run("detect", "canny", tmp_path / "photo.png", "-o", tmp_path / "map.png", *flags)
+    assert code == (2 if told else 0) and told in capsys.readouterr().err

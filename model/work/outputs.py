@@ -39,9 +39,11 @@ def is_folder(out: str, endings: tuple[str, ...] = MAPS) -> bool:
 
 def check_png(flag: str, path: Path, endings: tuple[str, ...] = MAPS) -> None:
     """Raises UsageError for a path with the ending of a picture type that is not written."""
-    from controlnet.preprocessors.images import suffixes  # here: it imports the picture libraries
+    if path.suffix.lower() in ("", ".apng", *endings):
+        return
+    from controlnet.preprocessors.images import suffixes  # here: it imports all that Pillow reads
 
-    if path.suffix.lower() in suffixes() - {*endings, ".apng"}:
+    if path.suffix.lower() in suffixes():
         written = "PNG" if endings == MAPS else "PNG, JPEG or WebP"
         raise UsageError(
             f"{flag} {path}: pictures are written as {written} files", f"{flag} {path.with_suffix('.png')}"
