@@ -2,98 +2,56 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from typer._click.shell_completion import CompletionItem
 
-
-def _kinds() -> Iterable[str]:
-    from controlnet.preprocessors.kinds import KINDS
-
-    return KINDS
-
-
-def _detectable() -> Iterable[str]:
-    from controlnet.preprocessors.detectors.registry import DETECTORS
-
-    return DETECTORS
-
-
-def _detectors() -> Iterable[str]:
-    from controlnet.preprocessors.detectors.registry import DETECTORS
-
-    return dict.fromkeys(name for rows in DETECTORS.values() for name in rows)
-
-
-def _bases() -> Iterable[str]:
-    from controlnet.model.registry import BASES
-
-    return BASES
-
-
-def _nets() -> Iterable[str]:
-    from controlnet.model.registry import NETS
-
-    return NETS
-
-
-def _models() -> Iterable[str]:
-    from controlnet.preprocessors.weights import WEIGHTS
-
-    return [*_bases(), *_nets(), *WEIGHTS]
-
-
-def _modes() -> Iterable[str]:
-    from controlnet.model.control.modes import MODES
-
-    return MODES
-
-
-def _weightings() -> Iterable[str]:
-    from controlnet.model.control.modes import WEIGHTINGS
-
-    return WEIGHTINGS
-
-
-def _halves() -> Iterable[str]:
-    from controlnet.model.control.modes import CONTROL_ON
-
-    return CONTROL_ON
-
-
-def _schedulers() -> Iterable[str]:
-    from controlnet.model.sampling.schedulers import SCHEDULERS
-
-    return SCHEDULERS
-
-
-WORDS: dict[str, Callable[[], Iterable[str]]] = {
-    "base": _bases,
-    "mode": _modes,
-    "weighting": _weightings,
-    "control_on": _halves,
-    "scheduler": _schedulers,
-    "kind": _kinds,
-    "detector": _detectors,
-    "names": _models,
-    "resize": lambda: ("crop", "pad", "stretch", "keep"),
-    "device": lambda: ("cpu", "cuda", "mps"),
-    "dtype": lambda: ("float32", "float16", "bfloat16"),
-    "engine": lambda: ("eager", "graphs", "compiled", "openvino"),
-    "to": lambda: ("diffusers", "original"),
+NAMES = {
+    "base": ("controlnet.model.registry:BASES",),
+    "net": ("controlnet.model.registry:NETS",),
+    "names": (
+        "controlnet.model.registry:BASES", "controlnet.model.registry:NETS", "controlnet.preprocessors.weights:WEIGHTS",
+    ),
+    "mode": ("controlnet.model.control.modes:MODES",),
+    "weighting": ("controlnet.model.control.modes:WEIGHTINGS",),
+    "control_on": ("controlnet.model.control.modes:CONTROL_ON",),
+    "scheduler": ("controlnet.model.sampling.schedulers:SCHEDULERS",),
+    "kind": ("controlnet.preprocessors.kinds:KINDS",),
+    "detect": ("controlnet.preprocessors.detectors.registry:DETECTORS",),
+}  # fmt: skip
+"""Parameter, or key of a condition -> the tables, `module:name`, whose names it may be."""
+WORDS = {
+    "resize": ("crop", "pad", "stretch", "keep"),
+    "device": ("cpu", "cuda", "mps"),
+    "dtype": ("float32", "float16", "bfloat16"),
+    "engine": ("eager", "graphs", "compiled", "openvino"),
+    "to": ("diffusers", "original"),
 }
-"""Parameter -> what it may be. A path may be given for some of them as well."""
-VALUES = {"detect": _detectable, "kind": _kinds, "net": _nets, "weighting": _weightings}
-"""Key of a condition -> what it may be."""
+"""The same, written out: their modules import torch."""
+
+
+def words_of(name: str) -> list[str]:
+    """What a parameter or a key may be, as far as tables say it."""
+    words = list(WORDS.get(name, ()))
+    for reference in NAMES.get(name, ()):
+        module, table = reference.split(":")
+        words += getattr(importlib.import_module(module), table)
+    if name == "detector":
+        from controlnet.preprocessors.detectors.registry import DETECTORS
+
+        words += dict.fromkeys(row for rows in DETECTORS.values() for row in rows)
+    return words
 
 
 def completion_of(parameter: Any) -> Callable[[Any, Any, str], list[CompletionItem]] | None:
     """The function that completes a parameter's value; None where the shell's own way will do."""
     if parameter.name == "cond":
         return _condition
-    words = WORDS.get(parameter.name)
-    return None if words is None else lambda context, parameter, begun: _beginning(words(), begun)
+    if parameter.name not in (*NAMES, *WORDS, "detector"):
+        return None
+    return lambda context, parameter, begun: _beginning(words_of(parameter.name), begun)
 
 
 def _beginning(words: Iterable[str], begun: str, before: str = "") -> list[CompletionItem]:
@@ -112,4 +70,4 @@ def _condition(context: Any, parameter: Any, begun: str) -> list[CompletionItem]
     key, equals, value = last.partition("=")
     if not equals:
         return _beginning([f"{known}=" for known in KEYS], key, f"{path},")
-    return _beginning(VALUES.get(key, tuple)(), value, f"{path},{key}=")
+    return _beginning(words_of(key) if key in KEYS else (), value, f"{path},{key}=")

@@ -56,8 +56,8 @@ LowMemory = Annotated[
     bool,
     typer.Option(
         "--low-memory",
-        help="Keep each network on the device only while it works, sample one image and one half of the guidance at a "
-        "time, decode in tiles. Slower.",
+        help="Keep each network on the device only while it works (on a CPU its weights in a file), sample one image "
+        "at a time, where it helps one half of the guidance at a time, decode in tiles. Slower.",
     ),
 ]
 KeepBest = Annotated[

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from controlnet.cli.values import options_of
 from controlnet.preprocessors.errors import UsageError, reason
 
 HEIGHT = 20
@@ -56,9 +57,7 @@ def close() -> None:
 
 def parameters() -> list[Any]:
     """The option, as a command of Typer has it."""
-    program = typer.Typer(add_completion=False)
 
-    @program.command()
     def command(
         wanted: Annotated[
             bool,
@@ -68,4 +67,4 @@ def parameters() -> list[Any]:
         ] = False,
     ) -> None: ...
 
-    return typer.main.get_command(program).params
+    return options_of(command)

