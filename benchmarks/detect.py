@@ -33,6 +33,7 @@ cv2.imwrite(sys.argv[2], cv2.Canny(cv2.imread(sys.argv[1]), 100, 200))
 
 
 def main() -> None:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's machine keeps what it compiled
     import skimage.data
     from PIL import Image
 

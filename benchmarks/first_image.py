@@ -91,6 +91,7 @@ def slowest_imports(count: int = 6) -> list[tuple[str, float]]:
 
 
 def main() -> None:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's machine keeps what it compiled
     import torch
     from controlnet.model.tiny.readers import user_canny
     from controlnet.model.tiny.world.render import render

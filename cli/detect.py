@@ -37,6 +37,7 @@ from controlnet.model.work.crew import places
 from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from controlnet.preprocessors.imports import uncollected
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.remote import place
 from controlnet.preprocessors.shards import Shard, claim, parse_shard
@@ -77,8 +78,9 @@ class KindGroup(TyperGroup):
     """Builds the command of a kind when it is called, so that help imports no detector."""
 
     def resolve_command(self, ctx, args):
-        command = _all_command() if args[0] == "all" else _command(find_detector(args[0]))
-        return args[0], finish(command, f"detect {args[0]}"), args[1:]
+        with uncollected():
+            command = _all_command() if args[0] == "all" else _command(find_detector(args[0]))
+            return args[0], finish(command, f"detect {args[0]}"), args[1:]
 
 
 app = typer.Typer(
@@ -211,8 +213,9 @@ COMMON = [
 
 def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, **given) -> None:
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    from controlnet.model.work import maps
-    from controlnet.preprocessors import geometry, images
+    with uncollected():
+        from controlnet.model.work import maps
+        from controlnet.preprocessors import geometry, images
 
     flags = SimpleNamespace(**given)  # those of COMMON
     wanted = geometry.parse_size(flags.size)

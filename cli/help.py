@@ -9,7 +9,6 @@ from typing import Any
 from controlnet.cli import show, verbose
 from controlnet.cli.complete import completion_of
 from controlnet.cli.values import quicken
-from rich.markup import escape
 
 EXAMPLES = {
     "": ("controlnet detect canny photo.jpg", 'controlnet generate --cond photo.canny.png --prompt "..."'),
@@ -45,7 +44,7 @@ EXAMPLES = {
         "controlnet models convert net.pth canny/ --to diffusers",
     ),
 }
-"""By the command's name, and "" for the program itself."""
+"""By the command's name, and "" for the program itself. In Rich's markup: a bracket is written \\[."""
 SHOWING = ("detect", "generate", "replay")
 """Commands that make pictures."""
 VALUES = {"str": "TEXT", "int": "N", "float": "NUMBER", "Path": "PATH"}
@@ -65,7 +64,7 @@ def finish(command: Any, name: str) -> Any:
 
 def examples(name: str) -> str:
     """The end of a page."""
-    return "\n\n".join(["Examples:", *(f"[dim]$[/dim] {escape(line)}" for line in EXAMPLES[name])])
+    return "\n\n".join(["Examples:", *(f"[dim]$[/dim] {line}" for line in EXAMPLES[name])])
 
 
 def named(parameters_of: Callable[[Any], list[Any]], context: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import io
 import logging
@@ -16,6 +17,7 @@ import typer
 from controlnet.cli import show, verbose
 from controlnet.cli.help import examples, finish, named
 from controlnet.preprocessors.errors import ControlNetError, Exit
+from controlnet.preprocessors.imports import uncollected
 from typer.core import TyperGroup
 
 COMMANDS = {
@@ -47,14 +49,19 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx, args):
         if args[0] not in COMMANDS:
             return super().resolve_command(ctx, args)
-        place, help_ = COMMANDS[args[0]]
-        module, attribute = place.split(":")
-        found = getattr(importlib.import_module(f"controlnet.cli.{module}"), attribute)
-        if not isinstance(found, typer.Typer):
-            single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            single.command(args[0], help=help_)(found)
-            found = single
-        return args[0], finish(typer.main.get_command(found), args[0]), args[1:]
+        with uncollected():
+            return args[0], _command(args[0]), args[1:]
+
+
+def _command(name: str):
+    place, help_ = COMMANDS[name]
+    module, attribute = place.split(":")
+    found = getattr(importlib.import_module(f"controlnet.cli.{module}"), attribute)
+    if not isinstance(found, typer.Typer):
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(name, help=help_)(found)
+        found = single
+    return finish(typer.main.get_command(found), name)
 
 
 app = typer.Typer(
@@ -100,6 +107,8 @@ def main(args: list[str] | None = None) -> None:
             verbose.close()
             show.close()
             sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends
+            if args is None:
+                gc.freeze()  # the interpreter need not look for garbage when it ends, which can take a second
     except SystemExit as stop:
         if stop.code == Exit.INTERRUPTED and args is None and threading.active_count() > 1:
             os._exit(

@@ -1,11 +1,13 @@
 """The libraries are imported without what nothing needs of them, and everything works all the same."""
 
+import gc
 import importlib
 import subprocess
 import sys
 
 import pytest
 from controlnet.model.work.libraries import Later, hidden
+from controlnet.preprocessors.imports import uncollected
 
 
 def python(text: str) -> str:
@@ -17,9 +19,10 @@ def python(text: str) -> str:
 def test_a_start_imports_no_more_than_it_needs():
     """And a spacing of steps that needs scipy, a scheduler that does, and peft work afterwards."""
     out = python(
-        "import sys\n"
+        "import gc, sys\n"
         "from controlnet.model.work.machine import silence_libraries\n"
         "silence_libraries()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
         "import controlnet.model.work.studio\n"
         "print([m for m in ('scipy.optimize', 'scipy.stats._stats_py', 'peft', 'bitsandbytes') if m in sys.modules])\n"
         "from diffusers import EulerDiscreteScheduler, LMSDiscreteScheduler\n"
@@ -48,3 +51,22 @@ def test_a_module_for_later_is_imported_when_it_is_asked(monkeypatch):
     stand_in = sys.modules[name]
     assert not hasattr(stand_in, "__file__") and sys.modules[name] is stand_in
     assert stand_in.START_DOCUMENT == "START_DOCUMENT" and sys.modules[name] is not stand_in
+
+
+def test_nothing_imported_is_looked_at_as_garbage():
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), uncollected():
+        raise ImportError("a library that is not there")
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+from controlnet.preprocessors.imports import uncollected
 
 
 def import_libraries() -> None:
@@ -16,6 +19,12 @@ def import_libraries() -> None:
     these two get their parts of scipy when they ask for them."""
     if "diffusers" in sys.modules:
         return
+    with uncollected():
+        _import_both()
+    gc.freeze()  # what is there now stays, and need not be looked at each time
+
+
+def _import_both() -> None:
     with hidden("scipy", "peft", "bitsandbytes"):
         import transformers.modeling_utils  # noqa: F401
     for name in ("scipy.stats", "scipy.integrate"):
