@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -35,13 +36,14 @@ from controlnet.cli.options import (
 )
 from controlnet.model.work.crew import places
 from controlnet.model.work.outputs import check_png, is_folder, keeps
-from controlnet.preprocessors.detectors.registry import DETECTORS, Detector, find_detector
+from controlnet.preprocessors.detectors.detector import Detector, On
+from controlnet.preprocessors.detectors.registry import DETECTORS, add_plugins, find_detector
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.imports import uncollected
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.remote import place
 from controlnet.preprocessors.shards import Shard, claim, parse_shard
-from controlnet.preprocessors.weights import WEIGHTS, digests, kept
+from controlnet.preprocessors.weights import WEIGHTS, digests, is_here
 from typer.core import TyperGroup
 
 Inputs = Annotated[
@@ -67,6 +69,8 @@ KeyPoints = Annotated[
 Preview = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also make a contact sheet of the first photos and their maps.")
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best of this machine)")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: as suits the network)")]
 Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
 
 
@@ -76,6 +80,14 @@ FEW = 4
 
 class KindGroup(TyperGroup):
     """Builds the command of a kind when it is called, so that help imports no detector."""
+
+    def list_commands(self, ctx):
+        for line in add_plugins():
+            say(f"warning: {line}")
+        return [*DETECTORS, *(name for name in super().list_commands(ctx) if name not in DETECTORS)]
+
+    def get_command(self, ctx, name):
+        return super().get_command(ctx, name) or _command(find_detector(name))
 
     def resolve_command(self, ctx, args):
         with uncollected():
@@ -95,46 +107,51 @@ def _detect(
     as_json: Json = False,
 ) -> None:
     if list_:
-        for detectors in DETECTORS.values():
+        for line in add_plugins():
+            say(f"warning: {line}")
+        for kind, detectors in DETECTORS.items():
+            if not as_json:
+                print(textwrap.fill(f"{kind}: {find_detector(kind).help}", 80, subsequent_indent="  "))
             for i, row in enumerate(detectors.values()):
-                line = {
-                    "kind": row.kind,
-                    "detector": row.name,
-                    "default": i == 0,
-                    "help": row.help,
-                    "weights": _weights_of(row),
-                }
-                print(dumps(line) if as_json else _row(line))
+                print(dumps(_facts(row, i == 0)) if as_json else _row(row))
         raise typer.Exit
     if ctx.invoked_subcommand is None and not ctx.args:
         raise UsageError("which kind of map?", f"controlnet detect {next(iter(DETECTORS))} PHOTO")
 
 
-def _weights_of(row: Detector) -> dict | None:
-
-    if not row.weights:
-        return None
-    weights = WEIGHTS[row.weights]
+def _facts(row: Detector, default: bool) -> dict[str, Any]:
+    """A detector as `--json` shows it."""
     return {
-        "name": weights.name,
-        "source": f"{weights.source} {weights.file}".strip(),
-        "bytes": weights.size,
-        "licence": weights.licence,
-        "sha256": digests(weights.name),
-        "here": kept(weights.name) is not None,
+        "kind": row.kind,
+        "detector": row.name,
+        "default": default,
+        "help": row.help,
+        "needs": row.needs[1] or None,
+        "devices": "any of torch" if row.torch else "cpu",
+        "weights": [
+            {
+                "name": name,
+                "source": WEIGHTS[name].source,
+                "sources": [origin.place for origin in WEIGHTS[name].origins],
+                "bytes": WEIGHTS[name].size,
+                "licence": WEIGHTS[name].licence,
+                "sha256": digests(name),
+                "here": is_here(name),
+            }
+            for name in row.weights
+        ],
     }
 
 
-def _row(line: dict) -> str:
-    weights = line["weights"]
-    told = f"{line['kind']:10} {line['detector']:24} {line['help']}"
-    if weights:
-        sha256 = ", ".join(f"{file} {digest[:12]}" for file, digest in weights["sha256"].items()) or "not known yet"
-        here = "here" if weights["here"] else f"not here: controlnet models pull {weights['name']}"
-        told += f"""
-{"":11}weights {weights["name"]}, {weights["bytes"] / 1e6:.0f} MB, {weights["licence"]}, {here}
-{"":11}from {weights["source"]}; sha256 {sha256}"""
-    return told
+def _row(row: Detector) -> str:
+    """A detector as a line of at most 80 letters: name, megabytes, whether its weights are here, licence."""
+    if not row.weights:
+        return f"  {row.name:24}     no weights"
+    size = sum(WEIGHTS[name].size for name in row.weights) / 1e6
+    here = "here" if all(map(is_here, row.weights)) else "to pull"
+    licence = ", ".join(dict.fromkeys(WEIGHTS[name].licence for name in row.weights))
+    extra = f" [{row.needs[1]}]" if row.needs[1] else ""
+    return f"  {row.name:24} {size:5.0f} MB  {here:8} {licence}{extra}"
 
 
 ALL_HELP = "A map of every kind, by the default detectors."
@@ -163,7 +180,7 @@ def _command(default: Detector):
         for field, owner in all_options.values()
     ]
 
-    def command(detector, weights=None, offline=False, keypoints=None, **given):
+    def command(detector, weights=None, offline=False, keypoints=None, device=None, dtype=None, **given):
         chosen = find_detector(default.kind, detector)
         values = {name: given.pop(name) for name in all_options}
         known = {field.name for field in fields(chosen.load_options())}
@@ -173,10 +190,13 @@ def _command(default: Detector):
                     f"{_flag(name)} is not an option of detector {chosen.name}", f"leave {_flag(name)} out"
                 )
         options = chosen.load_options()(**{name: value for name, value in values.items() if name in known})
-        _make_maps([(chosen, options)], weights, offline, keypoints, **given)
+        if (device or dtype) and not chosen.torch:
+            raise UsageError(f"detector {chosen.name} runs on the processor alone", "leave --device and --dtype out")
+        _make_maps([(chosen, options)], weights, offline, keypoints, On(device, dtype), **given)
 
     # In the order of the help page.
     learned = any(row.weights for row in DETECTORS[default.kind].values())
+    on_torch = any(row.torch for row in DETECTORS[default.kind].values())
     return command_named(
         command,
         default.kind,
@@ -187,6 +207,7 @@ def _command(default: Detector):
             *own,
             *[parameter("weights", WeightsFolder, None)] * learned,
             parameter("offline", Offline, False),
+            *[parameter("device", Device, None), parameter("dtype", Dtype, None)] * on_torch,
             *[parameter("keypoints", KeyPoints, None)] * (default.kind == "pose"),
         ],
     )
@@ -197,7 +218,7 @@ def _all_command():
 
     def command(offline, **given):
         chosen = [find_detector(kind) for kind in DETECTORS]
-        _make_maps([(row, row.load_options()()) for row in chosen], None, offline, None, **given)
+        _make_maps([(row, row.load_options()()) for row in chosen], None, offline, None, On(), **given)
 
     return command_named(command, "all", ALL_HELP, [*COMMON, parameter("offline", Offline, False)])
 
@@ -211,7 +232,9 @@ COMMON = [
 ]  # fmt: skip
 
 
-def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, **given) -> None:
+def _make_maps(
+    chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, on: On, **given
+) -> None:
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
     with uncollected():
         from controlnet.model.work import maps
@@ -243,19 +266,19 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
         claim(place(flags.out), part, [settings, flags.size, flags.resize, sources])
     if several and len(sources) == 1:
         read(sources[0])  # if it is missing: reported once, not for every kind
-    failed, shown = 0, {}
+    failed, shown, missing = 0, {}, {}
     for detector, options in chosen:
         try:
             ready = None
             if not all(maps.is_points(detector.kind, source) for source in sources):
-                with bytes_bar(f"fetching {detector.weights}", flags.quiet) as on_bytes:
-                    ready = detector.ready(options, weights, offline, on_bytes)
+                with bytes_bar(f"fetching {', '.join(detector.weights)}", flags.quiet) as on_bytes:
+                    ready = detector.ready(options, weights, offline, on_bytes, on)
             job = maps.Detection(
                 detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing
             )
             run = partial(maps.run, job)
             if used or flags.ray is not None:
-                run = partial(maps.run_by, maps.crew_of(job, weights, offline), used, flags.ray)
+                run = partial(maps.run_by, maps.crew_of(job, weights, offline, on), used, flags.ray)
             missed, shown[detector.kind] = _run(
                 maps, run, job.detector.kind, sources, part, flags.out, flags.as_json, keypoints, preview is not None,
                 flags.quiet,
@@ -266,8 +289,9 @@ def _make_maps(chosen: list[tuple[Detector, Any]], weights, offline: bool, keypo
                 raise
             failed += len(sources)
             say(f"error: {detector.kind}: {error}")
+            shown[detector.kind], missing[detector.kind] = {}, str(error).split(" (")[0].split(": ")[-1]
     if preview is not None and any(shown.values()):
-        maps.write_preview(preview, shown)
+        maps.write_preview(preview, shown, missing)
         say(f"look at {preview}")
     if failed:
         say(f"{failed} of {len(sources) * len(chosen)} maps failed")

@@ -28,9 +28,10 @@ from controlnet.cli.options import (
 from controlnet.model.registry import BASES
 from controlnet.model.training.report import describe, draw_curve, draw_curves, read_run
 from controlnet.model.training.runfolder import RunFolder, claimed, next_run
-from controlnet.model.work.machine import choose_device, keep_freed_memory, silence_libraries
+from controlnet.model.work.machine import keep_freed_memory, silence_libraries
 from controlnet.model.work.outputs import keeps
 from controlnet.model.work.processes import ORPHANED, launch, stop_without_parent
+from controlnet.preprocessors.devices import choose_device
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.weights import cache_folder

@@ -21,7 +21,7 @@ class Condition:
     """A map, as a detector made it or a file holds it."""
 
     map: np.ndarray
-    """(H, W) or (H, W, 3), uint8; raw depth is uint16."""
+    """(H, W) or (H, W, 3), uint8; raw depth is uint16. (H, W, 4) where a part is transparent, because it is hidden."""
     kind: str
     name: str = "condition"
     """The name of its file or photo, for messages."""
@@ -52,8 +52,8 @@ class Condition:
 
 
 def rgb(map_: np.ndarray) -> np.ndarray:
-    """A map (H, W) or (H, W, 3) as (H, W, 3)."""
-    return map_ if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
+    """A map (H, W), (H, W, 3) or (H, W, 4) as (H, W, 3)."""
+    return np.ascontiguousarray(map_[..., :3]) if map_.ndim == 3 else np.repeat(map_[..., None], 3, 2)
 
 
 def read_condition(

@@ -1,4 +1,4 @@
-"""Key points as in OpenPose's JSON files: in pixels, 18 joints per person."""
+"""Key points as in OpenPose's JSON files: in pixels, 18 joints per person, with hands and face if they are known."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ import numpy as np
 from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import window
 from controlnet.preprocessors.images import MAX_PIXELS
-from controlnet.preprocessors.skeleton import cut_people, draw, from_text, to_text
+from controlnet.preprocessors.skeleton import FACE, HAND, JOINTS, WHOLE, cut_people, draw, from_text, to_text, whole
 
 BODY_25 = [*range(8), *range(9, 19)]
 """The 18 joints among OpenPose's 25: all but the middle of the hips and the feet."""
+BODY = "pose_keypoints_2d"
+PARTS = {"hand_left_keypoints_2d": HAND, "hand_right_keypoints_2d": HAND, "face_keypoints_2d": FACE}
+"""The rest of a person, in the order of `skeleton`, with the number of points."""
 
 
 def to_json(people: list, size: tuple[int, int]) -> bytes:
     """A file for people given as fractions (a map's `keypoints`) of a canvas of `size` (width, height)."""
-    rows = [
-        [round(v, 3) for x, y, c in person for v in (x * size[0] * (c > 0), y * size[1] * (c > 0), c)]
-        for person in people
-    ]
-    file = {"people": [{"pose_keypoints_2d": row} for row in rows], "canvas_width": size[0], "canvas_height": size[1]}
+
+    def pixels(points: list) -> list[float]:
+        return [round(v, 3) for x, y, c in points for v in (x * size[0] * (c > 0), y * size[1] * (c > 0), c)]
+
+    rows = []
+    for person in people:
+        row = {BODY: pixels(person[: len(JOINTS)])}
+        start = len(JOINTS)
+        for part, count in PARTS.items() if len(person) == WHOLE else ():
+            row[part] = pixels(person[start : start + count])
+            start += count
+        rows.append(row)
+    file = {"people": rows, "canvas_width": size[0], "canvas_height": size[1]}
     return (json.dumps(file) + "\n").encode()
 
 
@@ -30,7 +41,10 @@ def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[l
     try:
         file = json.loads(data)
         width, height = int(file.get("canvas_width", size[0])), int(file.get("canvas_height", size[1]))
-        rows = [np.asarray(person["pose_keypoints_2d"], np.float64) for person in file["people"]]
+        rows = [
+            [np.asarray(person[BODY], np.float64), *(np.asarray(person.get(part) or [], np.float64) for part in PARTS)]
+            for person in file["people"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{name}: is not OpenPose's JSON ({type(error).__name__}: {error}); expected people with pose_keypoints_2d,"
@@ -44,16 +58,21 @@ def from_json(data: bytes, name: str, size: tuple[int, int] = (0, 0)) -> tuple[l
 
     # Pixels become fractions of the canvas.
     people = []
-    for row in rows:
-        if row.size == 75:
-            row = row.reshape(25, 3)[BODY_25]
-        if row.size != 54:
+    for body, *parts in rows:
+        if body.size == 75:
+            body = body.reshape(25, 3)[BODY_25]
+        if body.size != 54:
             raise InputError(
-                f"{name}: a person of {row.size} numbers, expected 54 (18 joints of x, y, confidence) or 75 (BODY_25)"
+                f"{name}: a person of {body.size} numbers, expected 54 (18 joints of x, y, confidence) or 75 (BODY_25)"
             )
-        if not np.isfinite(row).all():
+        for (part, count), row in zip(PARTS.items(), parts, strict=True):
+            if row.size not in (0, 3 * count):
+                raise InputError(f"{name}: {part} of {row.size} numbers, expected {3 * count}")
+        known = [row.reshape(-1, 3) if row.size else None for row in parts]
+        points = body.reshape(18, 3) if not any(row.size for row in parts) else whole(body.reshape(18, 3), *known)
+        if not np.isfinite(points).all():
             raise InputError(f"{name}: a person with NaN or infinite numbers")
-        person = row.reshape(18, 3) / (width, height, 1)
+        person = points / (width, height, 1)
         outside = (person[:, :2] < -1) | (person[:, :2] > 2)
         if (outside.any(1) & (person[:, 2] > 0)).any():
             raise InputError(f"{name}: key points far outside the canvas of {width}x{height}; expected pixels of it")

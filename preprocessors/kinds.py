@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PICTURE, LINES, HARD_LINES, PEOPLE = "picture", "lines", "hard lines", "people"
-"""The forms of maps: any picture; white and grey lines on black; only white lines on black; coloured skeletons."""
+PICTURE, LINES, HARD_LINES, PEOPLE, PALETTE = "picture", "lines", "hard lines", "people", "palette"
+"""The forms of maps: any picture; white and grey lines on black; only white lines on black; coloured skeletons; flat
+colours that each mean something."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ KINDS = _table(
     Kind("scribble", LINES, "lines", two_levels=True, union_type=2),
     Kind("lineart", LINES, "lines", union_type=3),
     Kind("lineart_anime", LINES, union_type=3),
-    Kind("mlsd", HARD_LINES, union_type=3),
-    Kind("seg", union_type=5),
+    Kind("mlsd", HARD_LINES, "lines", two_levels=True, union_type=3),
+    Kind("seg", PALETTE, union_type=5),
+    Kind("region", two_levels=True),
     Kind("tile", union_type=6),
     Kind("inpaint", union_type=7, hides=True),
     Kind("ip2p"),
     Kind("shuffle"),
+    Kind("recolor"),
+    Kind("blur"),
+    Kind("invert", LINES),
 )
 
 

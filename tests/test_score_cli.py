@@ -70,14 +70,14 @@ def test_table_and_overlay(run, files):
 
 def test_poses(run, tmp_path, monkeypatch):
     """With a detector that finds a given pose: the same one is perfect, one beside it is not, nobody is 0."""
-    from controlnet.preprocessors.detectors.registry import Detector
+    from controlnet.preprocessors.detectors.detector import Detector
 
     people = [standing()]
     text = dump({"kind": "pose", "keypoints": to_text(people)})
     write_file(tmp_path / "m.pose.png", png_bytes(draw(people, (128, 128)), text))
     Image.fromarray(np.full((128, 128, 3), 90, np.uint8)).save(tmp_path / "i.png")
     fields = {"keypoints": []}
-    monkeypatch.setattr(Detector, "ready", lambda *args, **options: lambda image: (image, fields))
+    monkeypatch.setattr(Detector, "ready", lambda *args, **options: lambda image, place=None: (image, fields))
     fields["keypoints"] = to_text(people)
     flags = (tmp_path / "i.png", "--cond", tmp_path / "m.pose.png")
     assert [told(run, *flags)[0][key] for key in ("oks", "pck", "people", "found")] == [1, 1, 1, 1]

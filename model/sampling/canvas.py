@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from controlnet.model.base import Base
 from controlnet.preprocessors.condition import Condition
-from controlnet.preprocessors.kinds import kind_named
+from controlnet.preprocessors.kinds import PALETTE, kind_named
 from controlnet.preprocessors.skeleton import draw
 from torch import Tensor
 
@@ -26,14 +26,17 @@ def to_canvas(
     """Bring a condition (H, W, 3) uint8 to a size (width, height).
 
     Line maps shrink by the maximum of each cell, so that no line is lost or turns grey, and grow by nearest neighbour.
-    A pose whose `people` are known (preprocessors.skeleton) is drawn anew. Other maps shrink by area and grow linearly.
-    A map of another aspect is stretched.
+    A pose whose `people` are known (preprocessors.skeleton) is drawn anew. Palettes take the nearest neighbour: between
+    two colours is a third that means something else. Other maps shrink by area and grow linearly. A map of another
+    aspect is stretched.
     """
     if people is not None:
         return draw(people, size)
     width, height = size
     if condition.shape[:2] == (height, width):
         return condition
+    if kind_named(kind).form == PALETTE:
+        return cv2.resize(condition, size, interpolation=cv2.INTER_NEAREST)
     if not kind_named(kind).is_lines:
         shrinks = width * height < condition.shape[0] * condition.shape[1]
         return cv2.resize(condition, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 from controlnet.model.work import stock
-from controlnet.model.work.machine import choose_device, choose_dtype
+from controlnet.preprocessors.devices import choose_device, choose_dtype
 from controlnet.preprocessors.weights import cache_folder
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "opencv-python-headless", "numpy")

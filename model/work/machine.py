@@ -7,7 +7,6 @@ import os
 import sys
 
 from controlnet.model.work.libraries import import_libraries
-from controlnet.preprocessors.errors import UsageError
 
 
 def silence_libraries(bars: bool = False) -> None:
@@ -23,34 +22,6 @@ def silence_libraries(bars: bool = False) -> None:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-
-
-def choose_device(name: str | None):
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name is None:
-        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
-    if not available.get(name.split(":")[0]):
-        raise UsageError(
-            f"--device {name}: expected one of {', '.join(n for n, there in available.items() if there)}",
-            "--device cpu",
-        )
-    return torch.device(name)
-
-
-def choose_dtype(name: str | None, device):
-    """The named number type; else float16 on CUDA, bfloat16 on a CPU that multiplies it in hardware, else float32."""
-    import torch
-
-    if name is None and device.type == "cpu":
-        known: dict = getattr(torch.cpu, "get_capabilities", dict)()
-        return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
-    if name is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in ("float32", "float16", "bfloat16"):
-        raise UsageError(f"--dtype {name}: expected float32, float16 or bfloat16", "--dtype float32")
-    return getattr(torch, name)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,11 +7,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import cv2
@@ -20,7 +18,7 @@ from controlnet.model.work.cluster import share
 from controlnet.model.work.crew import Crew, killed_twice
 from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.condition import Condition, recorded
-from controlnet.preprocessors.detectors.registry import Detector, Ready
+from controlnet.preprocessors.detectors.detector import Detector, On, Ready
 from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, NothingFoundError, UsageError
 from controlnet.preprocessors.files import is_dir, is_file, write_file
 from controlnet.preprocessors.geometry import fit
@@ -37,6 +35,10 @@ AHEAD = 4
 """Photos in work at once, per thread, so that memory does not grow with the number of photos."""
 SHOWN = 24
 """Photos on a preview."""
+HIDDEN = np.uint8(127)
+"""How what a map hides is shown on it."""
+COLUMNS = 6
+"""Of the preview of one photo."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,7 @@ def orders_of(
 def run(job: Detection, orders: list[Order], say: Callable[[str], None] = lambda text: None) -> Iterator[Made]:
     """What became of every order, in turn. A photo that fails is reported in its turn. `say` gets warnings about
     pictures."""
-    lock = Lock()
-    return _in_order(lambda order: _tried(job, order, lock, say), orders)
+    return _in_order(lambda order: _tried(job, order, say), orders)
 
 
 def run_by(
@@ -132,18 +133,20 @@ def run_by(
         yield made
 
 
-def crew_of(job: Detection, weights: Path | None, offline: bool) -> Crew[Order, Made]:
+def crew_of(job: Detection, weights: Path | None, offline: bool, on: On) -> Crew[Order, Made]:
     """Processes that do this; each makes its own detector ready."""
-    return Crew(partial(_make_worker, replace(job, ready=None), weights, offline), _died, on_devices=False)
+    return Crew(partial(_make_worker, replace(job, ready=None), weights, offline, on), _died, on_devices=False)
 
 
-def _make_worker(job: Detection, weights: Path | None, offline: bool, device: str | None) -> Callable[[Order], Made]:
+def _make_worker(
+    job: Detection, weights: Path | None, offline: bool, on: On, device: str | None
+) -> Callable[[Order], Made]:
     def work(order: Order) -> Made:
         nonlocal job
         said: list[str] = []
         if job.ready is None and not is_points(job.detector.kind, order[0]):
-            job = replace(job, ready=job.detector.ready(job.options, weights, offline))
-        made = _tried(job, order, Lock(), said.append)
+            job = replace(job, ready=job.detector.ready(job.options, weights, offline, on=on))
+        made = _tried(job, order, said.append)
         return replace(made, said=tuple(said))
 
     return work
@@ -154,9 +157,9 @@ def _died(order: Order) -> Made:
     return Made({}, error=ModelError(f"{order[0]}: {error}", error.hint))
 
 
-def _tried(job: Detection, order: Order, lock: Lock, say: Callable[[str], None]) -> Made:
+def _tried(job: Detection, order: Order, say: Callable[[str], None]) -> Made:
     try:
-        return _one(job, *order, lock, say)
+        return _one(job, *order, say)
     except ControlNetError as error:
         return Made({}, error=error)
 
@@ -198,7 +201,6 @@ def _one(
     target: Path | None,
     keypoints: Path | None,
     preview: bool,
-    lock: Lock,
     say: Callable[[str], None],
 ) -> Made:
     def told(size: tuple[int, int]) -> dict:
@@ -221,12 +223,10 @@ def _one(
     else:
         assert job.ready is not None
         image, _ = read_image(data, source, lambda text: say(f"warning: {text}"))
-        # Networks take one photo at a time.
-        with lock if job.detector.weights else nullcontext():
-            try:
-                condition = stage_one(image, job.ready, job.size, job.resize, Path(source).name, digest)
-            except NothingFoundError as error:
-                raise NothingFoundError(f"{source}: {error}", error.hint) from error
+        try:
+            condition = stage_one(image, job.ready, job.size, job.resize, Path(source).name, digest)
+        except NothingFoundError as error:
+            raise NothingFoundError(f"{source}: {error}", error.hint) from error
     if keypoints is not None:
         # With --skip-existing, key points are written again whenever their map is.
         keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)
@@ -245,6 +245,8 @@ def _small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple
     small = max(1, round(width * ratio)), max(1, round(height * ratio))
     shown = condition.rgb if image is None else fit(image, condition.size, resize)
     eight = condition.rgb if condition.map.dtype == np.uint8 else (condition.rgb >> 8).astype(np.uint8)
+    if condition.map.shape[-1] == 4:
+        eight = np.where(condition.map[..., 3:] > 0, eight, HIDDEN)
     return fit(shown, small, "stretch"), fit(eight, small, "stretch")
 
 
@@ -281,14 +283,21 @@ def expand(inputs: list[str], recursive: bool, say: Callable[[str], None] = lamb
     return list(dict.fromkeys(sources))
 
 
-def write_preview(path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]) -> None:
+def write_preview(
+    path: Path, shown: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], missing: dict[str, str]
+) -> None:
     """A contact sheet of what was detected: every photo with its maps beside it. `shown` is kind -> photo's name ->
-    (photo, map). Raises OutputError."""
+    (photo, map), `missing` says why a kind has none. Raises OutputError."""
     cells: list[Cell] = []
-    for source in dict.fromkeys(source for kind in shown.values() for source in kind):
+    photos = list(dict.fromkeys(source for kind in shown.values() for source in kind))
+    for source in photos:
         own = {kind: pictures[source] for kind, pictures in shown.items() if source in pictures}
         cells.append((next(iter(own.values()))[0], Path(source).name))
-        blank = 0 * cells[-1][0] + 255
-        cells += [(own[kind][1], kind) if kind in own else (blank, f"no {kind}") for kind in shown]
+        blank = 0 * cells[-1][0] + 230
+        for kind in shown:
+            told = kind if kind in own else f"{kind}: {missing.get(kind, 'none')}"
+            cells.append((own[kind][1] if kind in own else blank, told))
     columns = len(shown) + 1
-    write_sheet(path, cells, 2 * columns if columns == 2 < len(cells) else columns)
+    if columns == 2 < len(cells):
+        columns = 4
+    write_sheet(path, cells, min(columns, COLUMNS) if len(photos) == 1 else columns)

@@ -17,7 +17,8 @@ from controlnet.model.work.condition import OWN, ConditionFlag
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.paint import Painting, read_painting, with_hidden
 from controlnet.preprocessors.condition import Condition, recorded
-from controlnet.preprocessors.detectors.registry import Ready, find_detector
+from controlnet.preprocessors.detectors.detector import Ready
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.doubts import doubts
 from controlnet.preprocessors.errors import InputError, NothingFoundError, UsageError
 from controlnet.preprocessors.geometry import Box, fit, inside

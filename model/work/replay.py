@@ -13,10 +13,10 @@ from controlnet.model.sampling.schedulers import SCHEDULERS
 from controlnet.model.work.batch import Wanted
 from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting, where_now
 from controlnet.model.work.jobs import ALPHA, OPTIONS, Job
-from controlnet.model.work.machine import choose_device
 from controlnet.model.work.options import embedding_of, lora_of
 from controlnet.model.work.prepared import Image
 from controlnet.model.work.studio import Studio
+from controlnet.preprocessors.devices import choose_device
 from controlnet.preprocessors.errors import InputError, UsageError, reason
 from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.images import read_bytes, read_image

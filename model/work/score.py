@@ -25,7 +25,8 @@ from controlnet.preprocessors.agreement import (
     ssim,
 )
 from controlnet.preprocessors.condition import Condition, read_condition, recorded, rgb
-from controlnet.preprocessors.detectors.registry import Ready, find_detector
+from controlnet.preprocessors.detectors.detector import Ready
+from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError, reason
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image

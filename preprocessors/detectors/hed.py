@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from controlnet.preprocessors.detectors.detector import On
 from controlnet.preprocessors.errors import InputError, ModelError, UsageError, reason
 
 WHOLE = 2048 * 2048
@@ -40,15 +41,15 @@ class ScribbleOptions:
             raise UsageError(f"width={self.width}: expected 0.3 to 50", "controlnet detect scribble PHOTO --width 3")
 
 
-def softedge(image: np.ndarray, options: SoftEdgeOptions, weights: Path) -> np.ndarray:
+def softedge(image: np.ndarray, options: SoftEdgeOptions, weights: Path, on: On = On()) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) uint8, white edges on black, whiter where HED is surer."""
-    edges = _edges(image, weights)
+    edges = _edges(image, weights, on)
     return (safe_step(edges) if options.safe else edges * 255).clip(0, 255).astype(np.uint8)
 
 
-def scribble(image: np.ndarray, options: ScribbleOptions, weights: Path) -> np.ndarray:
+def scribble(image: np.ndarray, options: ScribbleOptions, weights: Path, on: On = On()) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) uint8, 0 or 255: the crests of the soft edges as thick strokes."""
-    edges = (_edges(image, weights) * 255).clip(0, 255).astype(np.uint8)
+    edges = (_edges(image, weights, on) * 255).clip(0, 255).astype(np.uint8)
     return strokes(edges, options.width)
 
 
@@ -69,7 +70,7 @@ def strokes(edges: np.ndarray, width: float) -> np.ndarray:
     return np.where(cv2.GaussianBlur(thin, (0, 0), width) > 4, 255, 0).astype(np.uint8)
 
 
-def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
+def _edges(image: np.ndarray, weights: Path, on: On) -> np.ndarray:
     """Soft edges, (H, W) float32 in 0 to 1."""
     height, width = image.shape[:2]
     if min(height, width) < LEAST:
@@ -77,7 +78,7 @@ def _edges(image: np.ndarray, weights: Path) -> np.ndarray:
             f"{width}x{height} is too small for HED, expected at least {LEAST} pixels per side",
             "--size 512 --resize pad",
         )
-    network = _network(weights / FILE)
+    network = _network(weights / FILE, on)
     sides = _sides(network, image) if width * height <= WHOLE else _sides_in_tiles(network, image)
     total = np.zeros((height, width), np.float32)
     for side in sides:
@@ -89,10 +90,8 @@ def _sides(network, image: np.ndarray) -> list[np.ndarray]:
     """The side outputs (H / 2^k, W / 2^k) of a picture (H, W, 3)."""
     import torch
 
-    with torch.inference_mode():
-        x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
-        sides = network(x.contiguous(memory_format=torch.channels_last))
-    return [side[0, 0].numpy() for side in sides]
+    x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
+    return [side[0, 0].numpy() for side in network(x=x.contiguous(memory_format=torch.channels_last))]
 
 
 def _sides_in_tiles(network, image: np.ndarray) -> list[np.ndarray]:
@@ -112,9 +111,11 @@ def _sides_in_tiles(network, image: np.ndarray) -> list[np.ndarray]:
 
 
 @cache
-def _network(path: Path):
-    """The network with its weights. Raises ModelError for a file that does not hold them."""
+def _network(path: Path, on: On):
+    """The network with its weights, in half precision where the processor has it. Raises ModelError for a file that
+    does not hold them."""
     import torch
+    from controlnet.preprocessors.detectors.networks import Network
 
     network = make_network()
     try:
@@ -125,7 +126,7 @@ def _network(path: Path):
         ) from error
     if not all(bool(p.isfinite().all()) for p in network.parameters()):
         raise ModelError(f"{path}: holds NaN or infinite numbers", "controlnet models pull hed, or --weights DIR")
-    return network.eval().to(memory_format=torch.channels_last)
+    return Network(network.to(memory_format=torch.channels_last), on, half=True)
 
 
 def make_network():
@@ -164,7 +165,7 @@ def make_network():
             for i in range(len(LAYERS)):
                 x, side = self.get_submodule(f"block{i + 1}")(x)
                 sides.append(side)
-            return sides
+            return tuple(sides)
 
     return HED()
 

@@ -3,142 +3,127 @@
 To add one: a file here with a frozen options dataclass and a function `(image (H, W, 3) uint8 RGB, options) -> map` of
 the same height and width, (H, W) or (H, W, 3) uint8; then a row below. Its flags and help follow from the dataclass. A
 learned detector also has a row in weights.py, and its function gets the folder of these weights as a third argument. A
-function that finds more than the map returns (map, fields for its PNG text).
+function that finds more than the map returns (map, fields for its PNG text). Another package adds its own rows
+(`plugins`).
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cache
 
+from controlnet.preprocessors.detectors.detector import Detector, Table
 from controlnet.preprocessors.errors import UsageError
-from controlnet.preprocessors.log import doing
 
-if TYPE_CHECKING:
-    import numpy as np
-
-
-@dataclass(frozen=True)
-class Detector:
-    """One way of making a kind of condition from a photo."""
-
-    kind: str
-    name: str
-    function: str
-    """`module:function` of this package, imported when used."""
-    options: str
-    """`module:dataclass`."""
-    help: str
-    weights: str = ""
-    """The name of its weights, in weights.py."""
-
-    def load_options(self) -> type:
-        return _resolve(self.options)
-
-    def ready(
-        self, options: Any, weights: Path | None = None, offline: bool = False, on_bytes=lambda done, of: None
-    ) -> Ready:
-        """This detector with these options. Weights come from the folder `weights`, else from the cache, else they are
-        fetched. Raises ModelError when they are not available."""
-        from controlnet.preprocessors.weights import find  # here: it imports code that uses the network
-
-        more = (find(self.weights, weights, offline, on_bytes),) if self.weights else ()
-        return Ready(self, options, _resolve(self.function), more)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A detector with its options and weights, ready to look at photos."""
-
-    row: Detector
-    options: Any
-    function: Callable
-    weights: tuple[Path, ...] = ()
-
-    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, dict]:
-        """A photo (H, W, 3) uint8 RGB -> its map, of the same height and width, and what else was found on it."""
-        with doing(f"{self.row.kind} by {self.row.name} on {image.shape[1]}x{image.shape[0]}"):
-            made = self.function(image, self.options, *self.weights)
-        return made if isinstance(made, tuple) else (made, {})
-
-
-def _resolve(reference: str) -> Any:
-    module, name = reference.split(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
-
+_HED, _AUX = ("hed",), "controlnet_aux"
+_ONNX = ("onnxruntime", "onnx")
+_DEPTH = (("depth", "Distance: near is white."), ("normal", "Which way surfaces face, from depth."))
+_NETWORKS_OF_DEPTH = (
+    ("tiny-depth", "tiny", " A rough guess; the others are good."),
+    ("depth-anything-v2-small", "transformer", ""), ("depth-anything-v2-base", "transformer", ""),
+    ("depth-anything-v2-large", "transformer", ""), ("depth-pro", "transformer", " Sharp, slow."),
+    ("zoe", "transformer", ""), ("dpt-large", "transformer", ""), ("midas", "midas", ""),
+)  # fmt: skip
 
 _ROWS = (
-    Detector(
-        "canny", "opencv", "canny:canny", "canny:CannyOptions",
-        "Edges by brightness steps: thin white lines on black.",
-    ),
-    Detector(
-        "pose", "blazepose", "pose:blazepose", "pose:PoseOptions",
-        "People as coloured skeletons of 18 joints, as OpenPose draws them.", "blazepose",
-    ),
-    Detector(
-        "pose", "openpose", "controlnet_aux:openpose",
-        "controlnet_aux:OpenposeOptions",
-        "OpenPose, by controlnet-aux.", "openpose",
-    ),
+    Detector("canny", "opencv", "canny:canny", "canny:CannyOptions",
+             "Edges by brightness steps: thin white lines on black."),
+    Detector("pose", "blazepose", "pose:blazepose", "pose:PoseOptions",
+             "People as coloured skeletons of 18 joints, as OpenPose draws them.", ("blazepose",)),
+    Detector("pose", "dwpose", "dwpose:dwpose", "dwpose:DWPoseOptions",
+             "DWPose: bodies, --hands and --face.", ("dwpose",), needs=_ONNX),
+    Detector("pose", "vitpose", "pose:vitpose", "pose:PoseOptions", "ViTPose.", ("vitpose", "rtdetr"), torch=True),
+    Detector("pose", "openpose", f"{_AUX}:openpose", f"{_AUX}:OpenposeOptions",
+             "OpenPose's own: bodies, --hands and --face.", ("openpose",), torch=True),
     *(
-        Detector(kind, name, f"depth:{function}_{kind}", f"depth:{kind.title()}Options", help_ + more, name)
-        for kind, help_ in (("depth", "Distance: near is white."), ("normal", "Which way surfaces face, from depth."))
-        for name, function, more in (
-            ("tiny-depth", "tiny", " A rough guess; the other detectors are good."),
-            ("depth-anything-v2-small", "transformer", ""), ("midas", "midas", ""), ("zoe", "transformer", ""),
-        )
+        Detector(kind, name, f"depth:{function}_{kind}", f"depth:{kind.title()}Options", help_ + more, (name,), True)
+        for kind, help_ in _DEPTH
+        for name, function, more in _NETWORKS_OF_DEPTH
     ),
-    Detector(
-        "softedge", "hed", "hed:softedge", "hed:SoftEdgeOptions",
-        "Edges of things as soft white lines on black.", "hed",
-    ),
-    Detector(
-        "softedge", "pidinet", "controlnet_aux:pidinet",
-        "hed:SoftEdgeOptions", "PiDiNet, by controlnet-aux.", "pidinet",
-    ),
-    Detector(
-        "scribble", "hed", "hed:scribble", "hed:ScribbleOptions",
-        "The main edges as thick strokes, as if drawn by hand.", "hed",
-    ),
-    Detector(
-        "lineart", "standard", "lineart:lineart",
-        "lineart:LineArtOptions", "What is darker than its surroundings, as lines.",
-    ),
+    Detector("normal", "normalbae", f"{_AUX}:normalbae", f"{_AUX}:PlainOptions",
+             "Which way surfaces face, as ControlNet 1.1 was trained on.", ("normalbae",),
+             torch=True),
+    Detector("normal", "moge-2", "moge:normal", "moge:MogeOptions", "MoGe-2: fine and true to scale.", ("moge-2",),
+             needs=_ONNX),
+    Detector("softedge", "hed", "hed:softedge", "hed:SoftEdgeOptions",
+             "Edges of things as soft white lines on black.", _HED, torch=True),
+    Detector("softedge", "pidinet", f"{_AUX}:pidinet", "hed:SoftEdgeOptions", "PiDiNet: thinner edges.", ("pidinet",),
+             torch=True),
+    Detector("scribble", "hed", "hed:scribble", "hed:ScribbleOptions",
+             "The main edges as thick strokes, as if drawn by hand.", _HED, torch=True),
+    Detector("scribble", "xdog", "drawing:scribble", "drawing:ScribbleOptions",
+             "Strokes where brightness changes; no network."),
+    Detector("lineart", "standard", "lineart:lineart", "lineart:LineArtOptions",
+             "What is darker than its surroundings, as lines."),
+    Detector("lineart", "informative", f"{_AUX}:lineart", f"{_AUX}:LineArtOptions",
+             "Lines as an artist draws them; --coarse for few.", ("lineart",), torch=True),
+    Detector("lineart", "drawing", "drawing:invert", "drawing:InvertOptions",
+             "A drawing, dark on light, turned round."),
+    Detector("lineart_anime", "anime", f"{_AUX}:lineart_anime", f"{_AUX}:PlainOptions", "Lines of drawn pictures.",
+             ("lineart-anime",), torch=True),
+    Detector("lineart_anime", "standard", "lineart:lineart", "lineart:LineArtOptions",
+             "What is darker than its surroundings; no network."),
+    Detector("mlsd", "mlsd", "mlsd:mlsd", "mlsd:MlsdOptions", "Straight lines of buildings and rooms.", ("mlsd",)),
+    Detector("seg", "upernet", "seg:upernet", "seg:SegOptions",
+             "What is where, in the 150 colours of ADE20K.", ("upernet",), torch=True),
+    Detector("seg", "mask2former", "seg:mask2former", "seg:SegOptions", "Mask2Former.", ("mask2former",), torch=True),
+    Detector("region", "sam2", "region:sam2", "region:RegionOptions",
+             "The thing at a point, white, for --mask and region=.", ("sam2",), torch=True),
+    Detector("tile", "opencv", "pictures:tile", "pictures:TileOptions",
+             "The photo itself, or with fewer details, to be filled in."),
+    Detector("shuffle", "opencv", "pictures:shuffle", "pictures:ShuffleOptions",
+             "The photo's colours and texture, flowed into one another."),
+    Detector("inpaint", "opencv", "pictures:inpaint", "pictures:InpaintOptions",
+             "The photo with a part hidden, to be made anew.", beside="mask"),
+    Detector("recolor", "luminance", "pictures:luminance", "pictures:RecolorOptions",
+             "The photo in grey, to be coloured; by lightness."),
+    Detector("recolor", "intensity", "pictures:intensity", "pictures:RecolorOptions",
+             "The photo in grey, to be coloured; by its strongest channel."),
+    Detector("blur", "opencv", "pictures:blur", "pictures:BlurOptions", "The photo blurred, to be made sharp."),
+    Detector("ip2p", "opencv", "pictures:itself", "pictures:PictureOptions",
+             "The photo itself, to be edited by words."),
+    Detector("invert", "opencv", "drawing:invert", "drawing:InvertOptions",
+             "A drawing, dark on light, as light lines on black."),
 )  # fmt: skip
 
 
-def _table(rows: tuple[Detector, ...]) -> dict[str, dict[str, Detector]]:
-    table: dict[str, dict[str, Detector]] = {}
+def _table(rows: tuple[Detector, ...]) -> Table:
+    table: Table = {}
     for row in rows:
         if row.name in table.setdefault(row.kind, {}):
-            raise ValueError(f"two detectors {row.kind}/{row.name}")
+            raise ValueError(f"two detectors {row.title}")
         table[row.kind][row.name] = row
     return table
 
 
 DETECTORS = _table(_ROWS)
-"""kind -> name -> detector; a kind's first one is its default."""
+
+
+@cache
+def add_plugins() -> tuple[str, ...]:
+    """Add the detectors of other packages to the table, once. Returns what is wrong with those that cannot be added."""
+    from controlnet.preprocessors.detectors import plugins  # here: it looks through all installed packages
+
+    return tuple(plugins.add_all(DETECTORS))
 
 
 def find_detector(kind: str, name: str | None = None) -> Detector:
     """The detector of a kind with this name, by default the kind's first. Raises UsageError for a kind or name that is
     not in the table."""
+    missing = kind not in DETECTORS or name not in (None, *DETECTORS[kind])
+    wrong = "".join(f"; {line}" for line in add_plugins()) if missing else ""
     if kind not in DETECTORS:
         near = difflib.get_close_matches(kind, DETECTORS, 1) or list(DETECTORS)
         raise UsageError(
-            f"unknown kind {kind!r}: expected one of {', '.join(DETECTORS)}", f"controlnet detect {near[0]} PHOTO"
+            f"unknown kind {kind!r}: expected one of {', '.join(DETECTORS)}{wrong}",
+            f"controlnet detect {near[0]} PHOTO",
         )
     choices = DETECTORS[kind]
     if name is None:
         return next(iter(choices.values()))
     if name not in choices:
         raise UsageError(
-            f"unknown detector {name!r} for {kind}: expected one of {', '.join(choices)}",
+            f"unknown detector {name!r} for {kind}: expected one of {', '.join(choices)}{wrong}",
             f"controlnet detect {kind} PHOTO --detector {next(iter(choices))}",
         )
     return choices[name]

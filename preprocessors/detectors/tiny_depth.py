@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from controlnet.preprocessors.detectors.detector import On
+from controlnet.preprocessors.detectors.networks import Network
 from controlnet.preprocessors.errors import ModelError, reason
 from torch import Tensor, nn
 
@@ -78,7 +81,7 @@ class Dense(nn.Module):
 
 
 @torch.inference_mode()
-def nearness(network: Dense, image: np.ndarray) -> np.ndarray:
+def nearness(network: Callable[[Tensor], Tensor], image: np.ndarray) -> np.ndarray:
     """The inverse distance up to a factor, (H, W) float, in a picture (H, W, 3) uint8. The network gives its
     logarithm."""
     height, width = image.shape[:2]
@@ -86,13 +89,13 @@ def nearness(network: Dense, image: np.ndarray) -> np.ndarray:
     sides = [max(STRIDE, min(8 * SIDE, round(side * times / STRIDE) * STRIDE)) for side in (width, height)]
     small = cv2.resize(image, sides, interpolation=cv2.INTER_AREA if times < 1 else cv2.INTER_CUBIC)
     x = torch.from_numpy(small).permute(2, 0, 1)[None].float() / 255
-    found = network(x)[0, 0]
-    found = (found - found.max()).exp().numpy()
+    logarithm = network(x)[0, 0]
+    found = (logarithm - logarithm.max()).exp().numpy()
     return cv2.resize(found, (width, height), interpolation=cv2.INTER_CUBIC).clip(found.min(), found.max())
 
 
 @cache
-def load(weights: Path) -> Dense:
+def load(weights: Path, on: On = On()) -> Callable[[Tensor], Tensor]:
     """The network from `model.safetensors` in a folder, in float32."""
     from safetensors.torch import load_file
 
@@ -104,4 +107,5 @@ def load(weights: Path) -> Dense:
             f"{weights}: does not hold tiny-depth ({reason(error)})",
             "leave --weights out, or install the package again",
         ) from error
-    return network.float().eval()
+    shared = Network(network, on)
+    return lambda x: shared(x=x)[0]
