@@ -26,6 +26,7 @@ from controlnet.cli.options import (
     Processes,
     Quiet,
     RayAddress,
+    Recursive,
     ShardFlag,
     SkipExisting,
     command_named,
@@ -71,7 +72,6 @@ Preview = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: the best of this machine)")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: as suits the network)")]
-Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
 
 
 FEW = 4

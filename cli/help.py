@@ -36,6 +36,7 @@ EXAMPLES = {
     ),
     "report": ("controlnet report out/ --open", "controlnet report runs/a runs/b -o compared.html"),
     "replay": ("controlnet replay out/7-photo.png", "controlnet replay out/7-photo.png --hires 2x -o large.png"),
+    "check": ("controlnet check map.png --kind pose", "controlnet check maps/ --size 768x512 --fix -o mended/"),
     "doctor": ("controlnet doctor",),
     "dataset": ("controlnet dataset check data/", "controlnet dataset build photos/ --kind canny -o data/"),
     "models": (

@@ -33,6 +33,7 @@ COMMANDS = {
         "replay:replay",
         "Make an image again from its own PNG text; say whether it is identical, or how far off and why.",
     ),
+    "check": ("check:check", "Say what is wrong with condition maps, and mend what can be."),
     "doctor": ("doctor:doctor", "Say what this machine has: versions, devices, memory, models; and what is missing."),
     "dataset": ("dataset:app", "Check training data, or build it from photos."),
     "models": ("models:app", "List, fetch, check, show and convert models and detectors' weights."),

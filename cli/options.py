@@ -99,6 +99,7 @@ Out = Annotated[str | None, typer.Option("-o", "--out", help=field_docs(Job)["ou
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result instead of its path.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
 SkipExisting = Annotated[bool, typer.Option("--skip-existing", help="Leave existing results as they are and go on.")]
+Recursive = Annotated[bool, typer.Option("-r", "--recursive", help="Search folders inside folders too.")]
 ShardFlag = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from controlnet.preprocessors.geometry import Box, inside
-from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from controlnet.preprocessors.images import alpha_of, png_bytes, read_bytes, read_image
 from controlnet.preprocessors.keypoints import draw_json
 from controlnet.preprocessors.kinds import PEOPLE, kind_named
 from controlnet.preprocessors.metadata import dump, kind_of, load
@@ -28,7 +28,9 @@ class Condition:
     record: dict[str, Any] = field(default_factory=dict)
     """What its PNG text says: how it was made (stage_one.MAKING), and what was found (`keypoints`)."""
     people: list[np.ndarray] | None = None
-    """For a pose, (18, 3) per person (preprocessors.skeleton); None if they are not known."""
+    """For a pose, (18, 3) or (130, 3) per person (preprocessors.skeleton); None if they are not known."""
+    alpha: np.ndarray | None = None
+    """(H, W) uint8, of a file with transparency."""
 
     @cached_property
     def rgb(self) -> np.ndarray:
@@ -44,7 +46,8 @@ class Condition:
         """The part of it in a box. People are moved, and drawn anew where the map is brought to a canvas."""
         left, top, right, bottom = box
         people = None if self.people is None else cut_people(self.people, left, top, right - left, bottom - top)
-        return replace(self, map=inside(self.map, box), people=people)
+        alpha = None if self.alpha is None else inside(self.alpha, box)
+        return replace(self, map=inside(self.map, box), people=people, alpha=alpha)
 
     def png(self) -> bytes:
         """The map as a PNG file that carries its record."""
@@ -76,7 +79,7 @@ def condition_of(
 ) -> Condition:
     """The condition in the bytes of a map's file with this name. Raises as `read_condition` does."""
     map_, text = read_image(data, name, warn)
-    return recorded(map_, kind_of(name, text, kind), name, load(text))
+    return replace(recorded(map_, kind_of(name, text, kind), name, load(text)), alpha=alpha_of(data))
 
 
 def recorded(map_: np.ndarray, kind: str, name: str, record: dict[str, Any]) -> Condition:

@@ -130,6 +130,12 @@ def read_rgba(data: bytes) -> np.ndarray | None:
     return np.asarray(image.convert("RGBA"))
 
 
+def alpha_of(data: bytes) -> np.ndarray | None:
+    """The transparency (H, W) uint8 of a picture that `read_image` reads; None if it has none."""
+    rgba = read_rgba(data)
+    return None if rgba is None else np.ascontiguousarray(rgba[..., 3])
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) of a picture as `read_image` decodes it, from its header; (1, 1) for one that is none."""
     try:

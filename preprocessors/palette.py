@@ -38,11 +38,8 @@ def nearest(map_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A map (H, W, 3) uint8 -> each pixel's nearest class (H, W), and how far its colour is from that of the class
     (H, W), the greatest difference of a channel."""
     own, back = np.unique(map_.reshape(-1, 3), axis=0, return_inverse=True)
-    known = colours().astype(np.int16)
-    classes, far = np.empty(len(own), np.int64), np.empty(len(own), np.int64)
-    for start in range(0, len(own), 4096):  # a photo has a hundred thousand colours
-        part = slice(start, start + 4096)
-        apart = np.abs(own[part, None].astype(np.int16) - known).max(2)
-        classes[part], far[part] = apart.argmin(1), apart.min(1)
+    known, wanted = colours().astype(np.float32), own.astype(np.float32)
+    classes = ((known**2).sum(1) - 2 * wanted @ known.T).argmin(1)
+    far = np.abs(wanted - known[classes]).max(1).astype(np.int64)
     shape = map_.shape[:2]
     return classes[back].reshape(shape), far[back].reshape(shape)

@@ -154,7 +154,8 @@ def test_colours_of_a_palette_are_not_mixed():
 
 @pytest.mark.parametrize("make", [
     lambda: pictures.TileOptions(0.5), lambda: pictures.ShuffleOptions(flow=1), lambda: pictures.BlurOptions(0),
-    lambda: pictures.RecolorOptions(0), lambda: pictures.ShuffleOptions(seed=-1), lambda: pictures.InpaintOptions(box="0,0,1"),
+    lambda: pictures.RecolorOptions(0), lambda: pictures.ShuffleOptions(seed=-1),
+    lambda: pictures.InpaintOptions(box="0,0,1"),
     lambda: pictures.InpaintOptions(box="0.5,0,0.2,1"), lambda: drawing.ScribbleOptions(0),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused(make):

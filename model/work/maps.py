@@ -259,10 +259,12 @@ def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
         return None, (0, 0)
 
 
-def expand(inputs: list[str], recursive: bool, say: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Folders become the pictures in them, sorted, without earlier maps (`*.KIND.png`). Raises InputError for a folder
-    without pictures. `say` gets a warning if pictures are skipped."""
-    maps = tuple(f".{kind}.png" for kind in KINDS)
+def expand(
+    inputs: list[str], recursive: bool, say: Callable[[str], None] = lambda text: None, maps_too: bool = False
+) -> list[str]:
+    """Folders become the pictures in them, sorted, unless `maps_too` without earlier maps (`*.KIND.png`). Raises
+    InputError for a folder without pictures. `say` gets a warning if pictures are skipped."""
+    maps = () if maps_too else tuple(f".{kind}.png" for kind in KINDS)
     sources: list[str] = []
     for name in inputs:
         if not name:

@@ -6,6 +6,7 @@ computed once (see `sampling.generate.Encoded`)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from shlex import quote
@@ -19,10 +20,10 @@ from controlnet.model.work.paint import Painting, read_painting, with_hidden
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.detector import Ready
 from controlnet.preprocessors.detectors.registry import find_detector
-from controlnet.preprocessors.doubts import doubts
+from controlnet.preprocessors.doubts import doubts_of
 from controlnet.preprocessors.errors import InputError, NothingFoundError, UsageError
 from controlnet.preprocessors.geometry import Box, fit, inside
-from controlnet.preprocessors.images import read_bytes, read_image
+from controlnet.preprocessors.images import alpha_of, read_bytes, read_image
 from controlnet.preprocessors.jsons import object_or_empty
 from controlnet.preprocessors.metadata import kind_of, load, sha256
 from controlnet.preprocessors.stage_one import stage_one
@@ -87,7 +88,8 @@ class Pictures:
         """A condition from its file, or detected for a canvas (width, height) if the flag says `detect`."""
         image, text, digest = self.picture(flag.path)
         if flag.detect is None:
-            found = recorded(image, self.kind(flag), flag.path, load(text))
+            alpha = alpha_of(read_bytes(flag.path))
+            found = replace(recorded(image, self.kind(flag), flag.path, load(text)), alpha=alpha)
             return found if box is None else found.within(box)
         assert canvas is not None
         ready = self.detector(flag.detect)
@@ -101,7 +103,7 @@ class Pictures:
 
     def _placed(self, flag: ConditionFlag, condition: Condition, size: tuple[int, int]) -> np.ndarray:
         """The condition's map on the canvas. What looks wrong with it is a warning, or an error when strict."""
-        for doubt in doubts(condition.rgb, condition.kind, size):
+        for doubt in doubts_of(condition, size):
             if self.strict:
                 raise InputError(f"{flag.path}: {doubt.text}", doubt.cure)
             self.warn(f"{flag.path}: {doubt.text}; {doubt.cure}")

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from controlnet.preprocessors.condition import Condition, condition_of
 from controlnet.preprocessors.data.pairs import Pair, Pairs, kind_of_pairs
 from controlnet.preprocessors.data.stream import Stream
-from controlnet.preprocessors.doubts import doubts
+from controlnet.preprocessors.doubts import doubts_of
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_image
@@ -54,20 +55,19 @@ def check_pair(pair: Pair, kind: str) -> tuple[list[Problem], str, tuple[int, in
     if pair.condition is not None:
         where = str(pair.condition)
         try:
-            condition, _ = read_image(pair.read(pair.condition), where)
+            condition = condition_of(pair.read(pair.condition), where, kind)
         except InputError as error:
             return [*problems, Problem("error", "corrupt condition", str(error))], digest, image.shape[1::-1], preview
-        preview = np.concatenate([fit(one, (128, 128), "pad") for one in (image, condition)], 1)
-        problems += check_condition(condition, image.shape[1::-1], kind, where)
+        preview = np.concatenate([fit(one, (128, 128), "pad") for one in (image, condition.rgb)], 1)
+        problems += check_condition(condition, image.shape[1::-1])
     return problems, digest, image.shape[1::-1], preview
 
 
-def check_condition(condition: np.ndarray, size: tuple[int, int], kind: str, where: str) -> Iterator[Problem]:
-    """Problems with emptiness, polarity and geometry of a condition (H, W, 3) uint8 for a picture of `size` (width,
-    height)."""
-    height, width = condition.shape[:2]
-    for doubt in doubts(condition, kind):
-        yield Problem("warning" if doubt.what == "grey lines" else "error", doubt.what, f"{where}: {doubt.text}")
+def check_condition(condition: Condition, size: tuple[int, int]) -> Iterator[Problem]:
+    """What is doubted of a condition for a picture of `size` (width, height), and whether they fit."""
+    where, (width, height) = condition.name, condition.size
+    for doubt in doubts_of(condition):
+        yield Problem("error" if doubt.certain else "warning", doubt.what, f"{where}: {doubt.text}")
     if not same_aspect((width, height), size):
         yield Problem("error", "another aspect", f"{where}: {width}x{height} for a picture of {size[0]}x{size[1]}")
 
