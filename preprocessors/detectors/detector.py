@@ -30,8 +30,7 @@ class Detector:
     kind: str
     name: str
     function: str
-    """`module:function`, imported when used: of this package, unless the module is named from `controlnet.` or another
-    package on."""
+    """`module:function`, imported when used; a module that begins with a dot is one of this package."""
     options: str
     """`module:dataclass`."""
     help: str
@@ -76,8 +75,7 @@ class Detector:
 
     def _resolve(self, reference: str) -> Any:
         module, name = reference.split(":")
-        own = "." not in module
-        return getattr(importlib.import_module(f"{__package__}.{module}" if own else module), name)
+        return getattr(importlib.import_module(module, __package__), name)
 
 
 Table = dict[str, dict[str, Detector]]

@@ -15,7 +15,7 @@ from functools import cache
 from controlnet.preprocessors.detectors.detector import Detector, Table
 from controlnet.preprocessors.errors import UsageError
 
-_HED, _AUX = ("hed",), "controlnet_aux"
+_HED, _AUX = ("hed",), ".controlnet_aux"
 _ONNX = ("onnxruntime", "onnx")
 _DEPTH = (("depth", "Distance: near is white."), ("normal", "Which way surfaces face, from depth."))
 _NETWORKS_OF_DEPTH = (
@@ -26,63 +26,63 @@ _NETWORKS_OF_DEPTH = (
 )  # fmt: skip
 
 _ROWS = (
-    Detector("canny", "opencv", "canny:canny", "canny:CannyOptions",
+    Detector("canny", "opencv", ".canny:canny", ".canny:CannyOptions",
              "Edges by brightness steps: thin white lines on black."),
-    Detector("pose", "blazepose", "pose:blazepose", "pose:PoseOptions",
+    Detector("pose", "blazepose", ".pose:blazepose", ".pose:PoseOptions",
              "People as coloured skeletons of 18 joints, as OpenPose draws them.", ("blazepose",)),
-    Detector("pose", "dwpose", "dwpose:dwpose", "dwpose:DWPoseOptions",
+    Detector("pose", "dwpose", ".dwpose:dwpose", ".dwpose:DWPoseOptions",
              "DWPose: bodies, --hands and --face.", ("dwpose",), needs=_ONNX),
-    Detector("pose", "vitpose", "pose:vitpose", "pose:PoseOptions", "ViTPose.", ("vitpose", "rtdetr"), torch=True),
+    Detector("pose", "vitpose", ".pose:vitpose", ".pose:PoseOptions", "ViTPose.", ("vitpose", "rtdetr"), torch=True),
     Detector("pose", "openpose", f"{_AUX}:openpose", f"{_AUX}:OpenposeOptions",
              "OpenPose's own: bodies, --hands and --face.", ("openpose",), torch=True),
     *(
-        Detector(kind, name, f"depth:{function}_{kind}", f"depth:{kind.title()}Options", help_ + more, (name,), True)
+        Detector(kind, name, f".depth:{function}_{kind}", f".depth:{kind.title()}Options", help_ + more, (name,), True)
         for kind, help_ in _DEPTH
         for name, function, more in _NETWORKS_OF_DEPTH
     ),
     Detector("normal", "normalbae", f"{_AUX}:normalbae", f"{_AUX}:PlainOptions",
              "Which way surfaces face, as ControlNet 1.1 was trained on.", ("normalbae",),
              torch=True),
-    Detector("normal", "moge-2", "moge:normal", "moge:MogeOptions", "MoGe-2: fine and true to scale.", ("moge-2",),
+    Detector("normal", "moge-2", ".moge:normal", ".moge:MogeOptions", "MoGe-2: fine and true to scale.", ("moge-2",),
              needs=_ONNX),
-    Detector("softedge", "hed", "hed:softedge", "hed:SoftEdgeOptions",
+    Detector("softedge", "hed", ".hed:softedge", ".hed:SoftEdgeOptions",
              "Edges of things as soft white lines on black.", _HED, torch=True),
-    Detector("softedge", "pidinet", f"{_AUX}:pidinet", "hed:SoftEdgeOptions", "PiDiNet: thinner edges.", ("pidinet",),
+    Detector("softedge", "pidinet", f"{_AUX}:pidinet", ".hed:SoftEdgeOptions", "PiDiNet: thinner edges.", ("pidinet",),
              torch=True),
-    Detector("scribble", "hed", "hed:scribble", "hed:ScribbleOptions",
+    Detector("scribble", "hed", ".hed:scribble", ".hed:ScribbleOptions",
              "The main edges as thick strokes, as if drawn by hand.", _HED, torch=True),
-    Detector("scribble", "xdog", "drawing:scribble", "drawing:ScribbleOptions",
+    Detector("scribble", "xdog", ".drawing:scribble", ".drawing:ScribbleOptions",
              "Strokes where brightness changes; no network."),
-    Detector("lineart", "standard", "lineart:lineart", "lineart:LineArtOptions",
+    Detector("lineart", "standard", ".lineart:lineart", ".lineart:LineArtOptions",
              "What is darker than its surroundings, as lines."),
     Detector("lineart", "informative", f"{_AUX}:lineart", f"{_AUX}:LineArtOptions",
              "Lines as an artist draws them; --coarse for few.", ("lineart",), torch=True),
-    Detector("lineart", "drawing", "drawing:invert", "drawing:InvertOptions",
+    Detector("lineart", "drawing", ".drawing:invert", ".drawing:InvertOptions",
              "A drawing, dark on light, turned round."),
     Detector("lineart_anime", "anime", f"{_AUX}:lineart_anime", f"{_AUX}:PlainOptions", "Lines of drawn pictures.",
              ("lineart-anime",), torch=True),
-    Detector("lineart_anime", "standard", "lineart:lineart", "lineart:LineArtOptions",
+    Detector("lineart_anime", "standard", ".lineart:lineart", ".lineart:LineArtOptions",
              "What is darker than its surroundings; no network."),
-    Detector("mlsd", "mlsd", "mlsd:mlsd", "mlsd:MlsdOptions", "Straight lines of buildings and rooms.", ("mlsd",)),
-    Detector("seg", "upernet", "seg:upernet", "seg:SegOptions",
+    Detector("mlsd", "mlsd", ".mlsd:mlsd", ".mlsd:MlsdOptions", "Straight lines of buildings and rooms.", ("mlsd",)),
+    Detector("seg", "upernet", ".seg:upernet", ".seg:SegOptions",
              "What is where, in the 150 colours of ADE20K.", ("upernet",), torch=True),
-    Detector("seg", "mask2former", "seg:mask2former", "seg:SegOptions", "Mask2Former.", ("mask2former",), torch=True),
-    Detector("region", "sam2", "region:sam2", "region:RegionOptions",
+    Detector("seg", "mask2former", ".seg:mask2former", ".seg:SegOptions", "Mask2Former.", ("mask2former",), torch=True),
+    Detector("region", "sam2", ".region:sam2", ".region:RegionOptions",
              "The thing at a point, white, for --mask and region=.", ("sam2",), torch=True),
-    Detector("tile", "opencv", "pictures:tile", "pictures:TileOptions",
+    Detector("tile", "opencv", ".pictures:tile", ".pictures:TileOptions",
              "The photo itself, or with fewer details, to be filled in."),
-    Detector("shuffle", "opencv", "pictures:shuffle", "pictures:ShuffleOptions",
+    Detector("shuffle", "opencv", ".pictures:shuffle", ".pictures:ShuffleOptions",
              "The photo's colours and texture, flowed into one another."),
-    Detector("inpaint", "opencv", "pictures:inpaint", "pictures:InpaintOptions",
+    Detector("inpaint", "opencv", ".pictures:inpaint", ".pictures:InpaintOptions",
              "The photo with a part hidden, to be made anew.", beside="mask"),
-    Detector("recolor", "luminance", "pictures:luminance", "pictures:RecolorOptions",
+    Detector("recolor", "luminance", ".pictures:luminance", ".pictures:RecolorOptions",
              "The photo in grey, to be coloured; by lightness."),
-    Detector("recolor", "intensity", "pictures:intensity", "pictures:RecolorOptions",
+    Detector("recolor", "intensity", ".pictures:intensity", ".pictures:RecolorOptions",
              "The photo in grey, to be coloured; by its strongest channel."),
-    Detector("blur", "opencv", "pictures:blur", "pictures:BlurOptions", "The photo blurred, to be made sharp."),
-    Detector("ip2p", "opencv", "pictures:itself", "pictures:PictureOptions",
+    Detector("blur", "opencv", ".pictures:blur", ".pictures:BlurOptions", "The photo blurred, to be made sharp."),
+    Detector("ip2p", "opencv", ".pictures:itself", ".pictures:PictureOptions",
              "The photo itself, to be edited by words."),
-    Detector("invert", "opencv", "drawing:invert", "drawing:InvertOptions",
+    Detector("invert", "opencv", ".drawing:invert", ".drawing:InvertOptions",
              "A drawing, dark on light, as light lines on black."),
 )  # fmt: skip
 
