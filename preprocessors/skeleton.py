@@ -110,6 +110,12 @@ def whole(joints: np.ndarray, left: np.ndarray | None, right: np.ndarray | None,
     return np.concatenate([joints, *(np.zeros((count, 3)) if part is None else part for part, count in parts)])
 
 
+def seen(person: np.ndarray) -> np.ndarray:
+    """A person whose points beyond the picture's borders are unknown: a detector only guesses them."""
+    inside = ((person[:, :2] >= 0) & (person[:, :2] <= 1)).all(axis=1)
+    return np.where(inside[:, None], person, 0.0)
+
+
 def cut_people(people: Sequence[np.ndarray], left: float, top: float, width: float, height: float) -> list[np.ndarray]:
     """The people in coordinates of a part of the picture; all four numbers are fractions of the whole."""
     return [np.column_stack([(p[:, 0] - left) / width, (p[:, 1] - top) / height, p[:, 2]]) for p in people]

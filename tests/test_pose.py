@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from controlnet.preprocessors.detectors.blazepose import BlazePoseOptions, _same, _squares, find_people
+from controlnet.preprocessors.detectors.pose import PoseOptions, blazepose
 from controlnet.preprocessors.errors import Exit, InputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.geometry import fit, window
@@ -198,3 +199,15 @@ def test_json_keeps_people():
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         BlazePoseOptions(**wrong)
+
+
+@needs_weights
+def test_what_a_portrait_does_not_show_is_not_drawn(astronaut):
+    """BlazePose guesses hips and legs below the border."""
+    guessed = find_people(astronaut, PoseOptions(), KEPT)[0]
+    assert (guessed[:, 1] > 1).any() and (guessed[guessed[:, 1] > 1, 2] > 0.3).any()
+    _, found = blazepose(astronaut, PoseOptions(), KEPT)
+    person = np.array(found["keypoints"][0])
+    known = person[:, 2] > 0
+    assert ((person[known, :2] >= 0) & (person[known, :2] <= 1)).all() and known.sum() >= 11
+    assert not known[[JOINTS.index(f"{side} {part}") for side in ("left", "right") for part in ("knee", "ankle")]].any()

@@ -10,7 +10,7 @@ import numpy as np
 from controlnet.preprocessors.detectors.blazepose import BlazePoseOptions, find_people
 from controlnet.preprocessors.detectors.detector import On
 from controlnet.preprocessors.errors import ModelError, NothingFoundError
-from controlnet.preprocessors.skeleton import JOINTS, draw, to_text
+from controlnet.preprocessors.skeleton import JOINTS, draw, seen, to_text
 
 COCO = (
     "nose", "left eye", "right eye", "left ear", "right ear", "left shoulder", "right shoulder", "left elbow",
@@ -42,13 +42,14 @@ def vitpose(
 
 
 def drawn(people: Sequence[np.ndarray], image: np.ndarray, options: PoseOptions) -> tuple[np.ndarray, dict]:
-    """The map of the people in a photo, and their key points. Raises NothingFoundError if there are none."""
+    """The map of the people in a photo, and their key points, without those that lie beyond its borders: the legs of a
+    portrait. Raises NothingFoundError if there are none."""
     if not people and not options.allow_empty:
         raise NothingFoundError(
             f"nobody found (surer than {options.confidence:g})",
             "--confidence 0.3, or a photo that shows more of the person; --allow-empty makes a black map",
         )
-    keypoints = to_text(people)  # rounded: what is drawn is what the text says
+    keypoints = to_text([seen(person) for person in people])  # rounded: what is drawn is what the text says
     return draw([np.array(person) for person in keypoints], (image.shape[1], image.shape[0])), {"keypoints": keypoints}
 
 
