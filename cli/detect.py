@@ -6,18 +6,14 @@ Each kind is a sub-command whose flags come from its detectors' options dataclas
 from __future__ import annotations
 
 import inspect
-import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
-from controlnet.cli.bars import bytes_bar, count_bar
 from controlnet.cli.help import finish
+from controlnet.cli.making import make_maps
 from controlnet.cli.options import (
     Json,
     Offline,
@@ -33,17 +29,12 @@ from controlnet.cli.options import (
     field_docs,
     parameter,
     say,
-    tell,
 )
-from controlnet.model.work.crew import places
-from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.detector import Detector, On
 from controlnet.preprocessors.detectors.registry import DETECTORS, add_plugins, find_detector
-from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
+from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.imports import uncollected
 from controlnet.preprocessors.jsons import dumps
-from controlnet.preprocessors.remote import place
-from controlnet.preprocessors.shards import Shard, claim, parse_shard
 from controlnet.preprocessors.weights import WEIGHTS, digests, is_here
 from typer.core import TyperGroup
 
@@ -74,8 +65,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps. (default: th
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. (default: as suits the network)")]
 
 
-FEW = 4
-"""No bar is shown for fewer photos than this."""
+Every = Annotated[int, typer.Option(metavar="N", help="Of a video, each N-th frame.")]
+SteadyFlag = Annotated[bool, typer.Option("--steady", help="Hold a video's poses or depth steady over time.")]
 
 
 class KindGroup(TyperGroup):
@@ -192,7 +183,7 @@ def _command(default: Detector):
         options = chosen.load_options()(**{name: value for name, value in values.items() if name in known})
         if (device or dtype) and not chosen.torch:
             raise UsageError(f"detector {chosen.name} runs on the processor alone", "leave --device and --dtype out")
-        _make_maps([(chosen, options)], weights, offline, keypoints, On(device, dtype), **given)
+        make_maps([(chosen, options)], weights, offline, keypoints, On(device, dtype), **given)
 
     # In the order of the help page.
     learned = any(row.weights for row in DETECTORS[default.kind].values())
@@ -218,7 +209,7 @@ def _all_command():
 
     def command(offline, **given):
         chosen = [find_detector(kind) for kind in DETECTORS]
-        _make_maps([(row, row.load_options()()) for row in chosen], None, offline, None, On(), **given)
+        make_maps([(row, row.load_options()()) for row in chosen], None, offline, None, On(), **given)
 
     return command_named(command, "all", ALL_HELP, [*COMMON, parameter("offline", Offline, False)])
 
@@ -228,122 +219,9 @@ COMMON = [
     parameter("size", Size, "512"), parameter("resize", Resize, "crop"), parameter("recursive", Recursive, False),
     parameter("overwrite", Overwrite, False), parameter("skip_existing", SkipExisting, False),
     parameter("preview", Preview, None), parameter("quiet", Quiet, False), parameter("shard", ShardFlag, None),
-    parameter("processes", Processes, None), parameter("ray", RayAddress, None),
+    parameter("processes", Processes, None), parameter("ray", RayAddress, None), parameter("every", Every, 1),
+    parameter("steady", SteadyFlag, False),
 ]  # fmt: skip
-
-
-def _make_maps(
-    chosen: list[tuple[Detector, Any]], weights, offline: bool, keypoints: Path | None, on: On, **given
-) -> None:
-    """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
-    with uncollected():
-        from controlnet.model.work import maps
-        from controlnet.preprocessors import geometry, images
-
-    flags = SimpleNamespace(**given)  # those of COMMON
-    wanted = geometry.parse_size(flags.size)
-    if flags.resize not in geometry.RESIZES:
-        raise UsageError(f"--resize {flags.resize!r}: expected one of {', '.join(geometry.RESIZES)}", "--resize crop")
-    part, used = parse_shard(flags.shard), places(flags.processes, None, flags.ray)
-    sources = maps.expand(flags.inputs, flags.recursive, say)
-    several = len(chosen) > 1
-    _check_places(flags.out, "-" in sources, several, flags.as_json)
-    preview = flags.preview
-    if preview is not None:
-        check_png("--preview", preview)
-        preview = None if keeps(preview, flags.overwrite, flags.skip_existing) else preview
-    read = images.read_bytes
-    if "-" in sources:
-        if used or flags.ray is not None:
-            raise UsageError("standard input is read by one process", "the name of a file")
-        piped = images.read_bytes("-")  # once for all kinds
-
-        def read(source: str) -> bytes:
-            return piped if source == "-" else images.read_bytes(source)
-
-    if flags.out is not None and is_folder(flags.out):
-        settings = [[row.kind, row.name, vars(options)] for row, options in chosen]
-        claim(place(flags.out), part, [settings, flags.size, flags.resize, sources])
-    if several and len(sources) == 1:
-        read(sources[0])  # if it is missing: reported once, not for every kind
-    failed, shown, missing = 0, {}, {}
-    for detector, options in chosen:
-        try:
-            ready = None
-            if not all(maps.is_points(detector.kind, source) for source in sources):
-                with bytes_bar(f"fetching {', '.join(detector.weights)}", flags.quiet) as on_bytes:
-                    ready = detector.ready(options, weights, offline, on_bytes, on)
-            job = maps.Detection(
-                detector, options, ready, wanted, flags.resize, read, flags.overwrite, flags.skip_existing
-            )
-            run = partial(maps.run, job)
-            if used or flags.ray is not None:
-                run = partial(maps.run_by, maps.crew_of(job, weights, offline, on), used, flags.ray)
-            missed, shown[detector.kind] = _run(
-                maps, run, job.detector.kind, sources, part, flags.out, flags.as_json, keypoints, preview is not None,
-                flags.quiet,
-            )  # fmt: skip
-            failed += missed
-        except ControlNetError as error:
-            if not several:
-                raise
-            failed += len(sources)
-            say(f"error: {detector.kind}: {error}")
-            shown[detector.kind], missing[detector.kind] = {}, str(error).split(" (")[0].split(": ")[-1]
-    if preview is not None and any(shown.values()):
-        maps.write_preview(preview, shown, missing)
-        say(f"look at {preview}")
-    if failed:
-        say(f"{failed} of {len(sources) * len(chosen)} maps failed")
-        raise typer.Exit(Exit.PARTIAL)
-
-
-def _check_places(out: str | None, piped: bool, several: bool, as_json: bool) -> None:
-    """Raises UsageError if too much would go to standard output, or several kinds to one file."""
-    to_stdout = out == "-" or (out is None and piped)
-    if several and to_stdout:
-        raise UsageError("several kinds of map do not go to standard output", "-o maps/")
-    if several and out is not None and not is_folder(out):
-        raise UsageError(f"-o {out}: several kinds of map go to a folder", f"-o {Path(out).with_suffix('')}/")
-    if as_json and to_stdout:
-        raise UsageError("--json and a map would both go to standard output", "-o map.png --json")
-
-
-def _run(
-    maps,
-    run: Callable,
-    kind: str,
-    sources: list[str],
-    part: Shard,
-    out: str | None,
-    as_json: bool,
-    keypoints: Path | None,
-    previews: bool,
-    quiet: bool,
-):
-    """Make a map of every source in a shard and report it. Returns how many failed, and small pictures of the first
-    photos and maps. One bad photo of several is reported and the rest goes on; a single bad one raises."""
-    targets = maps.targets_of(sources, out, kind)
-    points = maps.points_of(sources, keypoints, targets)
-    mine = [source for source in sources if part.holds(source)]
-    orders = maps.orders_of(mine, targets, points, previews)
-    failed, shown = 0, {}
-    with count_bar("detect", len(mine), quiet or len(mine) < FEW) as on_item:
-        for done, (source, made) in enumerate(zip(mine, run(orders, say), strict=True), 1):
-            if made.error is not None:
-                if len(sources) == 1:
-                    raise made.error
-                failed += 1
-                say(f"error: {made.error}")
-            elif made.png is not None:
-                sys.stdout.buffer.write(made.png)
-                sys.stdout.flush()
-            else:
-                tell(made.fields, as_json)
-            if made.preview is not None:
-                shown[source] = made.preview
-            on_item(done)
-    return failed, shown
 
 
 def _flag(name: str) -> str:

@@ -112,7 +112,7 @@ def whole(joints: np.ndarray, left: np.ndarray | None, right: np.ndarray | None,
 
 def seen(person: np.ndarray) -> np.ndarray:
     """A person whose points beyond the picture's borders are unknown: a detector only guesses them."""
-    inside = ((person[:, :2] >= 0) & (person[:, :2] <= 1)).all(axis=1)
+    inside = np.all((person[:, :2] >= 0) & (person[:, :2] <= 1), axis=1)
     return np.where(inside[:, None], person, 0.0)
 
 

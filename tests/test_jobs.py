@@ -289,7 +289,9 @@ def test_a_record_gives_back_its_job():
               "hires": 1.5, "hires_strength": 0.4,
               "lora": ("a.safetensors:0.5", "b"), "embedding": ("w.pt:word",), "plain_prompt": True}  # fmt: skip
     recorded = {name for name, option in OPTIONS.items() if option.recorded}
-    assert recorded == set(values) and set(OPTIONS) - recorded == {"cond", "out", "num", "mode", "weighting"}
+    assert recorded == set(values) and set(OPTIONS) - recorded == {
+        "cond", "out", "num", "mode", "weighting", "same_seed",
+    }  # fmt: skip
     job = Job("map.canny.png", **values)
     again = Job("map.canny.png", **json.loads(json.dumps(job.record())))
     assert again == job and again.shared() == job.shared()

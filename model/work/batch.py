@@ -108,6 +108,8 @@ def spread(job: Job) -> list[Job]:
     folders = [(k, path) for k, path in paths.items() if path != "-" and is_dir(path)]
     if not folders:
         return [job]
+    if job.same_seed:
+        job = job.seeded(fixed=True)
 
     # The pictures of each folder by name; all folders must have the same names.
     found: list[dict[str, str]] = []

@@ -128,6 +128,8 @@ class Job:
     """What SDXL is told of the target's size. (default: the canvas)"""
     seed: int | None = options.option(None, options.whole, int, shared=False)
     """Seed of the first image. (default: random, and printed)"""
+    same_seed: bool = options.option(False, options.yes_or_no, bool, recorded=False, shared=False)
+    """One seed for all pictures of a folder, such as a video's frames, also without --seed."""
     mode: str | None = options.option(None, options.text, recorded=False, shared=False)
     """balanced; prompt: deep connections count more; control: only on the half of the guidance with the prompt,
     weighted by resolution; guess: the same, deep ones more, for empty prompts. (default: the base's)"""

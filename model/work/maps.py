@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,7 +116,9 @@ def orders_of(
 def run(job: Detection, orders: list[Order], say: Callable[[str], None] = lambda text: None) -> Iterator[Made]:
     """What became of every order, in turn. A photo that fails is reported in its turn. `say` gets warnings about
     pictures."""
-    return _in_order(lambda order: _tried(job, order, say), orders)
+    if len(orders) == 1:
+        return iter([_tried(job, orders[0], say)])
+    return in_turn(lambda order: _tried(job, order, say), orders)
 
 
 def run_by(
@@ -164,19 +166,16 @@ def _tried(job: Detection, order: Order, say: Callable[[str], None]) -> Made:
         return Made({}, error=error)
 
 
-def _in_order(work: Callable[[Order], Made], orders: list[Order]) -> Iterator[Made]:
-    """work(order) of every order, in turn; several are in work at once. If the command is interrupted, those that are
-    finished are still yielded."""
-    if len(orders) == 1:
-        yield work(orders[0])
-        return
+def in_turn(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """work(item) of every item, in turn; several are in work at once, and few wait. If the command is interrupted,
+    those that are finished are still yielded."""
     threads = os.cpu_count() or 1
     cv2.setNumThreads(1)  # each core takes a photo of its own, not a part of one
     waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for order in orders:
-            waiting.append(pool.submit(work, order))
+        for item in items:
+            waiting.append(pool.submit(work, item))
             if len(waiting) >= AHEAD * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -231,14 +230,14 @@ def _one(
         # With --skip-existing, key points are written again whenever their map is.
         keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)
         write_file(keypoints, to_json(condition.record["keypoints"], condition.size))
-    both = _small(image, condition, job.resize) if preview else None
+    both = small(image, condition, job.resize) if preview else None
     if target is None:
         return Made(condition.record, condition.png(), both)
     write_file(target, condition.png())
     return Made({"output": str(target), **condition.record, "source": source}, preview=both)
 
 
-def _small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple[np.ndarray, np.ndarray]:
+def small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple[np.ndarray, np.ndarray]:
     """A photo (for key points the pose map instead) and its map, with 256 pixels on the longer side."""
     width, height = condition.size
     ratio = 256 / max(width, height)

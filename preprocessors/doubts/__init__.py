@@ -20,7 +20,22 @@ CHECKS = (
 )  # fmt: skip
 """Each takes a Look and returns a Doubt or None, in the order in which faults are mended."""
 OUTWEIGHS = {
-    "empty condition": ("inverted lines", "grey lines", "coloured depth", "reversed depth", "no normal map"),
+    "transparency": (
+        "empty condition",
+        "inverted lines",
+        "coloured lines",
+        "grey lines",
+        "doubled lines",
+        "no skeleton",
+    ),
+    "empty condition": (
+        "colours beyond the palette",
+        "inverted lines",
+        "grey lines",
+        "coloured depth",
+        "reversed depth",
+        "no normal map",
+    ),
     "inverted lines": ("grey lines", "doubled lines"),
     "coloured lines": ("inverted lines", "grey lines", "doubled lines"),
     "coloured depth": ("reversed depth",),
