@@ -3,8 +3,9 @@
     python benchmarks/batch.py [--photos FOLDER] [--parts speed,first,memory]
 
 Equal work: the same photos at 512 pixels (without a folder: 200 cuttings of scikit-image's), files in, PNG files out,
-and for soft edges the same weights. Whole processes, each on as many cores as the table says, start included; besides,
-the pace without the start, from the times of 20 and of all photos. One round unmeasured, then ROUNDS in turn; medians.
+and the same weights (those of line art and MiDaS are random). Whole processes, each on as many cores as the table says,
+start included; besides, the pace without the start, from the times of few and of many photos. One round unmeasured,
+then ROUNDS in turn; medians.
 """
 
 import argparse
@@ -23,10 +24,13 @@ AUX = """
 import sys
 from pathlib import Path
 from PIL import Image
-from controlnet_aux import CannyDetector, HEDdetector, LineartStandardDetector
+from controlnet_aux import CannyDetector, HEDdetector, LineartDetector, LineartStandardDetector, MidasDetector
 name, folder, out = sys.argv[1:4]
-detector = {"canny": CannyDetector, "lineart": LineartStandardDetector}[name]() if name != "softedge" else \
-    HEDdetector.from_pretrained(sys.argv[4])
+LEARNED = {"softedge": HEDdetector, "informative": LineartDetector, "midas": MidasDetector}
+if name in LEARNED:
+    detector = LEARNED[name].from_pretrained(sys.argv[4])
+else:
+    detector = {"canny": CannyDetector, "lineart": LineartStandardDetector}[name]()
 for path in sorted(Path(folder).iterdir()):
     sizes = {"detect_resolution": 512} | ({} if name == "lineart" else {"image_resolution": 512})
     map_ = detector(Image.open(path), **sizes, output_type="pil")
@@ -61,41 +65,70 @@ def timed(command: list[str], cores: int) -> float:
     return time.perf_counter() - start
 
 
-def speed(program: str, photos: Path, work: Path, hed: Path) -> None:
+def random_weights(folder: Path) -> Path:
+    """Networks of controlnet-aux with random numbers in its own files: the work is the same."""
+    import torch
+    from controlnet.preprocessors.detectors.controlnet_aux import detector_class
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    for name in ("LineartDetector", "MidasDetector"):
+        detector_class(name)
+    Generator = sys.modules["controlnet_aux.lineart"].Generator
+    for file in ("sk_model.pth", "sk_model2.pth"):
+        torch.save(Generator(3, 1, 3).state_dict(), folder / file)
+    network = sys.modules["controlnet_aux.midas.midas.dpt_depth"].DPTDepthModel(
+        path=None, backbone="vitb_rn50_384", non_negative=True
+    )
+    torch.save(network.state_dict(), folder / "dpt_hybrid-midas-501f0c75.pt")
+    return folder
+
+
+LEARNED = {
+    "softedge": ["softedge"], "informative": ["lineart", "--detector", "informative"],
+    "midas": ["depth", "--detector", "midas"],
+}  # fmt: skip
+"""What AUX calls it -> what `controlnet detect` does."""
+
+
+def speed(program: str, photos: Path, work: Path, hed: Path, kinds: list[str]) -> None:
     print("| kind, cores | program | photos | s | photos a second | without the start | times controlnet_aux |")
     print("|---|---|---|---|---|---|---|")
-    few = work / "few"
-    few.mkdir()
     everything = sorted(photos.iterdir())
-    for path in everything[:20]:
-        (few / path.name).symlink_to(path)
-    for kind, cores_of, many in (("canny", (1, 2), photos), ("softedge", (1, 2), None)):
-        folders = [few, many] if many else [None, few]
-        if not many:  # soft edges take long: 5 photos and 20
-            folders[0] = work / "five"
-            folders[0].mkdir()
-            for path in everything[:5]:
-                (folders[0] / path.name).symlink_to(path)
-        for cores in cores_of:
+    folders = {len(everything): photos}
+    for count in (5, 20):
+        folders[count] = work / f"first{count}"
+        folders[count].mkdir()
+        for path in everything[:count]:
+            (folders[count] / path.name).symlink_to(path)
+    weights = {"softedge": hed, "canny": hed}
+    if set(kinds) - set(weights):
+        weights |= dict.fromkeys(LEARNED.keys() - weights.keys(), random_weights(work / "weights"))
+    for kind in kinds:
+        less, more = (20, len(everything)) if kind == "canny" else (5, 20)  # networks take long
+        asked = LEARNED.get(kind, [kind])
+        own = ["--weights", str(weights[kind])] if kind != "canny" else []
+        for cores in (1, 2) if kind in ("canny", "softedge") else (1,):
             times: dict[tuple[str, int], list[float]] = {}
             for turn in range(ROUNDS + 1):
-                for at, folder in enumerate(folders):
+                for count in (less, more):
                     out = work / "out"
                     shutil.rmtree(out, ignore_errors=True), out.mkdir()
-                    ours = [program, "detect", kind, str(folder), "-o", f"{out}/", "--overwrite", "--quiet"]
-                    aux = [sys.executable, "-W", "ignore", "-c", AUX, kind, str(folder), str(out), str(hed)]
-                    for name, command in (("controlnet", ours), ("controlnet_aux", aux)):
+                    ours = [program, "detect", *asked, *own, str(folders[count]), "-o", f"{out}/", "--overwrite", "-q"]
+                    aux = [AUX, kind, str(folders[count]), str(out), str(weights[kind])]
+                    for name, command in (
+                        ("controlnet", ours), ("controlnet_aux", [sys.executable, "-W", "ignore", "-c", *aux])
+                    ):  # fmt: skip
                         seconds = timed(command, cores)
                         if turn:
-                            times.setdefault((name, at), []).append(seconds)
-            counts = [len(list(folder.iterdir())) for folder in folders]
+                            times.setdefault((name, count), []).append(seconds)
             found = {}
             for name in ("controlnet", "controlnet_aux"):
-                less, more = (statistics.median(times[name, at]) for at in (0, 1))
-                found[name] = (more, counts[1] / more, (counts[1] - counts[0]) / max(more - less, 1e-9))
+                short, long = (statistics.median(times[name, count]) for count in (less, more))
+                found[name] = (long, more / long, (more - less) / max(long - short, 1e-9))
             for name, (s, pace, steady) in found.items():
                 ratio = f"{pace / found['controlnet_aux'][1]:.1f}, {steady / found['controlnet_aux'][2]:.1f}"
-                print(f"| {kind}, {cores} | {name} | {counts[1]} | {s:.2f} | {pace:.1f} | {steady:.1f} | {ratio} |",
+                print(f"| {kind}, {cores} | {name} | {more} | {s:.2f} | {pace:.1f} | {steady:.1f} | {ratio} |",
                       flush=True)  # fmt: skip
 
 
@@ -152,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="folder of photos (default: cuttings of scikit-image's)")
     parser.add_argument("--parts", default="speed,first,memory")
+    parser.add_argument("--kinds", default="canny,softedge,informative,midas", help="for the speed")
     parser.add_argument("--files", type=int, default=10_000, help="for the memory")
     args = parser.parse_args()
     from controlnet.preprocessors.weights import find
@@ -165,7 +199,7 @@ def main() -> None:
         work = Path(name)
         photos = args.photos or cuttings(work / "photos")
         if "speed" in parts:
-            speed(program, photos, work, find("hed"))
+            speed(program, photos, work, find("hed"), args.kinds.split(","))
         if "first" in parts:
             first(program, photos, work, find("hed"))
         if "memory" in parts:

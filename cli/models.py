@@ -36,10 +36,7 @@ def list_(as_json: Json = False) -> None:
         here = "here" if row.here else ""
         print(f"{mark} {row.name:24} {row.what:11} {row.family:8} {row.kind:16} {here:5} {row.licence}: {row.source}")
     if not as_json:
-        say(
-            "* is the default base (controlnet models use NAME); no inpaint and shuffle nets: they need conditions of "
-            "another sort (masked pixels, averaged control)"
-        )
+        say("* is the default base (controlnet models use NAME)")
 
 
 @app.command(

@@ -14,6 +14,7 @@ from controlnet.preprocessors.detectors.depth import (
     to_normals,
     transformer_depth,
 )
+from controlnet.preprocessors.detectors.detector import On
 from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
@@ -87,9 +88,13 @@ def test_it_is_the_pipelines_depth(photo, folder):
     told = pipeline("depth-estimation", model=str(folder), device="cpu")(Image.fromarray(photo))["predicted_depth"]
     told = told.squeeze().numpy()
     expected = (told - told.min()) / np.ptp(told) * 255
-    mine, _ = transformer_depth(photo, DepthOptions(), folder)
+    mine, _ = transformer_depth(photo, DepthOptions(), folder, On("cpu", "float32"))
     assert mine.shape == photo.shape[:2] and np.ptp(mine) == 255
     assert np.abs(mine - expected).mean() < 3 and np.corrcoef(mine.ravel(), expected.ravel())[0, 1] > 0.99
+    raw = DepthOptions(raw=True)
+    half, whole = (transformer_depth(photo, raw, folder, On("cpu", dtype))[0] for dtype in ("bfloat16", "float32"))
+    assert np.corrcoef(half.ravel(), whole.ravel())[0, 1] > 0.98
+    assert len(np.unique(half)) > 0.5 * len(np.unique(whole))  # its last layers are float32: no steps show
 
 
 def test_the_command_writes_sixteen_bits(photo, folder, tmp_path):
@@ -152,8 +157,10 @@ def test_midas_is_controlnet_auxs(photo, tmp_path):
     torch.save(network.state_dict(), tmp_path / "dpt_hybrid-midas-501f0c75.pt")
     square = np.ascontiguousarray(np.asarray(Image.fromarray(photo).resize((384, 384))))
     theirs = MidasDetector.from_pretrained(str(tmp_path))(square, detect_resolution=384, image_resolution=384)
-    mine, _ = midas_depth(square, DepthOptions(), tmp_path)
+    mine, _ = midas_depth(square, DepthOptions(), tmp_path, On("cpu", "float32"))
     assert np.ptp(mine) == 255 and np.abs(mine.astype(int) - np.asarray(theirs)[..., 0]).max() <= 1
+    half, _ = midas_depth(square, DepthOptions(), tmp_path, On("cpu", "bfloat16"))
+    assert np.abs(half.astype(int) - mine).mean() < 4
 
 
 def test_the_embedded_network_sees_a_room(tmp_path):

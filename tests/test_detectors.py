@@ -274,6 +274,7 @@ def drawn(monkeypatch):
 
     def stand(detector):
         monkeypatch.setattr(controlnet_aux, "load_detector", lambda name, weights, on: detector)
+        controlnet_aux._network.cache_clear()
 
     return stand
 

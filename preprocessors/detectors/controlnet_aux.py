@@ -97,9 +97,8 @@ def pidinet(image: np.ndarray, options: SoftEdgeOptions, weights: Path, on: On =
 def lineart(image: np.ndarray, options: LineArtOptions, weights: Path, on: On = On()) -> np.ndarray:
     """(H, W, 3) uint8 RGB -> (H, W) uint8: line drawings by Chan et al. 2022 (arXiv 2203.12691), white on black."""
     _check_size(image, "this network", "--detector standard")
-    with _running("LineartDetector", weights, on) as detector:
-        network = detector.model_coarse if options.coarse else detector.model
-        drawn = _in_steps(image, 8, lambda pixels: _numbers(network, pixels / 255, on)[0, 0])
+    network = _network("LineartDetector", weights, on, "model_coarse" if options.coarse else "model")
+    drawn = _in_steps(image, 8, lambda pixels: _look(network, pixels / 255)[0])
     return 255 - (drawn * 255).clip(0, 255).astype(np.uint8)
 
 
@@ -107,8 +106,8 @@ def lineart_anime(image: np.ndarray, options: PlainOptions, weights: Path, on: O
     """(H, W, 3) uint8 RGB -> (H, W) uint8: lines of drawn pictures by the network of Anime2Sketch (Xiang et al. 2022),
     white on black. It sees multiples of 256 pixels."""
     _check_size(image, "this network", "--detector standard")
-    with _running("LineartAnimeDetector", weights, on) as detector:
-        drawn = _in_steps(image, 256, lambda pixels: _numbers(detector.model, pixels / 127.5 - 1, on)[0, 0])
+    network = _network("LineartAnimeDetector", weights, on)
+    drawn = _in_steps(image, 256, lambda pixels: _look(network, pixels / 127.5 - 1)[0])
     return 255 - (drawn * 127.5 + 127.5).clip(0, 255).astype(np.uint8)
 
 
@@ -116,23 +115,37 @@ def normalbae(image: np.ndarray, options: PlainOptions, weights: Path, on: On = 
     """(H, W, 3) uint8 RGB -> normals (H, W, 3) uint8, by Bae et al. 2021 (arXiv 2109.09881): red faces left, green up,
     blue the viewer."""
     _check_size(image, "NormalBae", "--detector tiny-depth")
-    with _running("NormalBaeDetector", weights, on) as detector:
-
-        def look(pixels):
-            found = _numbers(lambda x: detector.model(detector.norm(x))[0][-1][:, :3], pixels / 255, on)
-            return found[0].transpose(1, 2, 0)
-
-        found = _in_steps(image, 64, look)
+    network = _network("NormalBaeDetector", weights, on)
+    found = _in_steps(image, 64, lambda pixels: _look(network, (pixels / 255 - _MEAN) / _SPREAD).transpose(1, 2, 0))
     return ((found + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
-def _numbers(network, pixels: np.ndarray, on: On) -> np.ndarray:
-    """What a network makes of pixels (H, W, 3): its output (1, ...)."""
+_MEAN, _SPREAD = (np.array(one, np.float32) for one in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+"""Of the pixels that NormalBae sees, RGB from 0 to 1."""
+
+
+@cache
+def _network(name: str, weights: Path, on: On, part: str = "model") -> Any:
+    """The network of a detector, in half precision where the processor has it."""
+    import torch
+    from controlnet.preprocessors.detectors.networks import Network
+
+    module = getattr(load_detector(name, weights, on), part)
+
+    def forward(x):
+        made = module(x)
+        # NormalBae gives lists of sizes, the last one the finest, of a normal and how sure it is.
+        return made[0][-1][:, :3] if isinstance(made, (list, tuple)) else made
+
+    return Network(module.to(memory_format=torch.channels_last), on, half=True, forward=forward)
+
+
+def _look(network: Any, pixels: np.ndarray) -> np.ndarray:
+    """What a network makes of pixels (H, W, 3): (C, H, W) float32."""
     import torch
 
     x = torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32))
-    with torch.inference_mode():
-        return network(x.to(choose_device(on.device))).cpu().numpy()
+    return network(x=x.contiguous(memory_format=torch.channels_last))[0][0].numpy()
 
 
 def _in_steps(image: np.ndarray, step: int, look) -> np.ndarray:

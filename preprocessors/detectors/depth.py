@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,8 @@ Nearness = Callable[[np.ndarray, Path, On], np.ndarray]
 """(picture (H, W, 3) uint8 RGB, folder of weights, where it runs) -> (H, W) float that grows towards the viewer."""
 METRIC = ("zoedepth", "depth_pro")
 """Types of transformers' networks that predict metres."""
+HALF = ("depth_anything", "dpt", "depth_pro")
+"""Those that work in half precision but for their head: maps show the steps of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,10 @@ def _transformer(image: np.ndarray, weights: Path, on: On) -> np.ndarray:
 
     kind = _model_type(weights)
     outputs = ("predicted_depth", "field_of_view") if kind == "depth_pro" else ("predicted_depth",)
-    processor, network = from_transformers(weights, "AutoModelForDepthEstimation", on, outputs)
+    half = kind in HALF
+    processor, network = from_transformers(
+        weights, "AutoModelForDepthEstimation", on, outputs, half, ("head",) if half else ()
+    )
     found = network(pixel_values=processor(images=image, return_tensors="pt")["pixel_values"])
     size = [image.shape[:2]]
     sizes = {"target_sizes": size} | ({"source_sizes": size} if kind == "zoedepth" else {})
@@ -134,16 +140,21 @@ def _midas(image: np.ndarray, weights: Path, on: On) -> np.ndarray:
     were trained on. controlnet-aux runs it; its input has a shorter side of 384 pixels, sides that are multiples of 32,
     and colours from -1 to 1."""
     import torch
-    from controlnet.preprocessors.detectors.controlnet_aux import load_detector
 
-    network = load_detector("MidasDetector", weights, on).model
+    network = _midas_network(weights, on)
     height, width = image.shape[:2]
     times = 384 / min(height, width)
     small = cv2.resize(image, [max(32, round(side * times / 32) * 32) for side in (width, height)])
-    with torch.inference_mode():
-        x = torch.from_numpy(small).permute(2, 0, 1)[None].float() / 127.5 - 1
-        predicted = network(x.to(next(network.parameters()).device))[0].cpu().numpy()
+    predicted = network(x=torch.from_numpy(small).permute(2, 0, 1)[None].float() / 127.5 - 1)[0][0].numpy()
     return cv2.resize(predicted, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@cache
+def _midas_network(weights: Path, on: On):
+    from controlnet.preprocessors.detectors.controlnet_aux import load_detector
+    from controlnet.preprocessors.detectors.networks import Network
+
+    return Network(load_detector("MidasDetector", weights, on).model, on, True, exact=("model.scratch.output_conv",))
 
 
 tiny_depth, tiny_normal = depth_and_normal(_tiny, 80)

@@ -15,6 +15,7 @@ from controlnet.preprocessors.detectors.detector import On
 from controlnet.preprocessors.devices import choose_device, choose_dtype
 from controlnet.preprocessors.errors import ModelError, reason
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 TOGETHER = 8
 """The most photos in one batch on a GPU."""
@@ -25,13 +26,22 @@ class Network:
     """A network that one photo at a time is given to, from any thread.
 
     `forward` gets a batch (B, ...) on the device and returns tensors (B, ...). A call takes (1, ...) on the CPU and
-    returns (1, ...) in float32 on the CPU. Numbers are those of `dtype` where `half`, else float32."""
+    returns (1, ...) in float32 on the CPU. Numbers are those of `on`; without, half precision if `half` and the
+    processor has it, else float32. `exact` names parts that always work in float32, because a map shows their steps."""
 
-    def __init__(self, module: nn.Module, on: On, half: bool = False, forward: Callable[..., Any] | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        on: On,
+        half: bool = False,
+        forward: Callable[..., Any] | None = None,
+        exact: tuple[str, ...] = (),
+    ):
         self.device = choose_device(on.device)
-        best = choose_dtype(on.dtype, self.device) if half or on.dtype else torch.float32
-        self.dtype = best
-        self.module = module.eval().to(self.device, best)
+        self.dtype = choose_dtype(on.dtype, self.device) if half or on.dtype else torch.float32
+        self.module = module.eval().to(self.device, self.dtype)
+        for name in exact if self.dtype != torch.float32 else ():
+            module.get_submodule(name).float().register_forward_pre_hook(_in_float32, with_kwargs=True)
         self.forward = forward or module
         self.together = 1 if self.device.type == "cpu" else TOGETHER
         self._waiting: list[tuple[dict[str, Tensor], Future]] = []
@@ -72,12 +82,21 @@ class Network:
         return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype)
 
 
+def _in_float32(module: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def cast(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tree_map(cast, given), tree_map(cast, named)
+
+
 def _shapes(inputs: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {key: x.shape for key, x in inputs.items()}
 
 
 @cache
-def from_transformers(weights: Path, model: str, on: On, outputs: tuple[str, ...], half: bool = False):
+def from_transformers(
+    weights: Path, model: str, on: On, outputs: tuple[str, ...], half: bool = False, exact: tuple[str, ...] = ()
+):
     """(the image processor, the Network) of a folder in transformers' layout. `model` names its class; the Network
     returns the model's `outputs`. Raises ModelError for a folder of something else."""
     import transformers
@@ -92,4 +111,4 @@ def from_transformers(weights: Path, model: str, on: On, outputs: tuple[str, ...
         found = module(**inputs)
         return tuple(value for name in outputs if (value := getattr(found, name)) is not None)
 
-    return processor, Network(module, on, half, forward)
+    return processor, Network(module, on, half, forward, exact)
