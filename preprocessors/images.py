@@ -6,8 +6,10 @@ EXIF orientation is applied; grey, palette, 16-bit and CMYK are converted, trans
 from __future__ import annotations
 
 import io
+import struct
 import sys
 import warnings
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +21,7 @@ from controlnet.preprocessors.remote import is_url, read_url
 from controlnet.preprocessors.tars import read_member, split
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-RUN_LENGTHS = 3
-"""zlib's strategy Z_RLE."""
+PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 250_000_000
 """Larger pictures are refused by their header, before they are decoded."""
 MIN_SIDE = 8
@@ -108,7 +109,7 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
         text = text_in(image)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on broken EXIF or palettes: only the pixels matter
-            return _to_rgb(ImageOps.exif_transpose(image)), text
+            return _to_rgb(_upright(image)), text
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -124,10 +125,10 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
 def read_rgba(data: bytes) -> np.ndarray | None:
     """A picture with its transparency, (H, W, 4) uint8, its colours not laid over white, turned as `read_image` turns
     it; None if it has none. `data` is of a picture that `read_image` reads."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = Image.open(io.BytesIO(data))
     if not {"A", "a"} & set(image.getbands()) and "transparency" not in image.info:
         return None
-    return np.asarray(image.convert("RGBA"))
+    return np.asarray(_upright(image).convert("RGBA"))
 
 
 def alpha_of(data: bytes) -> np.ndarray | None:
@@ -161,7 +162,12 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         image = Image.alpha_composite(white, rgba)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF says; the same one if that says nothing, where Pillow would copy it."""
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
 def picture_bytes(image: np.ndarray, text: dict[str, str], ending: str) -> bytes:
@@ -184,12 +190,28 @@ def picture_bytes(image: np.ndarray, text: dict[str, str], ending: str) -> bytes
 
 
 def png_bytes(image: np.ndarray, text: dict[str, str] | None = None, two_levels: bool = False) -> bytes:
-    """A PNG of (H, W) or (H, W, 3) uint8 with text chunks. With `two_levels`, for black and white pictures, only runs
-    of equal bytes are compressed: twice as fast, and smaller."""
+    """A PNG of (H, W), (H, W, 3) or (H, W, 4) uint8, or (H, W) uint16, with text chunks. With `two_levels`, for black
+    and white pictures (H, W), only runs of equal bytes are compressed: three times as fast, and smaller."""
     info = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
+    if two_levels and image.ndim == 2:
+        return _in_runs(image, info)
     buffer = io.BytesIO()
-    options = {"compress_level": 1, "compress_type": RUN_LENGTHS} if two_levels else {}
-    Image.fromarray(image).save(buffer, "PNG", pnginfo=info, **options)
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _in_runs(image: np.ndarray, info: PngImagePlugin.PngInfo) -> bytes:
+    """A grey PNG whose rows are not filtered, which Pillow always tries first."""
+    height, width = image.shape
+    rows = np.zeros((height, width + 1), np.uint8)
+    rows[:, 1:] = image
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 8, zlib.Z_RLE)
+    packed = packer.compress(rows.tobytes()) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    buffer = io.BytesIO(PNG_BEGINS)
+    buffer.seek(0, io.SEEK_END)
+    for name, *data in ((b"IHDR", header), *info.chunks, (b"IDAT", packed), (b"IEND", b"")):
+        PngImagePlugin.putchunk(buffer, name, data[0])
     return buffer.getvalue()

@@ -1,5 +1,6 @@
 """The geometry of detect, as properties over sizes."""
 
+import cv2
 import numpy as np
 import pytest
 from controlnet.preprocessors.errors import UsageError
@@ -71,3 +72,12 @@ def test_stretch_fills():
 def test_unknown_word():
     with pytest.raises(UsageError, match="squeeze"):
         fit(bars(30, 30), (64, 64), "squeeze")
+
+
+def test_enlarging_is_opencvs_lanczos_up_to_rounding():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 50, 3), np.uint8)
+    expected = cv2.resize(image, (130, 104), interpolation=cv2.INTER_LANCZOS4)
+    made = fit(image, (130, 104), "stretch")
+    assert made.dtype == np.uint8 and np.abs(made.astype(int) - expected).max() <= 1
+    assert np.abs(fit(image[..., 0], (130, 104), "stretch").astype(int) - expected[..., 0]).max() <= 1

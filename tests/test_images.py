@@ -3,12 +3,15 @@
 import io
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from controlnet.preprocessors import images
 from controlnet.preprocessors.errors import InputError, OutputError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_bytes, read_image
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -124,3 +127,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_file(target, b"two")
     assert target.read_bytes() == b"one"
     assert [p.name for p in target.parent.iterdir()] == ["a.png"]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 999))
+def test_two_levels_are_written_as_any_png(height, width, seed):
+    """And read by other libraries, text and all."""
+    map_ = (np.random.default_rng(seed).random((height, width)) < 0.3).astype(np.uint8) * 255
+    data = png_bytes(map_, {"controlnet": '{"ä": 1}', "b": "two\nlines"}, two_levels=True)
+    with Image.open(io.BytesIO(data)) as made:
+        assert made.mode == "L" and (np.asarray(made) == map_).all()
+        assert made.text == {"controlnet": '{"ä": 1}', "b": "two\nlines"}
+    assert (cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) == map_).all()
