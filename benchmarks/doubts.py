@@ -59,7 +59,7 @@ FAULTS = {
     "inverted lines": ("lines", lambda m, photo: 255 - m),
     "grey lines": ("canny", lambda m, photo: greyed(m)),
     "doubled lines": ("canny", lambda m, photo: np.repeat(canny(m)[..., None], 3, 2)),
-    "coloured lines": ("lines", lambda m, photo: photo),
+    "no line map": ("lines", lambda m, photo: photo),
     "no skeleton": ("pose", lambda m, photo: photo),
     "red and blue exchanged": ("pose normal seg", lambda m, photo: m[..., ::-1]),
     "empty condition": ("lines pose depth normal seg picture", lambda m, photo: np.zeros_like(m)),

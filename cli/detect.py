@@ -145,7 +145,7 @@ def _row(row: Detector) -> str:
     return f"  {row.name:24} {size:5.0f} MB  {here:8} {licence}{extra}"
 
 
-ALL_HELP = "A map of every kind, by the default detectors."
+ALL_HELP = "A map of every kind, by the default detectors, and a sheet of them all."
 for _kind in DETECTORS:
     app.command(_kind, help=find_detector(_kind).help)(lambda: None)
 app.command("all", help=ALL_HELP)(lambda: None)

@@ -17,7 +17,7 @@ from controlnet.model.work.outputs import check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.detector import Detector, On
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.imports import uncollected
-from controlnet.preprocessors.remote import place
+from controlnet.preprocessors.remote import is_url, place
 from controlnet.preprocessors.shards import Shard, claim, parse_shard
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def make_maps(
     """Every chosen kind of map of every input. With several, one that fails is reported and the rest goes on."""
     with uncollected():
         from controlnet.model.work import maps
-        from controlnet.preprocessors import geometry, images
+        from controlnet.preprocessors import geometry
         from controlnet.preprocessors.clips import is_clip
 
     flags = SimpleNamespace(**given)  # those of COMMON
@@ -47,19 +47,8 @@ def make_maps(
     _check_films(flags, films, sources, used)
     sources = [source for source in sources if source not in films]
     _check_places(flags.out, "-" in sources, several, flags.as_json)
-    preview = flags.preview
-    if preview is not None:
-        check_png("--preview", preview)
-        preview = None if keeps(preview, flags.overwrite, flags.skip_existing) else preview
-    read = images.read_bytes
-    if "-" in sources:
-        if used or flags.ray is not None:
-            raise UsageError("standard input is read by one process", "the name of a file")
-        piped = images.read_bytes("-")  # once for all kinds
-
-        def read(source: str) -> bytes:
-            return piped if source == "-" else images.read_bytes(source)
-
+    preview = _sheet_of(flags, sources, several)
+    read = _reader(sources, alone=not used and flags.ray is None)
     if flags.out is not None and is_folder(flags.out):
         settings = [[row.kind, row.name, vars(options)] for row, options in chosen]
         claim(place(flags.out), part, [settings, flags.size, flags.resize, sources])
@@ -97,6 +86,31 @@ def make_maps(
     if failed:
         say(f"{failed} of {len(sources) * len(chosen)} maps failed")
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _sheet_of(flags: SimpleNamespace, sources: list[str], several: bool) -> Path | None:
+    """Where the preview goes: as asked for, and of several kinds beside the maps; None for none, or one that stays."""
+    sheet = flags.preview
+    if sheet is not None:
+        check_png("--preview", sheet)
+    elif several and sources and "-" not in sources:
+        name = f"{Path(sources[0]).stem}.all.png" if len(sources) == 1 else "all.png"
+        folder = Path(sources[0]).parent if flags.out is None else Path(flags.out)
+        sheet = None if is_url(str(folder)) else folder / name
+    return None if sheet is None or keeps(sheet, flags.overwrite, flags.skip_existing) else sheet
+
+
+def _reader(sources: list[str], alone: bool) -> Callable[[str], bytes]:
+    """What gives the bytes of a source; standard input is read once for all kinds. Raises UsageError if it is asked for
+    and several processes work."""
+    from controlnet.preprocessors.images import read_bytes
+
+    if "-" not in sources:
+        return read_bytes
+    if not alone:
+        raise UsageError("standard input is read by one process", "the name of a file")
+    piped = read_bytes("-")
+    return lambda source: piped if source == "-" else read_bytes(source)
 
 
 def _check_films(flags: SimpleNamespace, films: list[str], sources: list[str], used: list) -> None:

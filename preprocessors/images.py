@@ -212,6 +212,7 @@ def _in_runs(image: np.ndarray, info: PngImagePlugin.PngInfo) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     buffer = io.BytesIO(PNG_BEGINS)
     buffer.seek(0, io.SEEK_END)
-    for name, *data in ((b"IHDR", header), *info.chunks, (b"IDAT", packed), (b"IEND", b"")):
-        PngImagePlugin.putchunk(buffer, name, data[0])
+    text = [(name, data) for name, data, *_ in info.chunks]
+    for name, data in ((b"IHDR", header), *text, (b"IDAT", packed), (b"IEND", b"")):
+        PngImagePlugin.putchunk(buffer, name, data)
     return buffer.getvalue()

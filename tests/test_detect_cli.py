@@ -184,6 +184,11 @@ def test_a_map_of_every_kind(run, folder):
     assert "error: pose: the weights blazepose are not on this machine" in err
     assert "s.png" in files(folder) and "one.pose.png" not in files(folder)
     assert np.asarray(Image.open(folder / "s.png")).shape[0] > 3 * 256  # the photo, and a cell for each kind
+    assert (
+        run("detect", "all", folder / "one.png", "--offline", "--size", "64", "-o", f"{folder}/m/")[0] == Exit.PARTIAL
+    )
+    assert (folder / "m/one.all.png").is_file() and "one.all.png" not in files(folder)
+    assert run("detect", "all", folder / "one.png", "--offline", "-o", f"{folder}/m/")[0] == Exit.OUTPUT
     assert run("detect", "all", "-")[0] == Exit.USAGE
     assert run("detect", "all", folder / "one.png", "-o", folder / "x.png")[0] == Exit.USAGE
     code, _, told = run("detect", "all", folder / "none.png")

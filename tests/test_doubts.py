@@ -143,7 +143,7 @@ def test_classes(photo):
 def test_maps_of_maps_and_of_other_kinds(photo, lines):
     twice = rgb(canny(lines))
     assert what(lines, "canny") == [] and what(twice, "canny") == ["doubled lines"]
-    assert what(photo, "canny") == ["coloured lines"] == what(photo, "softedge")
+    assert what(photo, "canny") == ["no line map"] == what(photo, "softedge")
     record = {"kind": "canny", "source": "house.depth.png"}
     assert [d.what for d in doubts(lines, "canny", record=record)] == ["map of a map"]
     assert [d.what for d in doubts(lines, "canny", record={"kind": "canny", "source": "house.png"})] == []

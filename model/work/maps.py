@@ -263,7 +263,7 @@ def expand(
 ) -> list[str]:
     """Folders become the pictures in them, sorted, unless `maps_too` without earlier maps (`*.KIND.png`). Raises
     InputError for a folder without pictures. `say` gets a warning if pictures are skipped."""
-    maps = () if maps_too else tuple(f".{kind}.png" for kind in KINDS)
+    maps = () if maps_too else (*(f".{kind}.png" for kind in KINDS), ".all.png")
     sources: list[str] = []
     for name in inputs:
         if not name:

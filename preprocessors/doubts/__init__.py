@@ -14,7 +14,7 @@ from controlnet.preprocessors.doubts.look import Doubt, Look
 from controlnet.preprocessors.kinds import kind_named
 
 CHECKS = (
-    files.transparent, files.of_another_kind, files.map_of_a_map, values.empty, lines.coloured, lines.inverted,
+    files.transparent, files.of_another_kind, files.map_of_a_map, values.empty, lines.not_lines, lines.inverted,
     lines.grey, lines.doubled, poses.without_skeleton, poses.exchanged, values.coloured_depth, values.reversed_depth,
     values.exchanged_normals, values.not_normals, values.off_palette, files.of_another_size, files.of_another_aspect,
 )  # fmt: skip
@@ -23,7 +23,7 @@ OUTWEIGHS = {
     "transparency": (
         "empty condition",
         "inverted lines",
-        "coloured lines",
+        "no line map",
         "grey lines",
         "doubled lines",
         "no skeleton",
@@ -37,7 +37,7 @@ OUTWEIGHS = {
         "no normal map",
     ),
     "inverted lines": ("grey lines", "doubled lines"),
-    "coloured lines": ("inverted lines", "grey lines", "doubled lines"),
+    "no line map": ("inverted lines", "grey lines", "doubled lines"),
     "coloured depth": ("reversed depth",),
     "no skeleton": ("red and blue exchanged",),
     "red and blue exchanged": ("no normal map", "colours beyond the palette"),
