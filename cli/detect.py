@@ -17,7 +17,6 @@ from controlnet.cli.making import make_maps
 from controlnet.cli.options import (
     Json,
     Offline,
-    Out,
     Overwrite,
     Processes,
     Quiet,
@@ -41,7 +40,16 @@ from typer.core import TyperGroup
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="PHOTO", help="Pictures, folders of pictures, or - for standard input; pose also draws OpenPose JSON."
+        metavar="PHOTO",
+        help="Pictures, folders of pictures, videos, or - for standard input; pose also draws OpenPose JSON.",
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--out",
+        help="Where maps go: a .png, of a video a .mp4, .mov, .mkv or .avi; a folder; - for standard output.",
     ),
 ]
 Size = Annotated[str, typer.Option(help="Size of the map: WIDTHxHEIGHT, or one number for a square. Multiples of 8.")]
@@ -81,6 +89,9 @@ class KindGroup(TyperGroup):
         return super().get_command(ctx, name) or _command(find_detector(name))
 
     def resolve_command(self, ctx, args):
+        flags = [arg.split("=")[0] for arg in args]
+        if args[0] == "all" or {"--detector", "--help", "-h"} & set(flags):
+            add_plugins()  # else they are looked for when their kind is asked for
         with uncollected():
             command = _all_command() if args[0] == "all" else _command(find_detector(args[0]))
             return args[0], finish(command, f"detect {args[0]}"), args[1:]
@@ -166,7 +177,9 @@ def _command(default: Detector):
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=Annotated[_type_of(field), typer.Option(_flag(field.name), help=field_docs(owner)[field.name])],
+            annotation=Annotated[
+                _type_of(field), typer.Option(_flag(field.name), help=field_docs(owner).get(field.name, ""))
+            ],
         )
         for field, owner in all_options.values()
     ]

@@ -108,7 +108,7 @@ def main(args: list[str] | None = None) -> None:
             verbose.close()
             show.close()
             sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends
-            if args is None:
+            if args is None and not _is_one_of_several():
                 gc.freeze()  # the interpreter need not look for garbage when it ends, which can take a second
     except SystemExit as stop:
         if stop.code == Exit.INTERRUPTED and args is None and threading.active_count() > 1:
@@ -131,6 +131,12 @@ def main(args: list[str] | None = None) -> None:
         full = error.errno in _FULL
         _tell(f"{name}: {error.strerror}", "free some disk, then the same command again" if full else "")
         _leave(Exit.OUTPUT if full or error.errno == errno.EROFS else Exit.INPUT)
+
+
+def _is_one_of_several() -> bool:
+    """Whether torch's processes are connected: what connects them must be taken apart before the interpreter ends."""
+    group = sys.modules.get("torch.distributed")
+    return group is not None and group.is_available() and group.is_initialized()
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -25,7 +25,7 @@ from controlnet.preprocessors.errors import InputError, OutputError
 from controlnet.preprocessors.remote import is_there, is_url, put, put_new, read_url
 
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-_NAME = re.compile(rf"\.{_HOST}-(\d+)-\d+\.tmp")
+_NAME = re.compile(rf"\.{_HOST}-(\d+)-\d+\.tmp(?:\.\w+)?")
 _numbers = itertools.count()
 _swept: set[Path] = set()
 

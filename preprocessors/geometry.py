@@ -44,6 +44,12 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+def check_resize(resize: str) -> None:
+    """Raises UsageError for a manner that `fit` does not know."""
+    if resize not in RESIZES:
+        raise UsageError(f"--resize {resize!r}: expected one of {', '.join(RESIZES)}", "--resize crop")
+
+
 def fit(image: np.ndarray, size: tuple[int, int], resize: str = "crop") -> np.ndarray:
     """Bring (H, W, 3) uint8 to `size` (width, height).
 

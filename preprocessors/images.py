@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from controlnet.preprocessors.errors import InputError, OutputError, reason
 from controlnet.preprocessors.files import exists, is_dir
+from controlnet.preprocessors.films import ENDINGS
 from controlnet.preprocessors.metadata import KEY, exif_of, text_in
 from controlnet.preprocessors.remote import is_url, read_url
 from controlnet.preprocessors.tars import read_member, split
@@ -29,6 +30,8 @@ JPEG_EXIF = 65_000
 """Bytes of EXIF that a JPEG holds."""
 ORIENTATION = 0x0112
 """The EXIF tag of how a picture is turned; from 5 on width and height are exchanged."""
+_FILMS = (b"ftypisom", b"ftypmp42", b"ftypqt  ", b"ftypM4V ", b"ftypmp41", b"ftypavc1")
+"""Bytes 4 to 12 of common videos."""
 _NO_PICTURES = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 """Formats that Pillow lists but reads only with another program, or that hold no picture."""
 _OTHERS = (
@@ -78,13 +81,13 @@ def read_bytes(source: str) -> bytes:
         if not exists(path):
             raise InputError(f"{source}: no such file", f"ls {path.parent}")
         if is_dir(path):
-            raise InputError(f"{source}: is a folder, expected a picture")
+            raise InputError(f"{source}: is a folder, expected a picture", f"ls {source}")
         try:
             data = path.read_bytes()
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from error
     if not data:
-        raise InputError(f"{source}: is empty, expected a picture")
+        raise InputError(f"{source}: is empty, expected a picture", "the name of a picture")
     return data
 
 
@@ -113,6 +116,8 @@ def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarr
     except InputError:
         raise
     except UnidentifiedImageError as error:
+        if name.lower().endswith(ENDINGS) or data[4:12] in _FILMS:
+            raise InputError(f"{name}: is a video, expected a picture", f"controlnet detect canny {name}") from error
         if why := why_skipped(Path(name)) or ("HEIC needs: pip install pillow-heif" if data[4:8] == b"ftyp" else ""):
             raise InputError(f"{name}: cannot be read here", why) from error
         what = "is cut off or damaged" if _looks_like_image(data) else "is not a picture"
@@ -135,6 +140,12 @@ def alpha_of(data: bytes) -> np.ndarray | None:
     """The transparency (H, W) uint8 of a picture that `read_image` reads; None if it has none."""
     rgba = read_rgba(data)
     return None if rgba is None else np.ascontiguousarray(rgba[..., 3])
+
+
+def sixteen_bits(data: bytes) -> bool:
+    """Whether a picture has more than 8 bits a level, which `read_image` leaves of them."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode.startswith("I;16") or image.mode in ("I", "F")
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

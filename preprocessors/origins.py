@@ -21,6 +21,8 @@ OnBytes = Callable[[int, int], None]
 Fetched = dict[str, bytes | Path]
 """File name -> its bytes, or where it lies."""
 CHUNK = 1 << 20
+_UNREACHABLE: list[str] = []
+"""What could not be asked for because there was no way to the hub."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,16 @@ class Hub:
 
     def fetch(self, size: int, on_bytes: OnBytes) -> Fetched:
         from huggingface_hub import hf_hub_download, logging
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
         logging.set_verbosity_error()  # it reports every attempt
+        if _UNREACHABLE:
+            raise ModelError(f"cannot be fetched from {self.place}: the model hub could not be reached just now")
         try:
             return {Path(file).name: Path(hf_hub_download(self.place, file)) for file in self.files}
         except Exception as error:  # the client raises a dozen types for a network or a repository that is not there
+            if isinstance(error, (ConnectionError, LocalEntryNotFoundError)):
+                _UNREACHABLE.append(self.place)  # it tries for half a minute, each time
             raise ModelError(
                 f"cannot be fetched from {self.place} on the model hub ({type(error).__name__})"
             ) from error

@@ -64,12 +64,16 @@ class Steady:
                 now.append((person, np.zeros(len(person), int)))
             else:
                 now.append(_followed(person, *before.pop(nearest), height))
+        for old, missed in before:  # nobody is near: who is lost stays for a while as well
+            person, again = _followed(np.zeros_like(old), old, missed, 1.0)
+            if (person[:, 2] > 0).any():
+                now.append((person, again))
         self.people = now
         return [person for person, _ in now]
 
     def depth(self, condition: Condition) -> Condition:
         """The depth map of a frame, in the scale of the one before: a network gives each frame a scale of its own."""
-        ends = condition.record["normalisation"]
+        ends = condition.record.get("normalisation", {"black": 0.0, "white": 1.0})
         top = np.iinfo(condition.map.dtype).max
         near = condition.map.astype(np.float32) / top * (ends["white"] - ends["black"]) + ends["black"]
         if self.near is not None and self.ends is not None and self.near.shape == near.shape:

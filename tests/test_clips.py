@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -32,6 +33,10 @@ def clip(tmp_path):
         for number in range(FRAMES):
             add(frame(number))
     return path
+
+
+def shown(path):
+    return read_image(path.read_bytes(), str(path))
 
 
 def left_edge(map_):
@@ -99,6 +104,7 @@ def test_ffmpeg_is_given_what_it_needs(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\nfor out; do :; done\ncat > "$out"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(clips, "_count", lambda path: 2)
     with clips.written(tmp_path / "a.mp4", (128, 96), 12) as add:
         add(frame(0))
         add(frame(1)[:, ::-1])
@@ -107,7 +113,12 @@ def test_ffmpeg_is_given_what_it_needs(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\ncat > /dev/null\necho no such codec >&2\nexit 1\n")
     with pytest.raises(OutputError, match="no such codec"), clips.written(tmp_path / "b.mp4", (128, 96), 12) as add:
         add(frame(0))
-    assert not (tmp_path / "b.mp4").exists()
+    program.write_text("#!/bin/sh\necho no such encoder >&2\nexit 1\n")  # it does not wait for frames
+    video = clips.written(tmp_path / "b.mp4", (8, 8), 1)
+    with pytest.raises(OutputError, match="no such encoder") as error, video as add:
+        for _ in range(5000):
+            add(np.zeros((8, 8, 3), np.uint8))
+    assert error.value.hint and sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "ffmpeg"]
 
 
 def test_a_video_that_fails_half_way_leaves_nothing(tmp_path):
@@ -122,6 +133,9 @@ def test_a_video_that_fails_half_way_leaves_nothing(tmp_path):
     (["clip.avi", "-o", "-"], 2, "maps of a video"),
     (["clip.avi", "-o", "maps.webm"], 2, "-o maps.mp4"), (["clip.avi", "--every", "0"], 2, "--every 0"),
     (["clip.avi", "--steady"], 2, "canny maps cannot be steadied"), (["a.png", "--steady"], 2, "are for videos"),
+    (["clip.avi", "-o", "x.png"], 2, "go to a folder or a video"), (["a.png", "-o", "x.mp4"], 2, "written as PNG"),
+    (["clip.avi", "-o", "clip.avi", "--overwrite"], 2, "is the video itself"),
+    (["clip.avi", "--preview", "x.txt"], 2, "expected a .png"),
     (["clip.avi", "--processes", "2"], 2, "made by one process"), (["clip.avi", "--shard", "1/2"], 2, "one process"),
 ])  # fmt: skip
 def test_mistakes_are_told_and_leave_nothing(clip, monkeypatch, capsys, args, code, said):
@@ -170,7 +184,8 @@ def test_poses_tremble_less_and_follow(tmp_path):
     without[4] = 0
     seen = [calm.poses([without])[0][4, 2] > 0 for _ in range(5)]
     assert seen == [True, True, True, False, False]
-    assert calm.poses([]) == [] and len(calm.poses([moved, moved + (0.4, 0, 0)])) == 2
+    held = [len(calm.poses([])) for _ in range(5)]
+    assert held == [1, 1, 1, 0, 0] and len(calm.poses([moved, moved + (0.4, 0, 0)])) == 2
 
 
 def test_two_people_keep_apart():
@@ -225,3 +240,69 @@ def test_steady_depth_of_a_video(clip):
     assert plain.shape == calm.shape == (FRAMES, 64, 64, 3)
     change = [np.abs(np.diff(video[:, :16], axis=0)).mean() for video in (plain, calm)]
     assert change[1] < change[0]  # above the square nothing moves
+
+
+def test_a_full_disk_leaves_no_video(clip, monkeypatch):
+    """OpenCV does not say so: what can be read again is counted."""
+    out = clip.with_name("maps.avi")
+    assert run("detect", "canny", clip, "--size", "64", "-o", out, "-q") == 0
+    before = out.read_bytes()
+    monkeypatch.setattr(clips, "_count", lambda path: 3)
+    assert run("detect", "canny", clip, "--size", "64", "-o", out, "-q", "--overwrite") == 4
+    assert out.read_bytes() == before and len(list(clip.parent.iterdir())) == 2
+
+
+def test_what_is_there_stays(clip, tmp_path):
+    """With --skip-existing a foreign file, a video, and a map that would be made again; no map of another video or
+    size."""
+    mine = tmp_path / "mine.mp4"
+    mine.write_bytes(b"mine")
+    assert run("detect", "canny", clip, "-o", mine, "--skip-existing", "-q") == 0 and mine.read_bytes() == b"mine"
+    folder = tmp_path / "maps"
+    to = ("-o", f"{folder}/", "-q")
+    assert run("detect", "canny", clip, "--size", "64", "--every", "4", *to) == 0
+    (folder / "000004.canny.png").write_bytes(b"mine")
+    assert run("detect", "canny", clip, "--size", "96x64", "--every", "4", "--skip-existing", *to) == 0
+    assert shown(folder / "000000.canny.png")[0].shape == (64, 96, 3)
+    assert (folder / "000004.canny.png").read_bytes() == b"mine"
+    other = tmp_path / "other.avi"
+    with clips.written(other, (128, 96), 12) as add:
+        add(frame(3))
+    assert run("detect", "canny", other, "--size", "96x64", "--skip-existing", *to) == 0
+    assert json.loads(shown(folder / "000000.canny.png")[1]["controlnet"])["source"] == "other.avi"
+    assert run("detect", "depth", clip, "--steady", "--skip-existing", "-q") == 2
+
+
+def test_several_videos_and_one_that_is_bad(clip, tmp_path, capsys):
+    shutil.copy(clip, tmp_path / "two.avi")
+    (tmp_path / "bad.avi").write_bytes(b"no video")
+    to = ("--size", "64", "--every", "9", "-q")
+    assert run("detect", "canny", tmp_path / "bad.avi", clip, tmp_path / "two.avi", "-o", f"{tmp_path}/m/", *to) == 6
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["clip.canny", "two.canny"]
+    assert "1 of 3 maps failed" in capsys.readouterr().err
+    (tmp_path / "b").mkdir()
+    shutil.copy(clip, tmp_path / "b/clip.avi")
+    assert run("detect", "canny", clip, tmp_path / "b/clip.avi", "-o", f"{tmp_path}/n/", *to) == 2
+    assert run("detect", "all", clip, "--offline", "-o", f"{tmp_path}/all/", *to) == 6
+    assert run("detect", "all", clip, "--offline", "-o", tmp_path / "all.mp4", *to) == 2
+    assert run("detect", "inpaint", clip, "-o", tmp_path / "i.mp4", *to) == 2
+
+
+def test_a_video_that_is_cut_off_is_told(clip, capsys, monkeypatch):
+    real = clips.open_clip
+    monkeypatch.setattr(clips, "open_clip", lambda path: replace(real(path), count=20))
+    assert run("detect", "canny", clip, "--size", "64", "-q") == 0
+    assert "only 9 of its 20 frames can be read" in capsys.readouterr().err
+
+
+def test_names_that_opencv_cannot_take(tmp_path):
+    path = tmp_path / "a\udcff.avi"
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="not UTF-8"):
+        clips.open_clip(str(path))
+
+
+def test_a_video_in_place_of_a_picture(clip, capsys):
+    assert run("check", clip, "--kind", "canny") == 3
+    assert "is a video" in capsys.readouterr().err
+    assert run("detect", "canny", clip.parent, "-o", f"{clip.parent}/m/") == 3

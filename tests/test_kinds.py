@@ -118,6 +118,24 @@ def test_what_is_hidden_is_transparent(room, tmp_path):
     assert run("detect", "inpaint", tmp_path / "room.png", "--mask", tmp_path / "mask.png", "--size", "64") == 0
     alpha = np.asarray(Image.open(tmp_path / "room.inpaint.png"))[..., 3]
     assert alpha.shape == (64, 64) and (alpha[:, :31] == 255).all() and (alpha[:, 33:] == 0).all()
+    # Of half the size it is the same mask; of another shape it is refused; a changed one is another map.
+    command = ("detect", "inpaint", tmp_path / "room.png", "--mask", tmp_path / "mask.png", "--size", "64")
+    assert run(*command, "--skip-existing") == 0
+    Image.fromarray(mask[::2, ::2]).save(tmp_path / "mask.png")
+    before = alpha
+    assert run(*command, "--skip-existing") == 0
+    alpha = np.asarray(Image.open(tmp_path / "room.inpaint.png"))[..., 3]
+    assert (alpha != before).mean() < 0.05
+    Image.fromarray(255 - mask).save(tmp_path / "mask.png")
+    assert run(*command, "--skip-existing") == 0
+    assert (np.asarray(Image.open(tmp_path / "room.inpaint.png"))[..., 3] != before).mean() > 0.9
+    Image.fromarray(np.dstack([mask, mask, mask, mask])).save(tmp_path / "mask.png")  # white, and nothing elsewhere
+    assert run(*command, "--overwrite", "--resize", "keep") == 0
+    assert np.asarray(Image.open(tmp_path / "room.inpaint.png"))[:, :60, 3].all()
+    Image.fromarray(mask[:, :40]).save(tmp_path / "mask.png")
+    assert run(*command, "--overwrite") == 3
+    Image.fromarray(0 * mask).save(tmp_path / "mask.png")
+    assert run(*command, "--overwrite") == 3  # nothing is hidden
     assert run("detect", "inpaint", tmp_path / "room.png", "--mask", tmp_path / "none.png", "--overwrite") == 3
 
 

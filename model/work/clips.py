@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from controlnet.model.work.maps import Detection, Made, in_turn, small
-from controlnet.model.work.outputs import keeps
+from controlnet.model.work.maps import Detection, Made, in_turn, small, stays
+from controlnet.model.work.outputs import IMAGES, keeps
 from controlnet.preprocessors import clips, steady
 from controlnet.preprocessors.condition import Condition
-from controlnet.preprocessors.errors import ControlNetError, NothingFoundError, OutputError, UsageError
-from controlnet.preprocessors.files import is_file, write_file
+from controlnet.preprocessors.errors import ControlNetError, NothingFoundError, UsageError
+from controlnet.preprocessors.files import exists, is_dir, is_file, write_file
+from controlnet.preprocessors.films import ENDINGS, WRITTEN
+from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.remote import place
 from controlnet.preprocessors.stage_one import stage_one
+
+WHOLE = 0.98
+"""The share of a video's frames that must be readable: headers are a little off."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class ClipJob:
 
     @property
     def to_video(self) -> bool:
-        return self.out.suffix.lower() in clips.WRITTEN
+        return self.out.suffix.lower() in WRITTEN
 
 
 def place_of(source: str, out: str | None, kind: str, several: bool) -> Path:
@@ -46,53 +51,70 @@ def place_of(source: str, out: str | None, kind: str, several: bool) -> Path:
     own = place(source)
     if out is None:
         return own.with_name(f"{own.stem}.{kind}")
-    if out == "-":
-        raise UsageError("maps of a video do not go to standard output", f"-o {own.stem}.{kind}/")
-    if out.lower().endswith(clips.WRITTEN):
+    folder = out.endswith("/") or is_dir(out)
+    if out == "-" or (not folder and out.lower().endswith(IMAGES)):
+        raise UsageError(f"-o {out}: maps of a video go to a folder or a video", f"-o {own.stem}.{kind}/")
+    if not folder and out.lower().endswith(ENDINGS):
         if several:
             raise UsageError(f"-o {out}: takes the maps of one video", "-o maps/")
+        if not out.lower().endswith(WRITTEN):
+            raise UsageError(f"-o {out}: videos are written as {', '.join(WRITTEN)}", "-o maps.mp4")
+        if exists(out) and place(out).resolve() == own.resolve():
+            raise UsageError(f"-o {out}: is the video itself", f"-o {own.stem}.{kind}{own.suffix}")
         return place(out)
-    if out.lower().endswith(clips.ENDINGS):
-        raise UsageError(f"-o {out}: videos are written as {', '.join(clips.WRITTEN)}", "-o maps.mp4")
     return place(out) / f"{own.stem}.{kind}" if several else place(out)
 
 
-def run(asked: ClipJob, previews: int) -> Iterator[Made]:
-    """What became of every frame, in turn; of a video that is written, a result without fields for each frame and one
-    for the whole at the end. The first `previews`
-    frames come with a small photo and map. Raises what a frame raises, if it is not that nothing was found: then the
-    map is black, or with `steady` what was there before."""
+def check(asked: ClipJob) -> None:
+    """Raises UsageError for what cannot be done with a video, OutputError for a result that is in the way."""
+    kind = asked.job.detector.kind
     if asked.steady:
-        steady.check(asked.job.detector.kind)
-    if asked.to_video:
-        keeps(asked.out, asked.job.overwrite or asked.job.skip_existing, skip_existing=False)
+        steady.check(kind)
+        if asked.job.skip_existing and not asked.to_video:
+            raise UsageError("--steady --skip-existing: a steady map follows from the one before it", "--overwrite")
+    if asked.to_video and kind_named(kind).hides:
+        raise UsageError(f"{kind} maps hide a part, which a video cannot", f"-o {asked.out.with_suffix('')}/")
+
+
+def run(asked: ClipJob, previews: int, say: Callable[[str], None] = lambda text: None) -> Iterator[Made]:
+    """What became of every frame, in turn; of a video that is written, a result without fields for each frame and one
+    for the whole at the end. The first `previews` frames come with a small photo and map. Where nothing is found the
+    map is black, or with `steady` for some frames what was there before. Raises what else a frame raises."""
+    check(asked)
+    name, kind = Path(asked.clip.path).name, asked.job.detector.kind
+    told = {"output": str(asked.out), "source": name, "kind": kind}
+    if asked.to_video and keeps(asked.out, asked.job.overwrite, asked.job.skip_existing):
+        yield Made(told | {"skipped": True})
+        return
     digest = _sha256(asked.clip.path)
     calm = steady.Steady() if asked.steady else None
-    name = Path(asked.clip.path).name
+    done = last = nothing = 0
     with ExitStack() as stack:
         add: Callable[[np.ndarray], Any] | None = None
-        done = 0
         looked = in_turn(lambda one: _look(asked, name, digest, *one), asked.clip.frames(asked.every))
         for number, frame, condition in looked:
+            last = number
             if condition is None:  # its map is there already
-                yield Made({"output": str(_file(asked, number)), "source": name, "kind": asked.job.detector.kind,
-                            "frame": number, "skipped": True})  # fmt: skip
+                yield Made(told | {"output": str(_file(asked, number)), "frame": number, "skipped": True})
                 continue
+            nothing += not condition.map.any()
             condition = calm(condition) if calm is not None else condition
             shown = small(frame, condition, asked.job.resize) if done < previews else None
             done += 1
-            if asked.to_video:
-                if add is None:
-                    add = stack.enter_context(clips.written(asked.out, condition.size, asked.clip.rate / asked.every))
-                add(_eight_bits(condition))
-                yield Made({}, preview=shown)
+            if not asked.to_video:
+                write_file(_file(asked, number), condition.png())
+                yield Made({"output": str(_file(asked, number)), **condition.record}, preview=shown)
                 continue
-            write_file(_file(asked, number), condition.png())
-            yield Made({"output": str(_file(asked, number)), **condition.record}, preview=shown)
+            if add is None:
+                add = stack.enter_context(clips.written(asked.out, condition.size, asked.clip.rate / asked.every))
+            add(_eight_bits(condition))
+            yield Made({}, preview=shown)
+    if nothing:
+        say(f"warning: {name}: nothing is found on {nothing} of {done} frames")
+    if last + asked.every < asked.clip.count * WHOLE:
+        say(f"warning: {name}: only {last + 1} of its {asked.clip.count} frames can be read")
     if asked.to_video:
-        if add is None:
-            raise OutputError(f"{asked.out}: no frame to write", "--every 1")
-        yield Made({"output": str(asked.out), "source": name, "kind": asked.job.detector.kind, "frames": done})
+        yield Made(told | {"frames": done})
 
 
 def _file(asked: ClipJob, number: int) -> Path:
@@ -104,8 +126,8 @@ def _look(
 ) -> tuple[int, np.ndarray, Condition | None]:
     job = asked.job
     if not asked.to_video:
-        target = _file(asked, number)
-        if not asked.steady and job.skip_existing and is_file(target):
+        target, more = _file(asked, number), {"frame": number}
+        if job.skip_existing and is_file(target) and stays(job, target, name, digest, more):
             return number, frame, None
         keeps(target, job.overwrite or job.skip_existing, skip_existing=False)
     assert job.ready is not None

@@ -21,6 +21,7 @@ from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.detector import Detector, On, Ready
 from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, NothingFoundError, UsageError
 from controlnet.preprocessors.files import is_dir, is_file, write_file
+from controlnet.preprocessors.films import is_clip
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_image, suffixes, why_skipped
 from controlnet.preprocessors.keypoints import draw_json, to_json
@@ -202,15 +203,11 @@ def _one(
     preview: bool,
     say: Callable[[str], None],
 ) -> Made:
-    def told(size: tuple[int, int]) -> dict:
-        return record(job.detector, job.options, size, job.resize, Path(source).name, digest)
-
     data = job.read(source)
     digest = sha256(data)
+    name = Path(source).name
     if target is not None and is_file(target) and job.skip_existing:
-        before, size = _record_of(target)
-        same = before is None or told(size if job.resize == "keep" else job.size).items() <= before.items()
-        if before is None or (same and (keypoints is None or keypoints.exists())):
+        if stays(job, target, name, digest, others=keypoints is None or keypoints.exists()):
             return Made({"output": str(target), "source": source, "kind": job.detector.kind, "skipped": True})
     elif target is not None:
         # With --skip-existing another process may have made the map meanwhile: it is written once more.
@@ -218,12 +215,13 @@ def _one(
     image = None
     if is_points(job.detector.kind, source):
         map_, fields = draw_json(data, source, job.size, job.resize, job.options.allow_empty)
-        condition = recorded(map_, "pose", source, told((map_.shape[1], map_.shape[0])) | fields)
+        made = record(job.detector, job.options, (map_.shape[1], map_.shape[0]), job.resize, name, digest)
+        condition = recorded(map_, "pose", source, made | fields)
     else:
         assert job.ready is not None
         image, _ = read_image(data, source, lambda text: say(f"warning: {text}"))
         try:
-            condition = stage_one(image, job.ready, job.size, job.resize, Path(source).name, digest)
+            condition = stage_one(image, job.ready, job.size, job.resize, name, digest)
         except NothingFoundError as error:
             raise NothingFoundError(f"{source}: {error}", error.hint) from error
     if keypoints is not None:
@@ -249,6 +247,19 @@ def small(image: np.ndarray | None, condition: Condition, resize: str) -> tuple[
     return fit(shown, small, "stretch"), fit(eight, small, "stretch")
 
 
+def stays(
+    job: Detection, target: Path, name: str, digest: str, more: dict[str, Any] | None = None, others: bool = True
+) -> bool:
+    """Whether an existing map is left as it is: the one that would be made again of a photo with this name and sha256,
+    or one that is none of ours. `others`: whether what is made beside the map is there as well."""
+    before, size = _record_of(target)
+    if before is None:
+        return True
+    wanted = size if job.resize == "keep" else job.size
+    again = record(job.detector, job.options, wanted, job.resize, name, digest) | (more or {})
+    return others and again.items() <= before.items()
+
+
 def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
     """The record in an existing map's PNG text, and the map's size; None for a file that is not ours."""
     try:
@@ -259,12 +270,18 @@ def _record_of(target: Path) -> tuple[dict | None, tuple[int, int]]:
 
 
 def expand(
-    inputs: list[str], recursive: bool, say: Callable[[str], None] = lambda text: None, maps_too: bool = False
+    inputs: list[str],
+    recursive: bool,
+    say: Callable[[str], None] = lambda text: None,
+    maps_too: bool = False,
+    again: str = "detect canny",
 ) -> list[str]:
     """Folders become the pictures in them, sorted, unless `maps_too` without earlier maps (`*.KIND.png`). Raises
-    InputError for a folder without pictures. `say` gets a warning if pictures are skipped."""
+    InputError for a folder without pictures; `again` is the command that its hint names. `say` gets a warning if
+    pictures or videos are skipped."""
     maps = () if maps_too else (*(f".{kind}.png" for kind in KINDS), ".all.png")
     sources: list[str] = []
+    films = 0
     for name in inputs:
         if not name:
             raise UsageError("an empty name in place of a photo", "controlnet detect canny PHOTO")
@@ -273,14 +290,17 @@ def expand(
             continue
         inside = sorted(path for path in place(name).glob("**/*" if recursive else "*") if is_file(path))
         found = [str(p) for p in inside if p.suffix.lower() in suffixes() and not p.name.endswith(maps)]
+        films += sum(is_clip(path.name) for path in inside)
         if skipped := [f"{path} ({why})" for path in inside if (why := why_skipped(path))]:
             say(f"warning: {len(skipped)} pictures skipped, the first: {skipped[0]}")
         if not found:
             raise InputError(
                 f"{name}: the folder holds no pictures (it is searched for {', '.join(sorted(suffixes())[:8])}, ...)",
-                f"controlnet detect canny {name} --recursive",
+                f"controlnet {again} {name} --recursive",
             )
         sources += found
+    if films:
+        say(f"warning: {films} videos in folders are skipped; a video is made when it is named itself")
     return list(dict.fromkeys(sources))
 
 

@@ -15,14 +15,20 @@ from controlnet.preprocessors.errors import ModelError, reason
 
 Shapes = tuple[tuple[int, ...], ...]
 """Of a network's input and of its first outputs."""
+_LOADING = Lock()
 _ONE_AT_A_TIME = Lock()
 """LiteRT's interpreter belongs to one thread at a time."""
 
 
-@cache
 def load(path: Path, shapes: Shapes, name: str):
-    """The network in a file. Raises ModelError for another file, or one whose input and outputs have other shapes;
-    `name` is that of the weights."""
+    """The network in a file, loaded once. Raises ModelError for another file, or one whose input and outputs have other
+    shapes; `name` is that of the weights."""
+    with _LOADING:  # standard error is silent meanwhile, for all threads
+        return _load(path, shapes, name)
+
+
+@cache
+def _load(path: Path, shapes: Shapes, name: str):
     from ai_edge_litert.interpreter import Interpreter
 
     cure = f"controlnet models pull {name}, or --weights DIR"

@@ -26,8 +26,8 @@ class Network:
     """A network that one photo at a time is given to, from any thread.
 
     `forward` gets a batch (B, ...) on the device and returns tensors (B, ...). A call takes (1, ...) on the CPU and
-    returns (1, ...) in float32 on the CPU. Numbers are those of `on`; without, half precision if `half` and the
-    processor has it, else float32. `exact` names parts that always work in float32, because a map shows their steps."""
+    returns (1, ...) in float32 on the CPU. Numbers are those of `on`; without, bfloat16 if `half` and the processor
+    multiplies it, else float32. `exact` names parts that always work in float32, because a map shows their steps."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Network:
         exact: tuple[str, ...] = (),
     ):
         self.device = choose_device(on.device)
-        self.dtype = choose_dtype(on.dtype, self.device) if half or on.dtype else torch.float32
+        self.dtype = choose_dtype(on.dtype, self.device) if on.dtype else _best(self.device, half)
         self.module = module.eval().to(self.device, self.dtype)
         for name in exact if self.dtype != torch.float32 else ():
             module.get_submodule(name).float().register_forward_pre_hook(_in_float32, with_kwargs=True)
@@ -80,6 +80,15 @@ class Network:
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype)
+
+
+def _best(device: torch.device, half: bool) -> torch.dtype:
+    """float16 is never taken by itself: it overflows in networks that were not trained for it, such as HED."""
+    if not half:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return choose_dtype(None, device)
 
 
 def _in_float32(module: nn.Module, given: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import Box
 
 
@@ -98,7 +98,8 @@ def shuffle(image: np.ndarray, options: ShuffleOptions = ShuffleOptions()) -> np
 
 
 def inpaint(image: np.ndarray, options: InpaintOptions, mask: np.ndarray | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, and a mask of that size -> (H, W, 4) uint8, transparent where the photo is hidden."""
+    """(H, W, 3) uint8 RGB, and a mask of that size -> (H, W, 4) uint8, transparent where the photo is hidden. Raises
+    InputError where nothing is."""
     height, width = image.shape[:2]
     if mask is None:
         left, top, right, bottom = parse_box(options.box)
@@ -106,6 +107,8 @@ def inpaint(image: np.ndarray, options: InpaintOptions, mask: np.ndarray | None 
         hidden[round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
     else:
         hidden = mask.mean(2) > 127
+    if not hidden.any():
+        raise InputError("nothing is hidden", "--mask with something white, or a larger --box")
     return np.dstack([image, np.where(hidden, 0, 255).astype(np.uint8)])
 
 

@@ -25,7 +25,8 @@ def transparent(look: Look) -> Doubt | None:
 
     def over_black() -> np.ndarray:
         # What is transparent was laid over white: map = colour * alpha + 255 * (1 - alpha).
-        return np.rint((look.map - 255.0 * (1 - alpha)).clip(0, 255)).astype(np.uint8)
+        black = np.rint((look.map - 255.0 * (1 - alpha)).clip(0, 255)).astype(np.uint8)
+        return black if np.ptp(black) else look.map  # black lines on nothing: seen on white alone
 
     ground = "white" if look.kind.form == PICTURE else "white, and these maps are on black"
     return Doubt(
