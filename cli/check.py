@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from controlnet.cli.options import Json, Out, Overwrite, Recursive, say
+from controlnet.cli.options import Json, Overwrite, Recursive, say
 from controlnet.preprocessors.errors import ControlNetError, Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
 
@@ -20,6 +20,7 @@ Kind = Annotated[
     str | None, typer.Option(metavar="KIND", help="What they are. (default: as their PNG text or names say)")
 ]
 Canvas = Annotated[str | None, typer.Option("--size", help="The canvas that they are for, WIDTHxHEIGHT.")]
+Out = Annotated[str | None, typer.Option("-o", "--out", help="Where mended maps go: a .png, or a folder.")]
 Fix = Annotated[bool, typer.Option("--fix", help="Write NAME.fixed.KIND.png, or -o, with all mended that can be.")]
 
 

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from controlnet.model.work.cluster import share
 from controlnet.model.work.crew import Crew, killed_twice
+from controlnet.model.work.machine import keep_freed_memory
 from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.detector import Detector, On, Ready
@@ -172,6 +173,7 @@ def in_turn(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     those that are finished are still yielded."""
     threads = os.cpu_count() or 1
     cv2.setNumThreads(1)  # each core takes a photo of its own, not a part of one
+    keep_freed_memory()  # the next photo needs as much: a tenth of the time
     waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
