@@ -190,9 +190,12 @@ def _command(default: Detector):
         known = {field.name for field in fields(chosen.load_options())}
         for name, value in values.items():
             if name not in known and value != all_options[name][0].default:
-                raise UsageError(
-                    f"{_flag(name)} is not an option of detector {chosen.name}", f"leave {_flag(name)} out"
-                )
+                owners = [
+                    row.name
+                    for row in DETECTORS[default.kind].values()
+                    if name in {field.name for field in fields(row.load_options())}
+                ]
+                raise UsageError(f"{_flag(name)} is not an option of detector {chosen.name}", f"--detector {owners[0]}")
         options = chosen.load_options()(**{name: value for name, value in values.items() if name in known})
         if (device or dtype) and not chosen.torch:
             raise UsageError(f"detector {chosen.name} runs on the processor alone", "leave --device and --dtype out")

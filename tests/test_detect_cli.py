@@ -198,6 +198,9 @@ def test_a_map_of_every_kind(run, folder):
 def test_options_of_another_detector(run, folder):
     code, _, err = run("detect", "pose", folder / "one.png", "--detector", "openpose", "--people", "2")
     assert code == Exit.USAGE and "--people is not an option of detector openpose" in err
+    assert "hint: --detector blazepose" in err
+    code, _, err = run("detect", "pose", folder / "one.png", "--hands")
+    assert code == Exit.USAGE and "hint: --detector dwpose" in err
     code, _, err = run("detect", "pose", folder / "one.png", "--detector", "openpose", "--allow-empty", "--offline")
     assert code == Exit.MODEL and "the weights openpose are not on this machine (510 MB" in err
 
