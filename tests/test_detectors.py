@@ -3,6 +3,7 @@ libraries' own processing."""
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,11 +387,12 @@ def test_photos_that_wait_go_through_together():
     from concurrent.futures import ThreadPoolExecutor
     from threading import Event
 
-    seen, gate = [], Event()
+    seen, begun, gate = [], Event(), Event()
 
     class Double(torch.nn.Module):
         def forward(self, x):
-            gate.wait(5)
+            begun.set()
+            gate.wait(30)
             seen.append(len(x))
             if (x < 0).any():
                 raise RuntimeError("a photo of minus one")
@@ -401,13 +403,16 @@ def test_photos_that_wait_go_through_together():
     with ThreadPoolExecutor(7) as pool:
         sizes = [3, 3, 3, 5, 3, 3]
         photos = [torch.full((1, n), float(i)) for i, n in enumerate(sizes)]
-        answers = [pool.submit(lambda x: network(x=x)[0], x) for x in photos]
-        while len(network._waiting) < 5:
-            pass
+        answers = [pool.submit(lambda x: network(x=x)[0], photos[0])]
+        assert begun.wait(30)  # the first one is alone, and the others wait for it
+        answers += [pool.submit(lambda x: network(x=x)[0], x) for x in photos[1:]]
+        until = time.monotonic() + 30
+        while len(network._waiting) < 5 and time.monotonic() < until:
+            time.sleep(0.001)
         gate.set()
         for answer, x in zip(answers, photos, strict=True):
             assert torch.equal(answer.result(10), 2 * x)
-        assert sum(seen) == 6 and sorted(seen)[-1] == 4 and len(seen) == 3
+        assert sorted(seen) == [1, 1, 4]
     with pytest.raises(RuntimeError, match="minus one"):
         network(x=torch.full((1, 2), -1.0))
     assert networks.Network(Double(), replace(CPU, dtype="bfloat16"))(x=torch.ones(1, 2))[0].dtype == torch.float32
