@@ -34,6 +34,7 @@ from controlnet.preprocessors.detectors.registry import DETECTORS, add_plugins, 
 from controlnet.preprocessors.errors import UsageError
 from controlnet.preprocessors.imports import uncollected
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.kinds import can_be_steadied
 from controlnet.preprocessors.weights import WEIGHTS, digests, is_here
 from typer.core import TyperGroup
 
@@ -210,6 +211,7 @@ def _command(default: Detector):
         default.help,
         [
             *COMMON,
+            *[parameter("steady", SteadyFlag, False)] * can_be_steadied(default.kind),
             parameter("detector", DetectorName, None),
             *own,
             *[parameter("weights", WeightsFolder, None)] * learned,
@@ -236,7 +238,6 @@ COMMON = [
     parameter("overwrite", Overwrite, False), parameter("skip_existing", SkipExisting, False),
     parameter("preview", Preview, None), parameter("quiet", Quiet, False), parameter("shard", ShardFlag, None),
     parameter("processes", Processes, None), parameter("ray", RayAddress, None), parameter("every", Every, 1),
-    parameter("steady", SteadyFlag, False),
 ]  # fmt: skip
 
 

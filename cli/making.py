@@ -42,7 +42,7 @@ def make_maps(
         from controlnet.preprocessors.geometry import check_resize, parse_size
 
     # What is asked for, and whether it can be.
-    flags = SimpleNamespace(**given, keypoints=keypoints)
+    flags = SimpleNamespace(**{"steady": False} | given, keypoints=keypoints)
     size = parse_size(flags.size)
     check_resize(flags.resize)
     flags.part, flags.used = parse_shard(flags.shard), places(flags.processes, None, flags.ray)

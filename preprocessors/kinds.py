@@ -72,6 +72,11 @@ def union_kinds(types: int) -> tuple[str, ...]:
     return tuple(kind.name for kind in sorted(known, key=lambda kind: kind.union_type or 0))
 
 
+def can_be_steadied(name: str) -> bool:
+    """Whether maps of a kind can be held steady over the frames of a video (`steady`)."""
+    return kind_named(name).form == PEOPLE or kind_named(name).score == "depth"
+
+
 def kind_named(name: str) -> Kind:
     """The row of a kind; for one that is not in the table a new row, as a picture."""
     return KINDS.get(name, Kind(name))

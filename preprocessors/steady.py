@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.errors import UsageError
-from controlnet.preprocessors.kinds import PEOPLE, kind_named
+from controlnet.preprocessors.kinds import PEOPLE, can_be_steadied, kind_named
 from controlnet.preprocessors.skeleton import draw, to_text
 
 KINDS = ("pose", "depth")
@@ -29,7 +29,7 @@ SETTLED = 0.02
 
 def check(kind: str) -> None:
     """Raises UsageError for a kind whose maps cannot be steadied."""
-    if kind_named(kind).form != PEOPLE and kind_named(kind).score != "depth":
+    if not can_be_steadied(kind):
         raise UsageError(f"--steady: {kind} maps cannot be steadied, only {' and '.join(KINDS)}", "leave --steady out")
 
 

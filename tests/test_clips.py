@@ -39,6 +39,11 @@ def shown(path):
     return read_image(path.read_bytes(), str(path))
 
 
+def shown_photo(folder):
+    Image.fromarray(frame(0)).save(folder / "photo.png")
+    return folder / "photo.png"
+
+
 def left_edge(map_):
     return int(np.flatnonzero(map_.max(0) > 100)[0])
 
@@ -132,7 +137,7 @@ def test_a_video_that_fails_half_way_leaves_nothing(tmp_path):
     (["none.mp4"], 3, "no such file"), (["bad.mp4"], 3, "no video that can be read"),
     (["clip.avi", "-o", "-"], 2, "maps of a video"),
     (["clip.avi", "-o", "maps.webm"], 2, "-o maps.mp4"), (["clip.avi", "--every", "0"], 2, "--every 0"),
-    (["clip.avi", "--steady"], 2, "canny maps cannot be steadied"), (["a.png", "--steady"], 2, "are for videos"),
+    (["a.png", "--every", "2"], 2, "are for videos"),
     (["clip.avi", "-o", "x.png"], 2, "go to a folder or a video"), (["a.png", "-o", "x.mp4"], 2, "written as PNG"),
     (["clip.avi", "-o", "clip.avi", "--overwrite"], 2, "is the video itself"),
     (["clip.avi", "--preview", "x.txt"], 2, "expected a .png"),
@@ -271,6 +276,8 @@ def test_what_is_there_stays(clip, tmp_path):
     assert run("detect", "canny", other, "--size", "96x64", "--skip-existing", *to) == 0
     assert json.loads(shown(folder / "000000.canny.png")[1]["controlnet"])["source"] == "other.avi"
     assert run("detect", "depth", clip, "--steady", "--skip-existing", "-q") == 2
+    assert run("detect", "depth", shown_photo(tmp_path), "--steady", "-q") == 2
+    assert run("detect", "canny", clip, "--steady", "-q") == 2  # no such flag
 
 
 def test_several_videos_and_one_that_is_bad(clip, tmp_path, capsys):
