@@ -342,6 +342,15 @@ def test_folded_weights_follow_their_weight_and_training_is_left_alone():
     assert layer.conv.weight.grad is not None and layer.conv.weight.grad.any()
 
 
+def test_what_a_graph_records_copies_no_constants():
+    """Of compiled networks the folding is in the graph; CUDA records no copy from the CPU."""
+    from controlnet.model.control.upsampling import _fold
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(_fold)(torch.randn(4, 3, 3, 3)).graph
+    assert [node.op for node in graph.nodes].count("get_attr") == 0
+
+
 def test_bases_are_loaded_with_folded_upsampling(models):
     base, _ = models
     for network in (base.unet, base.vae):

@@ -12,9 +12,6 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-ADDED = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-"""The 4 weights of a column (or row) of the transposed convolution, each a sum of the 3 of the plain one."""
-
 _kept = WeakTensorKeyDictionary()
 """By the plain weight: its version, and the folded one."""
 
@@ -40,7 +37,7 @@ def folded(weight: Tensor) -> Tensor:
     version, known = _kept.get(weight, (None, None))
     if version != weight._version:
         layout = (
-            torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.preserve_format
+            torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
         known = _fold(weight).contiguous(memory_format=layout)
         _kept[weight] = weight._version, known
@@ -48,9 +45,15 @@ def folded(weight: Tensor) -> Tensor:
 
 
 def _fold(weight: Tensor) -> Tensor:
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    added = ADDED.to(weight.device, exact)
-    return torch.einsum("ak,bl,oikl->ioab", added, added, weight.to(exact)).to(weight.dtype)
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return _added(_added(exact, 2), 3).transpose(0, 1).to(weight.dtype)
+
+
+def _added(weight: Tensor, side: int) -> Tensor:
+    """The 3 weights of a column (or row) as the 4 of the transposed convolution. No constant is copied to the device:
+    a CUDA graph could not be recorded."""
+    first, middle, last = weight.unbind(side)
+    return torch.stack([last, middle + last, first + middle, first], side)
 
 
 def fold_upsampling(network: nn.Module) -> None:
