@@ -138,7 +138,6 @@ def _films(flags: SimpleNamespace, job: Detection, shown: Shown) -> int:
             raise UsageError(f"two videos would both be written to {out}", "rename one, or run them with different -o")
         try:
             asked.append(clips.ClipJob(job, open_clip(film), out, flags.every, flags.steady))
-            clips.check(asked[-1])
             _film(flags, asked[-1], shown)
         except ControlNetError as error:
             if len(flags.photos) + len(flags.films) == 1:

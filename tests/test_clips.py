@@ -313,3 +313,22 @@ def test_a_video_in_place_of_a_picture(clip, capsys):
     assert run("check", clip, "--kind", "canny") == 3
     assert "is a video" in capsys.readouterr().err
     assert run("detect", "canny", clip.parent, "-o", f"{clip.parent}/m/") == 3
+
+
+def test_frames_that_show_nobody_are_looked_at_once(clip, monkeypatch, capsys):
+    """Their maps are black, and their number is told."""
+    from controlnet.preprocessors.detectors.detector import Detector, Ready
+    from controlnet.preprocessors.detectors.pose import drawn
+    from controlnet.preprocessors.detectors.registry import find_detector
+
+    looked = []
+
+    def nobody(image, options):
+        looked.append(options.allow_empty)
+        return drawn([], image, options)
+
+    row = find_detector("pose")
+    monkeypatch.setattr(Detector, "ready", lambda self, options, *_, **__: Ready(row, options, nobody))
+    assert run("detect", "pose", clip, "--size", "64", "-q") == 0
+    assert looked == [True] * FRAMES and f"on {FRAMES} of {FRAMES} frames" in capsys.readouterr().err
+    assert not shown(clip.with_name("clip.pose") / "000000.pose.png")[0].any()

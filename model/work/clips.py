@@ -14,7 +14,7 @@ from controlnet.model.work.maps import Detection, Made, in_turn, small, stays
 from controlnet.model.work.outputs import IMAGES, keeps
 from controlnet.preprocessors import clips, steady
 from controlnet.preprocessors.condition import Condition
-from controlnet.preprocessors.errors import ControlNetError, NothingFoundError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, UsageError
 from controlnet.preprocessors.files import exists, is_dir, is_file, write_file
 from controlnet.preprocessors.films import ENDINGS, WRITTEN
 from controlnet.preprocessors.kinds import kind_named
@@ -66,7 +66,7 @@ def place_of(source: str, out: str | None, kind: str, several: bool) -> Path:
 
 
 def check(asked: ClipJob) -> None:
-    """Raises UsageError for what cannot be done with a video, OutputError for a result that is in the way."""
+    """Raises UsageError for what cannot be done with a video."""
     kind = asked.job.detector.kind
     if asked.steady:
         steady.check(kind)
@@ -81,6 +81,7 @@ def run(asked: ClipJob, previews: int, say: Callable[[str], None] = lambda text:
     for the whole at the end. The first `previews` frames come with a small photo and map. Where nothing is found the
     map is black, or with `steady` for some frames what was there before. Raises what else a frame raises."""
     check(asked)
+    asked = replace(asked, job=_empty_allowed(asked.job))
     name, kind = Path(asked.clip.path).name, asked.job.detector.kind
     told = {"output": str(asked.out), "source": name, "kind": kind}
     if asked.to_video and keeps(asked.out, asked.job.overwrite, asked.job.skip_existing):
@@ -133,18 +134,17 @@ def _look(
     assert job.ready is not None
     try:
         condition = stage_one(frame, job.ready, job.size, job.resize, name, digest)
-    except NothingFoundError:
-        condition = _nothing(job, frame, name, digest)
     except ControlNetError as error:
         raise type(error)(f"{name}: frame {number}: {error}", error.hint) from error
     return number, frame, replace(condition, record=condition.record | {"frame": number})
 
 
-def _nothing(job: Detection, frame: np.ndarray, name: str, digest: str) -> Condition:
-    """The map of a frame on which nothing is found: black."""
-    options = replace(job.options, allow_empty=True) if hasattr(job.options, "allow_empty") else job.options
-    assert job.ready is not None
-    return stage_one(frame, replace(job.ready, options=options), job.size, job.resize, name, digest)
+def _empty_allowed(job: Detection) -> Detection:
+    """The same with black maps where nobody is found."""
+    if job.ready is None or not hasattr(job.options, "allow_empty"):
+        return job
+    options = replace(job.options, allow_empty=True)
+    return replace(job, options=options, ready=replace(job.ready, options=options))
 
 
 def _eight_bits(condition: Condition) -> np.ndarray:
