@@ -56,7 +56,7 @@ class Bench:
         """(N, H, W, 3): image i from prompt i under the i-th condition of each kind in `acting`, seed i."""
         nets = [(self.nets[kind], Strength(**strength)) for kind in acting]
         requests = [Request(p, i, tuple(c[i] for c in acting.values())) for i, p in enumerate(prompts)]
-        return np.stack(list(generate(self.base, requests, nets, steps=STEPS, batch=BATCH)))
+        return np.stack(list(generate(self.base, requests, nets, steps=STEPS, batch=BATCH[self.base.device.type])))
 
     def score(self, kind: str, images: np.ndarray, rows: np.ndarray, conditions: list[np.ndarray]) -> str:
         return told(self.measures[kind].scores(images, self.held_out, rows, conditions))

@@ -115,8 +115,6 @@ def load_base(
 
 
 _DISTILLED = ("turbo", "lightning", "lcm", "hyper", "distilled")
-_OTHER_USES = {8: "a base that edits pictures by instructions"}
-"""Input channels of a UNet -> what its base is for, other than to make images from text or to paint in them."""
 
 
 def _check_supported(stored: Stored, family: Family) -> None:
@@ -161,15 +159,15 @@ def _check_fit(stored: Stored, vae: Mapping[str, Any]) -> None:
     family = family_of_config(unet)
     widths = [_width(stored, encoder.part) for encoder in family.encoders]
     _check_supported(stored, family)
-    if what := _OTHER_USES.get(unet.get("in_channels", 4)):
+    latent, read = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if read == 2 * latent:
         raise ModelError(
-            f"{stored.path}: {what} ({unet['in_channels']} input channels), which is not supported yet",
+            f"{stored.path}: a base that edits pictures by instructions ({read} input channels), which is not supported"
+            " yet",
             "the base of the same name that makes images from text alone",
         )
 
     # What must be equal: latents of UNet and VAE, widths of text features.
-    latent = vae.get("latent_channels", 4)
-    read = unet.get("in_channels", 4)
     pairs = (
         ("in_channels", latent if read == inpainting_channels(latent) else read, "the VAE's latents have", latent),
         (

@@ -38,7 +38,9 @@ from controlnet.preprocessors.sheet import contact_sheet
 
 REGIONS = {"floor": FLOOR, "wall": WALL, "main": MAIN}
 STEPS = 20
-BATCH = 25
+BATCH = {"cpu": 25, "cuda": 100}
+READERS = {"cpu": (6.0, 10.0), "cuda": (0.4, 0.5)}
+"""Minutes in which the readers of joints and of parts are trained."""
 
 
 class Colours:
@@ -101,14 +103,14 @@ def make_images(
     """One image per caption, (N, H, W, 3) uint8, at the base's native size and default guidance."""
     nets = [] if net is None else [(net, Strength(**strength))]
     requests = [Request(caption, seed + i, (conditions[i],) if nets else ()) for i, caption in enumerate(captions)]
-    return np.stack(list(generate(base, requests, nets, steps=STEPS, batch=BATCH)))
+    return np.stack(list(generate(base, requests, nets, steps=STEPS, batch=BATCH[base.device.type])))
 
 
 @torch.no_grad()
 def reconstruct(base: Base, images: np.ndarray) -> np.ndarray:
-    out = []
-    for i in range(0, len(images), BATCH):
-        x = torch.from_numpy(images[i : i + BATCH]).permute(0, 3, 1, 2).to(base.device, base.dtype) / 127.5 - 1
+    out, batch = [], BATCH[base.device.type]
+    for i in range(0, len(images), batch):
+        x = torch.from_numpy(images[i : i + batch]).permute(0, 3, 1, 2).to(base.device, base.dtype) / 127.5 - 1
         out.append(to_pixels(base.vae.decode(base.vae.encode(x).latents).sample.float().clamp(-1, 1)))
     return np.concatenate(out)
 
@@ -139,7 +141,7 @@ def trained(reader: R, base: Base, runs: Path, minutes: float) -> R:
 
 
 def joint_reader(base: Base, runs: Path) -> JointReader:
-    return trained(JointReader(), base, runs, 6.0)
+    return trained(JointReader(), base, runs, READERS[base.device.type][0])
 
 
 def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tuple[dict, np.ndarray]:
@@ -149,7 +151,7 @@ def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tu
     # Enough held-out scenes for as many with people: every third one has some.
     held_out = world(runs / "world", 4 * scenes, size, HELD_OUT, device.type)
     colours = Colours(world(runs / "world", 1500, size, 0, device.type), range(1500))
-    joints, parts = joint_reader(base, runs), trained(PartReader(), base, runs, 10.0)
+    joints, parts = joint_reader(base, runs), trained(PartReader(), base, runs, READERS[device.type][1])
     card: dict[str, Any] = {"scenes": scenes, "size": size, "steps": STEPS, "guidance": base.guidance, "control": {}}
     samples: list = []
     for measure in measures(joints):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from controlnet.model.sampling.canvas import to_canvas
+from controlnet.model.tiny.stages import randomness
 from controlnet.model.tiny.world.render import POSTER
 from controlnet.model.tiny.world.shards import World
 from controlnet.model.training.checkpoints import Checkpoints
@@ -83,7 +84,8 @@ class Reader:
             pictures = [(blurred() if rng.random() < 0.6 else world.images)[row] for row in chosen]
             pictures = [cv2.GaussianBlur(p, (0, 0), rng.uniform(0.3, 1.2)) for p in pictures]
             x = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
-            x = (x + 0.03 * torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(device)).clamp(0, 1)
+            noise = torch.randn(x.shape, generator=randomness(device, 10, step), device=device)
+            x = (x + 0.03 * noise).clamp(0, 1)
             with autocast(device):
                 read = self.network(x).float()
             return self.loss(read, world, chosen)

@@ -3,7 +3,6 @@ finished; each begins with the network it is given, or with a new one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.prompt import Prompt
 from controlnet.model.control.unet import denoise
 from controlnet.model.registry import TINY_HINT_WIDTHS
-from controlnet.model.sampling.canvas import condition_tensor, to_canvas
+from controlnet.model.tiny.conditions import scenes_of
 from controlnet.model.tiny.recipe import (
     LATENT_CHANNELS,
     TEXT_WIDTH,
@@ -31,14 +30,15 @@ from controlnet.model.training.checkpoints import save_atomic
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.precision import autocast
-from controlnet.preprocessors.detectors.canny import CannyOptions, canny
-from controlnet.preprocessors.detectors.depth import DepthOptions, to_map
-from controlnet.preprocessors.detectors.tiny_depth import load, nearness
-from controlnet.preprocessors.skeleton import draw
-from controlnet.preprocessors.weights import find
 from torch import Tensor, nn
 
 LATENT_NOISE = 0.05
+
+
+def randomness(device: torch.device, seed: int, step: int) -> torch.Generator:
+    """The generator of a step, where the tensors are: what a CPU draws for a large batch takes longer than the step
+    on a GPU."""
+    return torch.Generator(device).manual_seed(seed * 100_000_000 + step)
 
 
 def train_vae(
@@ -46,9 +46,9 @@ def train_vae(
     folder: Path,
     minutes: float,
     device: torch.device,
-    crop: int = 64,
-    batch: int = 16,
     vae: Any = None,
+    batch: int = 16,
+    crop: int = 64,
     report=print,
 ) -> tuple[nn.Module, Progress]:
     """Train the VAE. Loss: L1 + MSE + 0.5 L1 of the gradients on crops, with noise on the latents and a pull to unit
@@ -67,7 +67,7 @@ def train_vae(
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(device):
             z = vae.encode(x).latents
-            noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(device)
+            noise = torch.randn(z.shape, generator=randomness(device, 1, step), device=device)
             y = vae.decode(z + LATENT_NOISE * noise).sample
         y, z = y.float(), z.float()
         gradients = sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for a, b in [(x, y)] for d in (2, 3))
@@ -127,8 +127,8 @@ def diffusion_batch(
     rng = np.random.default_rng([seed, step])
     rows = rng.integers(len(latents if among is None else among), size=batch)
     rows = rows if among is None else among[rows]
-    z0 = latents[torch.from_numpy(rows)].to(device).float()
-    eps = torch.from_numpy(rng.standard_normal(z0.shape, dtype=np.float32)).to(device)
+    z0 = latents[torch.from_numpy(rows).to(latents.device)].to(device).float()
+    eps = torch.randn(z0.shape, generator=randomness(device, seed, step), device=device)
     # One timestep from each of `batch` equal parts of the schedule: uniform, with less variance.
     t = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch * 1000).long().to(device)
     return rng, rows, z0, eps, t
@@ -179,14 +179,14 @@ def train_text(
     torch.manual_seed(0)
     model = nn.ModuleDict({"text": text_encoder or make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
     wordings = reworded(tokenizer, captions)
-    sketches = F.adaptive_avg_pool2d(latents.float(), SKETCH)
+    sketches = F.adaptive_avg_pool2d(latents.float(), SKETCH).to(device)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([6, step])
         rows = torch.from_numpy(rng.integers(len(captions), size=batch))
         with autocast(device):
             y = model["sketch"](model["text"](wordings[int(rng.integers(4)), rows].to(device)).last_hidden_state)
-        return F.mse_loss(y.float(), sketches[rows].to(device))
+        return F.mse_loss(y.float(), sketches[rows.to(device)])
 
     config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3)
     progress = fit(model, loss_of, config, folder, report)
@@ -229,54 +229,12 @@ def train_base(
     return model["unet"].eval(), model["text"].eval(), progress
 
 
-def training_canny(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A canny condition (H, W, 3) uint8 of a training picture, as varied as users' are: random thresholds; detected at
-    the picture's own size or at 512 pixels and brought back; some of the lines missing."""
-    size = image.shape[0]
-    low = int(rng.integers(30, 160))
-    options = CannyOptions(low, int(low * rng.uniform(1.5, 2.5)))
-    large = cv2.resize(image, (512, 512), interpolation=cv2.INTER_LANCZOS4) if rng.random() < 0.7 else image
-    edges = canny(large, options)
-    if rng.random() < 0.3:
-        _, lines = cv2.connectedComponents(edges)
-        missing = rng.random(lines.max() + 1) < rng.uniform(0, 0.5)
-        edges = np.where(missing[lines], 0, edges).astype(np.uint8)
-    return to_canvas(np.repeat(edges[..., None], 3, 2), "canny", (size, size))
-
-
-def training_pose(joints: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A pose condition (size, size, 3) uint8 of joints (18, 3) in pixels and visibility: as a detector finds them, a
-    little off, and sometimes with some missing."""
-    person = joints.astype(np.float64)
-    person[:, :2] = person[:, :2] / size + rng.normal(0, 0.004, (18, 2))
-    if rng.random() < 0.4:
-        person[rng.random(18) < rng.uniform(0, 0.4), 2] = 0
-    return draw([person], (size, size))
-
-
-def training_depth(world: World, row: int, rng: np.random.Generator) -> np.ndarray:
-    """A depth condition (H, W, 3) uint8: the scene's own depth, or what the embedded detector makes of its picture."""
-    if rng.random() < 0.5:
-        near = nearness(load(find("tiny-depth")), world.images[row])
-    else:
-        near = 1 / world.depth[row].astype(np.float32)
-    return np.repeat(to_map(near, DepthOptions())[0][..., None], 3, 2)
-
-
-CONDITIONS: dict[str, Callable[[World, int, np.random.Generator], np.ndarray]] = {
-    "canny": lambda world, row, rng: training_canny(world.images[row], rng),
-    "pose": lambda world, row, rng: training_pose(world.joints[row], world.images.shape[1], rng),
-    "depth": training_depth,
-}
-"""What a ControlNet of each kind is trained on: (world, scene, generator) -> condition (H, W, 3) uint8, drawn by the
-functions that users call."""
-
-
 def train_control(
     kind: str,
     unet: nn.Module,
     text_encoder: nn.Module,
     world: World,
+    maps: np.ndarray,
     latents: Tensor,
     tokenizer,
     folder: Path,
@@ -286,8 +244,8 @@ def train_control(
     batch: int = 32,
     report=print,
 ) -> tuple[ControlNet, Progress]:
-    """Train a ControlNet on the locked base, with half of the prompts empty. Poses are learned from scenes with a
-    person."""
+    """Train a ControlNet on the locked base and the maps of `conditions.drawn` (empty where no minutes
+    are given), with half of the prompts empty."""
     torch.manual_seed(0)
     controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)
     controlnet.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
@@ -295,7 +253,7 @@ def train_control(
     schedule = NoiseSchedule(make_scheduler(), device)
     ids = encode_captions(tokenizer, world.captions)
     empty = encode_captions(tokenizer, [""])
-    among = np.flatnonzero(world.joints[..., 2].any(1)) if kind == "pose" else None
+    among = scenes_of(kind, world)
 
     # All randomness of a step comes from its number, so a resumed run repeats it.
     def losses_of(batch: Batch) -> Tensor:
@@ -307,15 +265,15 @@ def train_control(
         empties = torch.from_numpy(rng.random((count, 1)) < emptied)
         with torch.no_grad(), autocast(device):
             text = text_encoder(torch.where(empties, empty, ids[torch.from_numpy(rows)]).to(device)).last_hidden_state
-        maps = torch.stack([condition_tensor(CONDITIONS[kind](world, row, rng)) for row in rows])
-        return Batch(z0, eps, t, Prompt(text), maps.to(device).contiguous(memory_format=torch.channels_last))
+        chosen = maps[rng.integers(len(maps), size=count), np.searchsorted(among, rows)]
+        condition = torch.from_numpy(chosen).to(device).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).float() / 255
+        return Batch(z0, eps, t, Prompt(text), condition.contiguous(memory_format=torch.channels_last))
 
     def validate(progress: Progress) -> dict[str, float]:
         batch = draw_batch(0, 5, 64, 1.0)
         return control_gap(losses_of, [(batch, batch.condition.roll(1, 0))])
 
-    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3)
-    progress = fit(
-        controlnet, lambda k: losses_of(draw_batch(k, 4, batch, 0.5)).mean(), config, folder, report, validate
-    )
+    looked = validate if len(maps) else None
+    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3, validate_every=250)
+    progress = fit(controlnet, lambda k: losses_of(draw_batch(k, 4, batch, 0.5)).mean(), config, folder, report, looked)
     return controlnet.eval(), progress

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.files.tensors import read_json
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
+from controlnet.model.tiny.conditions import CONDITIONS, drawn
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.stages import (
-    CONDITIONS,
     cached_latents,
     half_latents,
     train_base,
@@ -43,6 +44,13 @@ from controlnet.model.training.precision import attention_kernels
 STAGES = ("vae", "text", "half", "base", *CONDITIONS)
 MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
 MAX_SHARD = "14MB"
+BATCHES = {
+    "cpu": {"vae": 16, "text": 64, "half": 64, "base": 32, "control": 32},
+    "cuda": {"vae": 32, "text": 256, "half": 256, "base": 128, "control": 64},
+}
+"""Samples in a step. Smaller ones leave a GPU waiting for the program."""
+CROPS = {"cpu": 64, "cuda": 128}
+"""Side of the pieces of pictures that the VAE is trained on, in pixels."""
 
 
 def parse_minutes(text: str) -> dict[str, float]:
@@ -96,10 +104,23 @@ class Training:
         self.size = args.size or self.earlier.get("size", 256)
         self.run = args.runs / str(self.size)
         self.data = world(args.runs / "world", args.scenes, self.size, device=device.type)
+        self.maps = self._draw_maps(args.runs / "world")
         self.begun: dict[str, Any] = dict.fromkeys(STAGES)
         self.tokenizer = self._begin_with(args.start) if args.start else self._new_tokenizer()
         self.progress: dict[str, Progress] = {}
         self.nets: dict[str, ControlNet] = {}
+
+    def _draw_maps(self, shards: Path) -> dict[str, Future[np.ndarray]]:
+        """The conditions of every kind that is to be trained; beside a GPU they are drawn while it trains the base."""
+        one = ThreadPoolExecutor(1)
+        maps = {
+            kind: one.submit(drawn, kind, self.data, shards, self.run / "maps" / f"{kind}-{self.args.scenes}.npy")
+            for kind in CONDITIONS
+            if self.minutes[kind]
+        }
+        if self.device.type == "cpu":
+            wait(maps.values())
+        return maps
 
     def _begin_with(self, start: Path):
         """Take over those networks of an earlier training that are to be kept; returns its tokenizer."""
@@ -123,32 +144,54 @@ class Training:
     def train(self) -> None:
         """The stages, one after another."""
         data, run, device, minutes, begun = self.data, self.run, self.device, self.minutes, self.begun
-        self.vae, reached = train_vae(data, run / "vae", minutes["vae"], device, vae=begun["vae"])
+        batch, crop = BATCHES[device.type], CROPS[device.type]
+        self.vae, reached = train_vae(data, run / "vae", minutes["vae"], device, begun["vae"], batch["vae"], crop)
         self.finish("vae", reached)
-        latents = cached_latents(self.vae, data.images, run / "latents.pt", device)
+        latents = cached_latents(self.vae, data.images, run / "latents.pt", device).to(device)
 
         captions, tokenizer = data.captions, self.tokenizer
         text_encoder, reached = train_text(
-            latents, captions, tokenizer, run / "text", minutes["text"], device, text_encoder=begun["text"]
+            latents, captions, tokenizer, run / "text", minutes["text"], device, begun["text"], batch["text"]
         )
         self.finish("text", reached)
 
         # The base learns at half the size first, where a picture costs a quarter.
-        halves = half_latents(self.vae, data.images, run / "latents-half.pt", device) if minutes["half"] else latents
-        unet, text_encoder, reached = train_base(
-            halves, captions, tokenizer, text_encoder, self.size, run / "half", minutes["half"], device, begun["base"]
-        )
-        self.finish("half", reached)
-        self.unet, self.text_encoder, reached = train_base(
-            latents, captions, tokenizer, text_encoder, self.size, run / "base", minutes["base"], device, unet, 32
-        )
-        self.finish("base", reached)
+        halves = latents
+        if minutes["half"]:
+            halves = half_latents(self.vae, data.images, run / "latents-half.pt", device).to(device)
+        unet = begun["base"]
+        for name, pictures in (("half", halves), ("base", latents)):
+            unet, text_encoder, reached = train_base(
+                pictures,
+                captions,
+                tokenizer,
+                text_encoder,
+                self.size,
+                run / name,
+                minutes[name],
+                device,
+                unet,
+                batch[name],
+            )
+            self.finish(name, reached)
+        self.unet, self.text_encoder = unet, text_encoder
 
         for kind in CONDITIONS:
             # How to steer the base is learned once: later kinds begin with the first one's network.
             start = begun[kind] or copy.deepcopy(self.nets.get("canny"))
             self.nets[kind], reached = train_control(
-                kind, self.unet, self.text_encoder, data, latents, tokenizer, run / kind, minutes[kind], device, start
+                kind,
+                self.unet,
+                self.text_encoder,
+                data,
+                self.maps[kind].result() if kind in self.maps else np.empty(0, np.uint8),
+                latents,
+                tokenizer,
+                run / kind,
+                minutes[kind],
+                device,
+                start,
+                batch["control"],
             )
             self.finish(kind, reached)
 
@@ -201,6 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(args.keep.split(",")) - set(STAGES):
         parser.error(f"--keep: unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # shapes stay the same
     training = Training(args, device)
     with attention_kernels(device, small=training.size <= 256):
         training.train()

@@ -55,21 +55,26 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
-        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in self.matrices:
             if p.grad is None:
                 continue
             if not self.state[p]:
                 self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
-            momentum = self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
-            update = _matrix(p.grad.lerp(momentum, MOMENTUM))
-            alike[update.shape].append((p, update))
-            p.grad = None  # so that AdamW skips it
-        for shape, pairs in alike.items():
-            updates = orthogonal(torch.stack([update for _, update in pairs]))
-            for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(_shaped(update, p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+            alike[p.shape].append(p)
+        # All matrices of a shape at once: one at a time, a GPU would wait for the program.
+        for parameters in alike.values():
+            momenta: list[Tensor] = [self.state[p]["exp_avg"] for p in parameters]
+            gradients: Any = [p.grad for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            updates = torch.stack([_matrix(u) for u in torch._foreach_lerp(gradients, momenta, MOMENTUM)])
+            rate = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
+            moves = rate * orthogonal(updates)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            shaped: Any = [_shaped(move, p) for move, p in zip(moves, parameters, strict=True)]
+            torch._foreach_sub_(parameters, shaped)
+            for p in parameters:
+                p.grad = None  # so that AdamW skips it
         super().step()
 
 

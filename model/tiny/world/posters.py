@@ -5,8 +5,6 @@ Coordinates are in [-1, 1], x to the right, y down. Independent of any camera.
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from controlnet.model.tiny.world.scenes import Layer, Surface
@@ -73,9 +71,9 @@ def _inside_polygon(x: Tensor, y: Tensor, numbers: tuple[float, ...]) -> Tensor:
 
 def _inside_cell(x: Tensor, y: Tensor, numbers: tuple[float, ...]) -> Tensor:
     mine, *points = numbers
-    squared = [(x - sx) ** 2 + (y - sy) ** 2 for sx, sy in zip(points[::2], points[1::2], strict=True)]
-    nearest = functools.reduce(torch.minimum, squared)
-    return squared[int(mine)] == nearest
+    px, py = torch.tensor(points, device=x.device).view(-1, 2, 1, 1).unbind(1)
+    squared = (x - px) ** 2 + (y - py) ** 2
+    return squared[int(mine)] == squared.amin(0)
 
 
 _INSIDE = {"all": lambda x, y, _: torch.ones_like(x, dtype=torch.bool), "curves": _inside_curve,

@@ -197,7 +197,7 @@ def per_scene(scenes: list[Scene], get, device) -> Tensor:
 def _nearest(bodies: _Bodies, origins: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     """Distance (B, K) to the first primitive hit (_FAR for none) and its row in the table."""
     best = torch.full(rays.shape[:2], _FAR, device=rays.device)
-    which = torch.zeros(rays.shape[:2], dtype=torch.long, device=rays.device)
+    which = torch.full(rays.shape[:2], len(bodies.bodies), device=rays.device)
     for scene in range(len(rays)):
         rows = (bodies.scene == scene).nonzero()[:, 0]
         if not len(rows):
@@ -209,16 +209,20 @@ def _nearest(bodies: _Bodies, origins: Tensor, rays: Tensor) -> tuple[Tensor, Te
         squared = (centre * centre).sum(-1) - 2 * (o @ centre.T) + (o * o).sum(-1, keepdim=True)
         reach = bodies.reach[rows] + 5e-3
         meets = (squared - along * along <= reach**2) & (along > -reach)
-        for column, row in enumerate(rows.tolist()):
-            k = meets[:, column].nonzero()[:, 0]
-            if not len(k):
-                continue
-            t = _INTERSECT[bodies.bodies[row].shape](bodies, row, o[k], d[k])
-            t = torch.where(torch.isfinite(t) & (t > 1e-4), t, _FAR)
-            closer = t < best[scene, k]
-            best[scene, k[closer]] = t[closer]
-            which[scene, k[closer]] = row
-    return best, which
+        k, column = meets.nonzero(as_tuple=True)  # pairs of a ray and a body
+        row = rows[column]
+        t = torch.full(k.shape, torch.nan, device=rays.device)
+        for shape in {bodies.bodies[i].shape for i in rows.tolist()}:
+            pair = (bodies.shape[row] == list(_INTERSECT).index(shape)).nonzero()[:, 0]
+            t[pair] = _INTERSECT[shape](bodies, row[pair], o[k[pair]], d[k[pair]])
+        t = torch.where(torch.isfinite(t) & (t > 1e-4), t, _FAR)
+        best[scene].scatter_reduce_(0, k, t, "amin")
+        first = t == best[scene, k]  # where bodies meet, the first one in the table
+        which[scene].scatter_reduce_(0, k[first], row[first], "amin")
+    return best, torch.where(best < _FAR, which, 0)
+
+
+# How far along rays (o, d) (P, 3) the bodies `i` (P,) of a table are met: (P,), nan or _FAR where they are not.
 
 
 def _quadratic(a: Tensor, half_b: Tensor, c: Tensor) -> Tensor:
@@ -226,24 +230,24 @@ def _quadratic(a: Tensor, half_b: Tensor, c: Tensor) -> Tensor:
     return (-half_b - (half_b * half_b - a * c).sqrt()) / a
 
 
-def _hit_sphere(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
+def _hit_sphere(s: _Bodies, i: Tensor, o: Tensor, d: Tensor) -> Tensor:
     oc = o - s.a[i]
     return _quadratic(torch.ones_like(oc[:, 0]), (oc * d).sum(-1), (oc * oc).sum(-1) - s.radius[i] ** 2)
 
 
-def _hit_cube(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
+def _hit_cube(s: _Bodies, i: Tensor, o: Tensor, d: Tensor) -> Tensor:
     o, d = _to_local(s, i, o - s.a[i]), _to_local(s, i, d)
     one, two = (-s.b[i] - o) / d, (s.b[i] - o) / d
     enter, leave = torch.minimum(one, two).amax(-1), torch.maximum(one, two).amin(-1)
     return torch.where(enter < leave, enter, torch.nan)
 
 
-def _to_local(s: _Bodies, i, v: Tensor) -> Tensor:
+def _to_local(s: _Bodies, i: Tensor, v: Tensor) -> Tensor:
     c, n = s.cos[i], s.sin[i]
     return torch.stack([c * v[:, 0] - n * v[:, 2], v[:, 1], n * v[:, 0] + c * v[:, 2]], -1)
 
 
-def _hit_cylinder(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
+def _hit_cylinder(s: _Bodies, i: Tensor, o: Tensor, d: Tensor) -> Tensor:
     oc = o - s.a[i]
     r, h = s.b[i, 0], s.b[i, 1]
     side = _quadratic(
@@ -257,9 +261,9 @@ def _hit_cylinder(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
     return torch.minimum(side.nan_to_num(_FAR), top.nan_to_num(_FAR))
 
 
-def _hit_cone(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
+def _hit_cone(s: _Bodies, i: Tensor, o: Tensor, d: Tensor) -> Tensor:
     r, h = s.b[i, 0], s.b[i, 1]
-    oc = o - s.a[i] - torch.stack([0 * h, h, 0 * h])  # from the apex; the cone lies below it
+    oc = o - s.a[i] - torch.stack([0 * h, h, 0 * h], -1)  # from the apex; the cone lies below it
     k = (r / h) ** 2
     a = d[:, 0] ** 2 + d[:, 2] ** 2 - k * d[:, 1] ** 2
     half_b = oc[:, 0] * d[:, 0] + oc[:, 2] * d[:, 2] - k * oc[:, 1] * d[:, 1]
@@ -272,9 +276,9 @@ def _hit_cone(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
     return best
 
 
-def _hit_capsule(s: _Bodies, i: int, o: Tensor, d: Tensor) -> Tensor:
+def _hit_capsule(s: _Bodies, i: Tensor, o: Tensor, d: Tensor) -> Tensor:
     ba, oa, r = s.b[i] - s.a[i], o - s.a[i], s.radius[i]
-    baba, bard, baoa = (ba * ba).sum() + 1e-9, d @ ba, oa @ ba
+    baba, bard, baoa = (ba * ba).sum(-1) + 1e-9, (d * ba).sum(-1), (oa * ba).sum(-1)
     rdoa, oaoa = (d * oa).sum(-1), (oa * oa).sum(-1)
     t = _quadratic(baba - bard * bard, baba * rdoa - baoa * bard, baba * oaoa - baoa * baoa - r * r * baba)
     y = baoa + t * bard

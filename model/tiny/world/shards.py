@@ -7,6 +7,8 @@ an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.workers import workers
 
 SHARD = 250
+DRAWERS = 12
+"""Processes that draw on one GPU."""
 HELD_OUT = 10_000_000
 """Seeds from here on are for evaluation; training seeds stay below."""
 
@@ -67,16 +71,14 @@ def world(folder: Path, scenes: int, size: int, first_seed: int = 0, device: str
     starts = range(first_seed, first_seed + scenes, SHARD)
     paths = [folder / f"{start:08d}.npz" for start in starts]
     missing = [(path, start) for path, start in zip(paths, starts, strict=True) if not path.exists()]
-    if missing and device == "cpu":
-        with workers() as pool:
-            jobs = [pool.submit(draw_shard, path, start, size) for path, start in missing]
+    if missing:
+        # Several processes for one GPU as well: each launches many small programs, and packs what it drew.
+        with workers(None if device == "cpu" else min(DRAWERS, os.cpu_count() or 1)) as pool:
+            jobs = [pool.submit(draw_shard, path, start, size, device) for path, start in missing]
             for i, job in enumerate(jobs):
                 job.result()
                 if i % 10 == 9 or i + 1 == len(jobs):
                     report(f"world: {(i + 1) * SHARD} of {len(missing) * SHARD} scenes drawn at {size} pixels")
-    else:
-        for path, start in missing:
-            draw_shard(path, start, size, device)
     arrays = {key: _mapped(paths, key, scenes) for key in ("images", "depth", "parts")}
     joints = np.concatenate([_field(path, "joints") for path in paths])[:scenes]
     captions = np.concatenate([_field(path, "captions") for path in paths])[:scenes]
@@ -97,9 +99,13 @@ def _mapped(paths: list[Path], key: str, scenes: int) -> np.ndarray:
         first = _field(paths[0], key)
         with beside(joined) as temporary:
             array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (scenes, *first.shape[1:]))
-            for i, path in enumerate(paths):
+
+            def unpack(i: int) -> None:
                 rows = array[i * SHARD : (i + 1) * SHARD]
-                rows[:] = _field(path, key)[: len(rows)]
+                rows[:] = _field(paths[i], key)[: len(rows)]
+
+            with ThreadPoolExecutor() as pool:  # unpacking is done outside of Python
+                list(pool.map(unpack, range(len(paths))))
             array.flush()
     return np.load(joined, mmap_mode="r")
 
