@@ -73,8 +73,8 @@ class Muon(torch.optim.AdamW):
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             shaped: Any = [_shaped(move, p) for move, p in zip(moves, parameters, strict=True)]
             torch._foreach_sub_(parameters, shaped)
-            for p in parameters:
-                p.grad = None  # so that AdamW skips it
+            for parameter in parameters:
+                parameter.grad = None  # so that AdamW skips it
         super().step()
 
 
