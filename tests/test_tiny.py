@@ -12,7 +12,7 @@ from controlnet.model.registry import TINY, KnownBase
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.readers import pose_of, user_canny, user_depth
-from controlnet.model.tiny.train import parse_minutes
+from controlnet.model.tiny.train import limits, parse_stages
 from controlnet.model.tiny.world.render import render
 from controlnet.model.tiny.world.scenes import make_scene
 from controlnet.model.tiny.world.shards import HELD_OUT
@@ -122,12 +122,15 @@ def test_each_kind_is_loaded_alone_and_heeded(kind):
 
 
 def test_minutes_of_the_stages():
-    assert parse_minutes("2") == dict.fromkeys(("vae", "text", "half", "base", "canny", "pose", "depth"), 2)
-    assert parse_minutes("base=5") == {
+    assert parse_stages("2") == dict.fromkeys(("vae", "text", "half", "base", "canny", "pose", "depth"), 2)
+    assert parse_stages("base=5") == {
         "vae": 0, "text": 0, "half": 0, "base": 5, "canny": 0, "pose": 0, "depth": 0,
     }  # fmt: skip
     with pytest.raises(ValueError, match="'bas'"):
-        parse_minutes("bas=5")
+        parse_stages("bas=5")
+    assert limits("2", None)["half"] == {"minutes": 2} and limits("2", "text=5,pose=0") == {
+        stage: {"max_steps": 5} if stage == "text" else {"minutes": 0.0} for stage in parse_stages("0")
+    }
 
 
 def test_a_word_in_capitals_is_read(small_base_folder):

@@ -34,6 +34,9 @@ from torch import Tensor, nn
 
 LATENT_NOISE = 0.05
 
+Limit = dict[str, Any]
+"""How long a stage trains: LoopConfig's `minutes` or `max_steps`."""
+
 
 def randomness(device: torch.device, seed: int, step: int) -> torch.Generator:
     """The generator of a step, where the tensors are: what a CPU draws for a large batch takes longer than the step
@@ -44,7 +47,7 @@ def randomness(device: torch.device, seed: int, step: int) -> torch.Generator:
 def train_vae(
     world: World,
     folder: Path,
-    minutes: float,
+    limit: Limit,
     device: torch.device,
     vae: Any = None,
     batch: int = 16,
@@ -76,7 +79,7 @@ def train_vae(
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * gradients + 0.01 * unit
 
     # Muon reaches in 1,200 steps the loss that AdamW reaches in 5,000 (benchmarks/LOG.md).
-    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3, weight_decay=0.0)
+    config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3, weight_decay=0.0)
     progress = fit(vae, loss_of, config, folder, report)
     return vae.eval(), progress
 
@@ -165,7 +168,7 @@ def train_text(
     captions: list[str],
     tokenizer,
     folder: Path,
-    minutes: float,
+    limit: Limit,
     device: torch.device,
     text_encoder: nn.Module | None = None,
     batch: int = 64,
@@ -188,7 +191,7 @@ def train_text(
             y = model["sketch"](model["text"](wordings[int(rng.integers(4)), rows].to(device)).last_hidden_state)
         return F.mse_loss(y.float(), sketches[rows.to(device)])
 
-    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3)
+    config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3)
     progress = fit(model, loss_of, config, folder, report)
     return model["text"], progress
 
@@ -200,7 +203,7 @@ def train_base(
     text_encoder: nn.Module,
     size: int,
     folder: Path,
-    minutes: float,
+    limit: Limit,
     device: torch.device,
     unet: nn.Module | None = None,
     batch: int = 64,
@@ -224,7 +227,7 @@ def train_base(
             prediction = denoise(model["unet"], z, t, Prompt(text))
         return schedule.loss(prediction, z0, eps, t).mean()
 
-    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=4e-3)
+    config = LoopConfig(**limit, optimizer="muon", learning_rate=4e-3)
     progress = fit(model, loss_of, config, folder, report)
     return model["unet"].eval(), model["text"].eval(), progress
 
@@ -238,14 +241,14 @@ def train_control(
     latents: Tensor,
     tokenizer,
     folder: Path,
-    minutes: float,
+    limit: Limit,
     device: torch.device,
     controlnet: ControlNet | None = None,
     batch: int = 32,
     report=print,
 ) -> tuple[ControlNet, Progress]:
-    """Train a ControlNet on the locked base and the maps of `conditions.drawn` (empty where no minutes
-    are given), with half of the prompts empty."""
+    """Train a ControlNet on the locked base and the maps of `conditions.drawn` (empty where the limit
+    is 0), with half of the prompts empty."""
     torch.manual_seed(0)
     controlnet = controlnet or ControlNet.from_base(unet, hint_widths=TINY_HINT_WIDTHS)
     controlnet.requires_grad_(True).to(device).to(memory_format=torch.channels_last)
@@ -274,6 +277,6 @@ def train_control(
         return control_gap(losses_of, [(batch, batch.condition.roll(1, 0))])
 
     looked = validate if len(maps) else None
-    config = LoopConfig(minutes=minutes, optimizer="muon", learning_rate=2e-3, validate_every=250)
+    config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3, validate_every=250)
     progress = fit(controlnet, lambda k: losses_of(draw_batch(k, 4, batch, 0.5)).mean(), config, folder, report, looked)
     return controlnet.eval(), progress

@@ -2,7 +2,7 @@
 
     python -m controlnet.model.tiny.train --minutes vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60
 
-Every stage goes on where it was interrupted, and is skipped once its minutes are used up; `--until vae` ends after that
+Every stage goes on where it was interrupted, and is skipped once its minutes (or `--steps`) are used up; `--until vae` ends after that
 stage. The base is trained at half the size first, where a picture costs a quarter. CUDA is used if present.
 `--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing;
 `--keep vae` takes no more than the VAE from there.
@@ -29,6 +29,7 @@ from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.tiny.conditions import CONDITIONS, drawn
 from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.stages import (
+    Limit,
     cached_latents,
     half_latents,
     train_base,
@@ -53,14 +54,22 @@ CROPS = {"cpu": 64, "cuda": 128}
 """Side of the pieces of pictures that the VAE is trained on, in pixels."""
 
 
-def parse_minutes(text: str) -> dict[str, float]:
-    """`30` for every stage, or some of `vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60`."""
+def parse_stages(text: str) -> dict[str, float]:
+    """`30` for every stage, or some of `vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60`; others get 0."""
     if "=" not in text:
         return dict.fromkeys(STAGES, float(text))
-    minutes = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
-    if unknown := set(minutes) - set(STAGES):
+    values = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+    if unknown := set(values) - set(STAGES):
         raise ValueError(f"unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
-    return dict.fromkeys(STAGES, 0.0) | minutes
+    return dict.fromkeys(STAGES, 0.0) | values
+
+
+def limits(minutes: str, steps: str | None) -> dict[str, Limit]:
+    """How long each stage trains: in steps, if they are given, else in minutes. A stage of 0 has no key but minutes."""
+    if steps is None:
+        return {stage: {"minutes": value} for stage, value in parse_stages(minutes).items()}
+    counts = parse_stages(steps).items()
+    return {stage: {"max_steps": int(count)} if count else {"minutes": 0.0} for stage, count in counts}
 
 
 def save_base(folder: Path, vae, unet, text_encoder, tokenizer: Path) -> None:
@@ -95,7 +104,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.minutes, self.kept = parse_minutes(args.minutes), args.keep.split(",")
+        self.limits, self.kept = limits(args.minutes, args.steps), args.keep.split(",")
         self.earlier = (
             read_json(args.start / "training.json", "the record of an earlier training")
             if args.start
@@ -116,7 +125,7 @@ class Training:
         maps = {
             kind: one.submit(drawn, kind, self.data, shards, self.run / "maps" / f"{kind}-{self.args.scenes}.npy")
             for kind in CONDITIONS
-            if self.minutes[kind]
+            if any(self.limits[kind].values())
         }
         if self.device.type == "cpu":
             wait(maps.values())
@@ -143,21 +152,21 @@ class Training:
 
     def train(self) -> None:
         """The stages, one after another."""
-        data, run, device, minutes, begun = self.data, self.run, self.device, self.minutes, self.begun
+        data, run, device, limit, begun = self.data, self.run, self.device, self.limits, self.begun
         batch, crop = BATCHES[device.type], CROPS[device.type]
-        self.vae, reached = train_vae(data, run / "vae", minutes["vae"], device, begun["vae"], batch["vae"], crop)
+        self.vae, reached = train_vae(data, run / "vae", limit["vae"], device, begun["vae"], batch["vae"], crop)
         self.finish("vae", reached)
         latents = cached_latents(self.vae, data.images, run / "latents.pt", device).to(device)
 
         captions, tokenizer = data.captions, self.tokenizer
         text_encoder, reached = train_text(
-            latents, captions, tokenizer, run / "text", minutes["text"], device, begun["text"], batch["text"]
+            latents, captions, tokenizer, run / "text", limit["text"], device, begun["text"], batch["text"]
         )
         self.finish("text", reached)
 
         # The base learns at half the size first, where a picture costs a quarter.
         halves = latents
-        if minutes["half"]:
+        if any(limit["half"].values()):
             halves = half_latents(self.vae, data.images, run / "latents-half.pt", device).to(device)
         unet = begun["base"]
         for name, pictures in (("half", halves), ("base", latents)):
@@ -168,7 +177,7 @@ class Training:
                 text_encoder,
                 self.size,
                 run / name,
-                minutes[name],
+                limit[name],
                 device,
                 unet,
                 batch[name],
@@ -188,7 +197,7 @@ class Training:
                 latents,
                 tokenizer,
                 run / kind,
-                minutes[kind],
+                limit[kind],
                 device,
                 start,
                 batch["control"],
@@ -233,6 +242,7 @@ class Training:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", default=MINUTES, help="training minutes of each stage")
+    parser.add_argument("--steps", help="optimiser steps of each stage, in place of minutes")
     parser.add_argument("--until", choices=STAGES, help="the last stage to train; the model is written after them all")
     parser.add_argument("--size", type=int, help="native pixels of the model (default: that of --start, or 256)")
     parser.add_argument("--scenes", type=int, default=30_000)
