@@ -2,8 +2,9 @@
 
     python -m controlnet.model.tiny.train --minutes vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60
 
-Every stage goes on where it was interrupted, and is skipped once its minutes (or `--steps`) are used up; `--until vae` ends after that
-stage. The base is trained at half the size first, where a picture costs a quarter. CUDA is used if present.
+Every stage goes on where it was interrupted, and is skipped once its minutes (or `--steps`) are used up; `--until vae`
+ends after that stage. The base is trained at half the size first, where a picture costs a quarter. CUDA is used if
+present.
 `--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing;
 `--keep vae` takes no more than the VAE from there.
 """
