@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from controlnet.model.control.strength import Strength
-from controlnet.model.control.upsampling import FoldedUpsample, fold_upsampling
+from controlnet.model.control.upsampling import FoldedUpsample, fold_for_graphs, fold_upsampling
 from controlnet.model.engines import openvino
 from controlnet.model.engines.choose import engine_name, make_engine
 from controlnet.model.engines.engine import Eager
@@ -105,7 +105,8 @@ def test_any_number_of_graphs_is_compiled():
     """torch gives up after compiling one piece of code eight times; all calls of networks have the same."""
 
     def call(number):
-        return SimpleNamespace(of_tensors=lambda: lambda x: [x + number], tensors=[torch.zeros(1)])
+        run = lambda x: [x + number]  # noqa: E731
+        return SimpleNamespace(of_tensors=lambda: run, tensors=[torch.zeros(1)], network=torch.nn.Identity())
 
     engine = Compiled("eager")
     made = [engine.make(call(number)) for number in range(10)]
@@ -349,6 +350,23 @@ def test_what_a_graph_records_copies_no_constants():
 
     graph = make_fx(_fold)(torch.randn(4, 3, 3, 3)).graph
     assert [node.op for node in graph.nodes].count("get_attr") == 0
+
+
+def test_a_compiled_graph_holds_the_folded_weights():
+    """Nothing in it depends on the plain weight, and it computes the same."""
+    torch.manual_seed(0)
+    layer, x, seen = Upsample2D(3, use_conv=True).requires_grad_(False), torch.randn(1, 3, 4, 4), []
+    fold_upsampling(layer)
+
+    def backend(graph, inputs):
+        seen.append([node.target for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph
+
+    with torch.no_grad():
+        plain = layer(x)
+        fold_for_graphs(layer)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=backend)(x), plain)
+    assert len(seen[0]) == 1 and "transpose" in str(seen[0][0])
 
 
 def test_bases_are_loaded_with_folded_upsampling(models):

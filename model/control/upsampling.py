@@ -20,6 +20,8 @@ class FoldedUpsample(Upsample2D):
     """diffusers' layer, quicker where its weights are locked. Same parameters, same result up to rounding."""
 
     conv: nn.Conv2d
+    constant: Tensor | None = None
+    """The folded weight that compiled graphs hold (`fold_for_graphs`)."""
 
     def forward(self, x: Tensor, output_size=None, *more, **others) -> Tensor:
         """(B, C, h, w) -> (B, C', 2h, 2w), or of another `output_size`, which is then reached as diffusers does."""
@@ -27,13 +29,15 @@ class FoldedUpsample(Upsample2D):
         weight = self.conv.weight
         if weight.requires_grad or torch.is_grad_enabled() or list(output_size or doubled) != doubled:
             return super().forward(x, output_size, *more, **others)
-        return F.conv_transpose2d(x, folded(weight), self.conv.bias, stride=2, padding=1)
+        if torch.compiler.is_compiling():
+            weight = _fold(weight) if self.constant is None else self.constant
+        else:
+            weight = folded(weight)
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 def folded(weight: Tensor) -> Tensor:
     """(C', C, 3, 3) -> (C, C', 4, 4), the weight of the transposed convolution. Computed once for a locked weight."""
-    if torch.compiler.is_compiling():
-        return _fold(weight)
     version, known = _kept.get(weight, (None, None))
     if version != weight._version:
         layout = (
@@ -61,6 +65,14 @@ def fold_upsampling(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is Upsample2D and _is_usual(module):
             module.__class__ = FoldedUpsample
+
+
+def fold_for_graphs(network: nn.Module) -> None:
+    """Fold the weights of a network now, so that a graph that is compiled of it does not do so in each evaluation. The
+    graph keeps the weights that the network has now."""
+    for module in network.modules():
+        if isinstance(module, FoldedUpsample) and not module.conv.weight.requires_grad:
+            module.constant = folded(module.conv.weight)
 
 
 def _is_usual(module: Upsample2D) -> bool:

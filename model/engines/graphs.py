@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from controlnet.model.control.upsampling import fold_for_graphs
 from controlnet.model.engines.calls import Call, Function, OfTensors, Unchanged
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class Compiled(OfTensors):
 
     def make(self, call: Call) -> Function:
         run: Any = call.of_tensors()
+        fold_for_graphs(call.network)
         # With code of its own: torch compiles one piece of code a few times at most, and all calls have the same.
         own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
         compiled = torch.compile(own, fullgraph=True, dynamic=False, backend=self.backend)
