@@ -74,6 +74,7 @@ def step_of(variant: str, args, device):
     from controlnet.model.control.prompt import Prompt
     from controlnet.model.training.objective import Batch, NoiseSchedule, control_losses
     from controlnet.model.training.precision import autocast
+    from controlnet.model.training.recorded import Recorded
     from diffusers import ControlNetModel, DDPMScheduler
 
     unet, vae, text = models(args.small)
@@ -96,10 +97,15 @@ def step_of(variant: str, args, device):
         diffusion = NoiseSchedule(scheduler, device)
         inputs = condition.contiguous(memory_format=torch.channels_last)
 
+        def losses(*tensors):
+            with autocast(device, args.precision):
+                return control_losses(unet, net, diffusion, Batch.of(*tensors))
+
+        recorded = Recorded(net, losses)
+
         def loss():
             batch = Batch(latents, torch.randn_like(latents), t, Prompt(embeddings), inputs)
-            with autocast(device, args.precision):
-                return control_losses(unet, net, diffusion, batch).mean()
+            return recorded(*batch.tensors).mean()
     else:
         vae.requires_grad_(False).to(device, dtype), text.requires_grad_(False).to(device, dtype)
         net = ControlNetModel.from_unet(unet) if variant == "diffusers" else None

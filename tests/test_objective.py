@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from controlnet.model.training.objective import NoiseSchedule
+from controlnet.model.control.prompt import Prompt
+from controlnet.model.training.objective import Batch, NoiseSchedule
 from diffusers import DDPMScheduler
 
 
@@ -38,3 +39,10 @@ def test_unknown_prediction():
     scheduler.register_to_config(prediction_type="flow")
     with pytest.raises(ValueError, match="flow"):
         NoiseSchedule(scheduler)
+
+
+def test_a_batch_is_its_tensors():
+    prompt = Prompt(torch.randn(2, 4, 5), torch.randn(2, 6))
+    batch = Batch(*(torch.randn(2, 3) for _ in range(3)), prompt, torch.ones(2, 3))
+    again = Batch.of(*batch.tensors)
+    assert all(a is b for a, b in zip(batch.tensors, again.tensors, strict=True)) and again.prompt.ids is None

@@ -30,6 +30,7 @@ from controlnet.model.training.checkpoints import save_atomic
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.precision import autocast
+from controlnet.model.training.recorded import Recorded
 from torch import Tensor, nn
 
 LATENT_NOISE = 0.05
@@ -68,9 +69,12 @@ def train_vae(
         crops = [c[:, ::-1] if rng.random() < 0.5 else c for c in crops]
         x = torch.from_numpy(np.stack(crops)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         x = x.contiguous(memory_format=torch.channels_last)
+        places = (batch, LATENT_CHANNELS, crop // 8, crop // 8)
+        return losses(x, torch.randn(places, generator=randomness(device, 1, step), device=device))
+
+    def of_pictures(x: Tensor, noise: Tensor) -> Tensor:
         with autocast(device):
             z = vae.encode(x).latents
-            noise = torch.randn(z.shape, generator=randomness(device, 1, step), device=device)
             y = vae.decode(z + LATENT_NOISE * noise).sample
         y, z = y.float(), z.float()
         gradients = sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for a, b in [(x, y)] for d in (2, 3))
@@ -78,6 +82,7 @@ def train_vae(
         unit = mean.square().mean() + (deviation.clamp(min=1e-3).log()).square().mean()
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * gradients + 0.01 * unit
 
+    losses = Recorded(vae, of_pictures)
     # Muon reaches in 1,200 steps the loss that AdamW reaches in 5,000 (benchmarks/LOG.md).
     config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3, weight_decay=0.0)
     progress = fit(vae, loss_of, config, folder, report)
@@ -187,9 +192,14 @@ def train_text(
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([6, step])
         rows = torch.from_numpy(rng.integers(len(captions), size=batch))
+        return losses(wordings[int(rng.integers(4)), rows].to(device), sketches[rows.to(device)])
+
+    def of_words(ids: Tensor, truth: Tensor) -> Tensor:
         with autocast(device):
-            y = model["sketch"](model["text"](wordings[int(rng.integers(4)), rows].to(device)).last_hidden_state)
-        return F.mse_loss(y.float(), sketches[rows.to(device)])
+            y = model["sketch"](model["text"](ids).last_hidden_state)
+        return F.mse_loss(y.float(), truth)
+
+    losses = Recorded(model, of_words)
 
     config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3)
     progress = fit(model, loss_of, config, folder, report)
@@ -221,12 +231,16 @@ def train_base(
         rng, rows, z0, eps, t = diffusion_batch(step, 3, latents, batch, device)
         ids = wordings[int(rng.integers(4)), torch.from_numpy(rows)]
         ids = torch.where(torch.from_numpy(rng.random((batch, 1)) < 0.1), empty, ids).to(device)
+        return losses(ids, z0, eps, t)
+
+    def of_noise(ids: Tensor, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         with autocast(device):
             text = model["text"](ids).last_hidden_state
             z = schedule.add_noise(z0, eps, t).contiguous(memory_format=torch.channels_last)
             prediction = denoise(model["unet"], z, t, Prompt(text))
         return schedule.loss(prediction, z0, eps, t).mean()
 
+    losses = Recorded(model, of_noise)
     config = LoopConfig(**limit, optimizer="muon", learning_rate=4e-3)
     progress = fit(model, loss_of, config, folder, report)
     return model["unet"].eval(), model["text"].eval(), progress
@@ -259,9 +273,14 @@ def train_control(
     among = scenes_of(kind, world)
 
     # All randomness of a step comes from its number, so a resumed run repeats it.
-    def losses_of(batch: Batch) -> Tensor:
+    def of_batch(*tensors: Any) -> Tensor:
         with autocast(device):
-            return control_losses(unet, controlnet, schedule, batch)
+            return control_losses(unet, controlnet, schedule, Batch.of(*tensors))
+
+    losses = Recorded(controlnet, of_batch)
+
+    def losses_of(batch: Batch) -> Tensor:
+        return losses(*batch.tensors)
 
     def draw_batch(step: int, seed: int, count: int, emptied: float) -> Batch:
         rng, rows, z0, eps, t = diffusion_batch(step, seed, latents, count, device, among)

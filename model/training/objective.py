@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from controlnet.model.control.net import Net
@@ -69,6 +70,15 @@ class Batch:
         """The same batch with a function applied to each tensor."""
         prompt = self.prompt.map(function)
         return Batch(function(self.z0), function(self.eps), function(self.t), prompt, function(self.condition))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that is in it; `Batch.of(*tensors)` is the same batch."""
+        return self.z0, self.eps, self.t, self.prompt.c_t, self.prompt.pooled, self.prompt.ids, self.condition
+
+    @staticmethod
+    def of(z0: Tensor, eps: Tensor, t: Tensor, c_t: Tensor, pooled: Any, ids: Any, condition: Tensor) -> Batch:
+        return Batch(z0, eps, t, Prompt(c_t, pooled, ids), condition)
 
 
 def control_losses(

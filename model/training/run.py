@@ -28,6 +28,7 @@ from controlnet.model.training.optimizers import adamw_of_8_bits
 from controlnet.model.training.parallel import Parallel
 from controlnet.model.training.pictures import draw, draw_strip
 from controlnet.model.training.precision import PRECISIONS, attention_kernels, autocast
+from controlnet.model.training.recorded import Recorded
 from controlnet.model.training.report import describe, draw_curve, model_card, read_run
 from controlnet.model.training.runfolder import RunFolder
 from controlnet.model.training.samples import VALIDATION_TIMES, Samples, check_command
@@ -199,6 +200,9 @@ class _Training:
         self.config, self.run, self.device, self.processes, self.watcher = config, run, device, processes, watcher
         self.schedule = NoiseSchedule(base.scheduler, device)
         base.unet.to(memory_format=torch.channels_last)
+        # Gradients are added up over batches, and exchanged between processes, outside of graphs.
+        alone = processes.count == 1 and config.accumulation == 1 and not config.gradient_checkpointing
+        self.losses: Callable[..., Tensor] = Recorded(net, self._losses) if alone else self._losses
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
         self.batch: tuple[int, list[Batch]] = -1, []
@@ -222,7 +226,11 @@ class _Training:
     def losses_of(self, batch: Batch) -> Tensor:
         batch = batch.map(lambda x: x.to(self.device))
         batch.condition = batch.condition.contiguous(memory_format=torch.channels_last)
+        return self.losses(*batch.tensors)
+
+    def _losses(self, *tensors: Any) -> Tensor:
         with autocast(self.device, self.config.precision):
+            batch = Batch.of(*tensors)
             return control_losses(self.base.unet, self.net, self.schedule, batch, self.config.min_snr or None)
 
     def loss_of(self, k: int) -> Tensor:
