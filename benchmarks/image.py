@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 PROMPT, NEGATIVE, GUIDANCE, SIDE = "a red house beside a lake", "blurred", 7.5, 512
@@ -26,7 +27,11 @@ ROWS = {
     "ours-low": "ours, --low-memory",
     "diffusers": "diffusers tuned: bfloat16, channels_last",
     "openvino": "OpenVINO alone: both networks one graph, and the decoder",
+    "sdcpp": "stable-diffusion.cpp, float16",
 }
+DEFAULT = [row for row in ROWS if row != "sdcpp" or find_spec("stable_diffusion_cpp")]
+"""`pip install stable-diffusion-cpp-python` builds the last one, in minutes; an image takes it longer than all others
+together."""
 
 KEEPING = ("ours", "openvino")
 """Rows that keep graphs."""
@@ -135,6 +140,22 @@ def by_openvino(folder: Path, steps: int) -> None:
     Image.fromarray(pixels).save(folder / "openvino.png")
 
 
+def by_sdcpp(folder: Path, steps: int) -> None:
+    """stable-diffusion.cpp through its Python binding, on single files that `main` has converted."""
+    from PIL import Image
+    from stable_diffusion_cpp import StableDiffusion
+
+    pipeline = StableDiffusion(
+        model_path=str(folder / "base.safetensors"), control_net_path=str(folder / "net.safetensors"),
+        n_threads=os.cpu_count(), verbose=False,
+    )  # fmt: skip
+    (image,) = pipeline.generate_image(
+        PROMPT, NEGATIVE, width=SIDE, height=SIDE, cfg_scale=GUIDANCE, sample_steps=steps, seed=1,
+        control_image=Image.open(folder / "map.canny.png"), control_strength=1.0,
+    )  # fmt: skip
+    image.save(folder / "sdcpp.png")
+
+
 def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Seconds and peak GB of a process. The peak is its own and its children's largest."""
     start = time.perf_counter()
@@ -148,7 +169,7 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join(DEFAULT))
     parser.add_argument("--folder", type=Path, help="where the models are kept (default: a temporary folder)")
     parser.add_argument("--small", action="store_true", help="narrow networks, to try the script")
     parser.add_argument("--row", choices=ROWS, help="one, in this process")
@@ -159,13 +180,17 @@ def main() -> None:
         make_models(folder, args.small)
         return
     if args.row:
-        {"diffusers": by_diffusers, "openvino": by_openvino}[args.row](folder, args.steps)
+        {"diffusers": by_diffusers, "openvino": by_openvino, "sdcpp": by_sdcpp}[args.row](folder, args.steps)
         return
     if not (folder / "base").is_dir():
         # In a process of its own: its memory would be counted as its children's.
         subprocess.run(
             [sys.executable, __file__, "--make", "--folder", str(folder), *["--small"] * args.small], check=True
         )
+    if "sdcpp" in args.rows:
+        for part in ("base", "net"):
+            convert = ["models", "convert", folder / part, folder / f"{part}.safetensors", "--to", "original"]
+            subprocess.run([sys.executable, "-m", "controlnet.cli.main", *map(str, convert), "--overwrite"], check=True)
     import torch
 
     commands = {

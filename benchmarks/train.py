@@ -77,7 +77,8 @@ def step_of(variant: str, args, device):
     from controlnet.model.training.recorded import Recorded
     from diffusers import ControlNetModel, DDPMScheduler
 
-    unet, vae, text = models(args.small)
+    with device:  # to draw random weights takes a CPU longer than all else
+        unet, vae, text = models(args.small)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     generator = torch.Generator().manual_seed(1)
     b = args.batch
