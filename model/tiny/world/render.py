@@ -84,8 +84,8 @@ class _Bodies:
 
     def __init__(self, scenes: list[Scene], device):
         rows = [(i, body) for i, scene in enumerate(scenes) for body in scene.bodies]
-        self.scene = torch.tensor([i for i, _ in rows], device=device)
         self.bodies = [body for _, body in rows]
+        self.rows = [[row for row, (scene, _) in enumerate(rows) if scene == i] for i in range(len(scenes))]
 
         def table(get) -> Tensor:
             return torch.tensor([get(body) for body in self.bodies], dtype=torch.float32, device=device)
@@ -196,30 +196,49 @@ def per_scene(scenes: list[Scene], get, device) -> Tensor:
 
 def _nearest(bodies: _Bodies, origins: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     """Distance (B, K) to the first primitive hit (_FAR for none) and its row in the table."""
-    best = torch.full(rays.shape[:2], _FAR, device=rays.device)
-    which = torch.full(rays.shape[:2], len(bodies.bodies), device=rays.device)
-    for scene in range(len(rays)):
-        rows = (bodies.scene == scene).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        o, d, centre = origins[scene], rays[scene], bodies.centre[rows]
-        # Only the rays that meet a body's bounding sphere are worth the exact test: |near|^2 - (near . d)^2 <= reach^2
-        # with near = centre - o, written as matrix products.
-        along = d @ centre.T - (o * d).sum(-1, keepdim=True)
-        squared = (centre * centre).sum(-1) - 2 * (o @ centre.T) + (o * o).sum(-1, keepdim=True)
-        reach = bodies.reach[rows] + 5e-3
-        meets = (squared - along * along <= reach**2) & (along > -reach)
-        k, column = meets.nonzero(as_tuple=True)  # pairs of a ray and a body
-        row = rows[column]
-        t = torch.full(k.shape, torch.nan, device=rays.device)
-        for shape in {bodies.bodies[i].shape for i in rows.tolist()}:
-            pair = (bodies.shape[row] == list(_INTERSECT).index(shape)).nonzero()[:, 0]
-            t[pair] = _INTERSECT[shape](bodies, row[pair], o[k[pair]], d[k[pair]])
-        t = torch.where(torch.isfinite(t) & (t > 1e-4), t, _FAR)
-        best[scene].scatter_reduce_(0, k, t, "amin")
-        first = t == best[scene, k]  # where bodies meet, the first one in the table
-        which[scene].scatter_reduce_(0, k[first], row[first], "amin")
-    return best, torch.where(best < _FAR, which, 0)
+    # Scene by scene the rays stay in a CPU's cache; a GPU would wait for so many small operations.
+    together = 1 if rays.device.type == "cpu" else len(rays)
+    parts = [
+        _first_of(bodies, at, origins[at : at + together], rays[at : at + together])
+        for at in range(0, len(rays), together)
+    ]
+    best, which = (torch.cat(part) for part in zip(*parts, strict=True))
+    return best, which
+
+
+def _first_of(bodies: _Bodies, at: int, origins: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
+    """`_nearest` of some scenes, from scene `at` on."""
+    count, k, device = *rays.shape[:2], rays.device
+    best, which = (
+        torch.full((count * k,), _FAR, device=device),
+        torch.full((count * k,), len(bodies.bodies), device=device),
+    )
+    rows = bodies.rows[at : at + count]
+    most = max(map(len, rows))
+    if not most:
+        return best.view(count, k), torch.zeros_like(which).view(count, k)
+    table = torch.tensor([own + [0] * (most - len(own)) for own in rows], device=device)  # (B, bodies)
+    there = torch.tensor([[True] * len(own) + [False] * (most - len(own)) for own in rows], device=device)
+
+    # Only the rays that meet a body's bounding sphere are worth the exact test: |near|^2 - (near . d)^2 <= reach^2
+    # with near = centre - o, written as matrix products.
+    centre, reach = bodies.centre[table], bodies.reach[table][:, None] + 5e-3
+    along = rays @ centre.mT - (origins * rays).sum(-1, keepdim=True)
+    squared = (centre * centre).sum(-1)[:, None] - 2 * (origins @ centre.mT) + (origins * origins).sum(-1, keepdim=True)
+    meets = (squared - along * along <= reach**2) & (along > -reach) & there[:, None]
+
+    scene, ray, column = meets.nonzero(as_tuple=True)  # pairs of a ray and a body
+    row, ray = table[scene, column], scene * k + ray
+    o, d = origins.reshape(-1, 3), rays.reshape(-1, 3)
+    t = torch.full(ray.shape, torch.nan, device=device)
+    for shape in {bodies.bodies[i].shape for own in rows for i in own}:
+        pair = (bodies.shape[row] == list(_INTERSECT).index(shape)).nonzero()[:, 0]
+        t[pair] = _INTERSECT[shape](bodies, row[pair], o[ray[pair]], d[ray[pair]])
+    t = torch.where(torch.isfinite(t) & (t > 1e-4), t, _FAR)
+    best.scatter_reduce_(0, ray, t, "amin")
+    first = t == best[ray]  # where bodies meet, the first one in the table
+    which.scatter_reduce_(0, ray[first], row[first], "amin")
+    return best.view(count, k), torch.where(best < _FAR, which, 0).view(count, k)
 
 
 # How far along rays (o, d) (P, 3) the bodies `i` (P,) of a table are met: (P,), nan or _FAR where they are not.
