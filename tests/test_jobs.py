@@ -132,12 +132,12 @@ def test_folders_are_paired_by_name(tmp_path, maps):
 
 def test_alike_jobs_are_made_together_and_as_if_alone(run, maps, flags, net, tmp_path, monkeypatch):
     """One load of each model; images of jobs that share a batch are those of the jobs alone, within a level."""
-    from controlnet.model.work import studio
+    from controlnet.model.work import models
 
     loads, counters = [], []
     for name in ("load_base", "load_net"):
-        load = getattr(studio, name)
-        monkeypatch.setattr(studio, name, lambda *a, load=load, name=name: loads.append(name) or watched(load(*a)))
+        load = getattr(models, name)
+        monkeypatch.setattr(models, name, lambda *a, load=load, name=name: loads.append(name) or watched(load(*a)))
 
     def watched(model):
         if hasattr(model, "unet"):

@@ -287,12 +287,12 @@ def test_a_condition_without_a_score_is_left_out(sdxl_folder, tmp_path, monkeypa
 ])  # fmt: skip
 def test_what_configs_tell_is_told_before_weights_are_read(small_base_folder, tmp_path, monkeypatch, run, flags):
     """Loading a real base takes a while."""
-    from controlnet.model.work import studio
+    from controlnet.model.work import models
 
     def load(*args):
         raise AssertionError("the base is loaded")
 
-    monkeypatch.setattr(studio, "load_base", load)
+    monkeypatch.setattr(models, "load_base", load)
     (tmp_path / "a.canny.png").write_bytes(png_bytes(np.zeros((64, 64), np.uint8)))
     cond = f"{tmp_path / 'a.canny.png'},net={small_base_folder / 'net'}"
     args = ["generate", "--base", small_base_folder / "base", "--cond", cond, "-p", "x", "-o", tmp_path / "x.png"]

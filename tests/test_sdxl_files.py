@@ -308,8 +308,8 @@ def test_one_path_spelt_twice_is_one_model(sdxl_folder, tmp_path, monkeypatch):
     (tmp_path / "white.png").write_bytes(png_bytes(np.full((64, 64, 3), 255, np.uint8)))
     studio = Studio(dtype="float32")
     assert (
-        studio.net(str(sdxl_folder / "base"), whole_path(f"{sdxl_folder}/net/"))[0]
-        is (studio.net(str(sdxl_folder / "base"), whole_path(f"{sdxl_folder}/base/../net"))[0])
+        studio.models.net(str(sdxl_folder / "base"), whole_path(f"{sdxl_folder}/net/"))[0]
+        is (studio.models.net(str(sdxl_folder / "base"), whole_path(f"{sdxl_folder}/base/../net"))[0])
     )
     assert whole_path("white.png") == whole_path("./white.png") and whole_path("a/b") == "a/b"
 

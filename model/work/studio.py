@@ -9,28 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import torch
-from controlnet.model.base import Base, maps_weights
+from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
-from controlnet.model.emphasis import plain
-from controlnet.model.engines.choose import engine_name, make_engine
-from controlnet.model.engines.engine import Engine
 from controlnet.model.files.hashes import model_hash
-from controlnet.model.load import has_vae, load_base, with_vae
-from controlnet.model.nets import load_net
 from controlnet.model.registry import recorded_name
-from controlnet.model.sampling.canvas import canvas_size, own_size, trained_sizes
+from controlnet.model.sampling.canvas import canvas_size, own_size
 from controlnet.model.sampling.generate import Encoded, Request, generate
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.memory import check_memory
 from controlnet.model.sampling.schedulers import make_scheduler
-from controlnet.model.text import words_apart
-from controlnet.model.work.adapted import adapted
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
     PAINTED,
@@ -46,22 +39,19 @@ from controlnet.model.work.machine import (
     keep_freed_memory,
     silence_libraries,
 )
+from controlnet.model.work.models import Models
 from controlnet.model.work.paint import Painting
 from controlnet.model.work.pictures import Pictures
 from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
-from controlnet.model.work.sources import Sources
+from controlnet.model.work.talk import Talk
 from controlnet.preprocessors.condition import Condition
-from controlnet.preprocessors.devices import choose_device, choose_dtype
 from controlnet.preprocessors.errors import ControlNetError, ModelError
 from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.geometry import Box, inside, window
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.stage_one import MAKING
-from torch import nn
 
-FEW = 12
-"""The most steps that suit a base that was distilled for few."""
 ACTS = ("scale", "start", "end", "weighting", "region", "region_sha256")
 """What a condition's entry in the record says of how it acts."""
 
@@ -90,22 +80,13 @@ class Studio:
         say: Callable[[str], None] = lambda text: None,
     ):
         silence_libraries()
-        self.device = choose_device(device)
+        self.models = Models(device, dtype, offline, low_memory, engine, say)
+        self.device, self.dtype, self.sources = self.models.device, self.models.dtype, self.models.sources
         if self.device.type == "cpu" and not low_memory:
             keep_freed_memory()
-        self.dtype = choose_dtype(dtype, self.device)
-        self.engine = engine
-        self.made_engine = cache(partial(make_engine, say=say))
-        if engine is not None:  # what is wrong with it comes out before anything is loaded
-            self.made_engine(engine_name(engine, self.device, self.dtype, low_memory, 0))
-        self.offline, self.strict, self.low_memory, self.say = offline, strict, low_memory, say
-        # Each is made once for equal arguments. A few conditions are kept: jobs next to each other often share one.
-        self.bases: dict[tuple[str, str | None], tuple[Base, Encoded]] = {}
-        self.adapted = lru_cache(1 if self.device.type == "cuda" else 2)(self._adapted)
-        self.net = cache(self._net)
-        self.sources = Sources(offline)
+        self.offline, self.low_memory = offline, low_memory
         self.pictures = Pictures(offline, strict, say)
-        self.told: set[str] = set()
+        self.talk = Talk(say)
 
     def make(
         self,
@@ -151,7 +132,7 @@ class Studio:
                     f"out of memory at {width}x{height} in {self.dtype}", "--low-memory, or a smaller --size"
                 ) from error
         torch.cuda.empty_cache()
-        self._warn(f"out of memory for {len(group)} images at once; they are made one by one")
+        self.talk.warn(f"out of memory for {len(group)} images at once; they are made one by one")
         for one in group[done:]:
             yield from self._sample_or_split([one], on_step)
 
@@ -228,9 +209,7 @@ class Studio:
         base, encoded = self.base_for(one.job)
         scheduler = make_scheduler(base.scheduler, one.job.scheduler)
         size, conditions = self.conditions(one.job)
-        self._say_canvas(one, size, base)
-        self._say_distilled(one.job, base)
-        self._check_words(base, one.job)
+        self.talk.of(one, size, base)
         tile = tile_of(one.job, base)
         check_memory(base, size, self.low_memory, None if one.job.hires else tile)
         evaluations = count_evaluations(scheduler, one.job.steps, one.job.strength_or_default if one.job.init else 1.0)
@@ -281,7 +260,7 @@ class Studio:
     def _acting(self, job: Job, flag: ConditionFlag, condition: Condition, base: Base) -> ActiveCondition:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
-        net, net_hash = self.net(job.base, whole_path(source))
+        net, net_hash = self.models.net(job.base, whole_path(source))
         painting = self.pictures.painting(job)
         if kind_named(condition.kind).hides:
             map_ = self.pictures.hiding(flag, condition, job.size, painting)
@@ -340,7 +319,7 @@ class Studio:
         if self.offline:
             self.sources.check_here(job, self.pictures.kind)
         self.sources.check(job, self.pictures.kind)
-        return self.adapted(job.base, job.vae and whole_path(job.vae), job.lora, job.embedding)
+        return self.models.adapted(job.base, job.vae and whole_path(job.vae), job.lora, job.embedding)
 
     def conditions(self, job: Job) -> tuple[tuple[int, int], list[Condition]]:
         """The canvas of a job (width, height), and its conditions: as read, or detected at the canvas's aspect."""
@@ -361,94 +340,6 @@ class Studio:
             box = self._box(flag, job, size, painting)
             found.append(self.pictures.condition(flag, size if flag.detect else None, box))
         return size, found
-
-    def base(self, name: str, vae: str | None) -> tuple[Base, Encoded]:
-        """A base that is loaded once."""
-        if (name, vae) not in self.bases:
-            self.bases[name, vae] = self._base(name, vae)
-        return self.bases[name, vae]
-
-    def _base(self, name: str, vae: str | None) -> tuple[Base, Encoded]:
-        """A base, with another VAE if one is named: everything else of it is loaded once."""
-        if vae is not None and has_vae(name, self.offline):
-            base, encoded = self.base(name, None)
-            return with_vae(base, vae, self.offline), encoded
-        base = load_base(name, self.device, self.dtype, self.offline, self.low_memory, vae, self._engine_for)
-        dtype = str(self.dtype).removeprefix("torch.")
-        how = "" if base.engine.name == "eager" else f" by {base.engine.name}"
-        self.say(f"base {name} on {self.device} in {dtype}{how}; no safety checker runs")
-        return base, Encoded()
-
-    def _engine_for(self, parameters: int) -> Engine:
-        return self.made_engine(engine_name(self.engine, self.device, self.dtype, self.low_memory, parameters))
-
-    def _adapted(
-        self, name: str, vae: str | None, loras: tuple[str, ...], words: tuple[str, ...]
-    ) -> tuple[Base, Encoded]:
-        """A base under LoRAs and with learned words. What of each LoRA applies is said."""
-        base, encoded = self.base(name, vae)
-        if not (loras or words):
-            return base, encoded
-        under = adapted(base, loras, words, self.sources, self.say)
-        if under.unet is not base.unet and self.engine is None and base.engine.alone:
-            under.engine = self.made_engine("eager")  # each choice of LoRAs and scales would need a graph of its own
-        return under, Encoded()
-
-    def _plain_base(self, name: str) -> tuple[Base, Encoded]:
-        """A loaded base of this name, whichever VAE it has."""
-        return next((pair for (known, _), pair in self.bases.items() if known == name), None) or self.base(name, None)
-
-    def _net(self, base_name: str, source: str) -> tuple[Any, str]:
-        """A ControlNet that fits the base, and its hash."""
-        base, _ = self._plain_base(base_name)
-        path = self.sources.find(source)
-        spare = maps_weights(self.low_memory, base.device, base.engine)
-        net = load_net(path, base.dtype, base.unet.config, base.name, base.engine, spare)
-        return net if self.low_memory else nn.Module.to(net, base.device), model_hash(path)
-
-    def _say_distilled(self, job: Job, base: Base) -> None:
-        """Warn of settings that do not suit a base that was distilled for few steps."""
-        guidance = base.guidance if job.guidance is None else job.guidance
-        if base.distilled and (job.steps > FEW or guidance > 2) and job.base not in self.told:
-            self.told.add(job.base)
-            self._warn(
-                f"{job.base} seems to be made for few steps ({base.distilled}), and is asked for {job.steps} with"
-                f" guidance {guidance:g}; try --steps 4 --guidance 1"
-            )
-
-    def _say_canvas(self, one: Wanted, size: tuple[int, int], base: Base) -> None:
-        """Say the canvas: for a single job with its seeds, for many jobs once per size. Also say if the base was not
-        trained on it."""
-        said = f"canvas {size[0]}x{size[1]}"
-        if not one.name and one.job.seed is not None:
-            last = one.job.seed + one.job.num - 1
-            said += f", seed {last}" if one.job.num == 1 else f", seeds {one.job.seed} to {last}"
-        if said not in self.told:
-            self.told.add(said)
-            self.say(said)
-            if (known := trained_sizes(base)) and size not in known:
-                near = canvas_size(base, size)
-                self.say(f"{base.name} was not trained on {size[0]}x{size[1]}; the nearest is {near[0]}x{near[1]}")
-
-    def _check_words(self, base: Base, job: Job) -> None:
-        said = " ".join(filter(None, (job.prompt, job.negative, job.prompt2, job.negative2)))
-        for word in base.encoders[0].learned:
-            if word not in words_apart(said.lower(), [word]) and word not in self.told:
-                self.told.add(word)
-                self._warn(f"the learned word {word!r} is in none of the prompts")
-        for text in filter(None, (job.prompt, job.negative, job.prompt2, job.negative2)):
-            if text in self.told:
-                continue
-            self.told.add(text)
-            if not job.plain_prompt:
-                text = plain(text)
-            elif cut := base.cut_words(text):
-                self._warn(f"the text encoder reads {base.max_tokens - 2} tokens; these words are beyond: {cut}")
-            if unknown := base.unknown_words(text):
-                self._warn(f"{job.base} never met these words in training: {', '.join(unknown)}")
-
-    def _warn(self, text: str) -> None:
-        self.say(f"warning: {text}")
 
 
 def tile_of(job: Job, base: Base) -> int | None:
