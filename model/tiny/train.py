@@ -157,7 +157,7 @@ class Training:
         batch, crop = BATCHES[device.type], CROPS[device.type]
         self.vae, reached = train_vae(data, run / "vae", limit["vae"], device, begun["vae"], batch["vae"], crop)
         self.finish("vae", reached)
-        latents = cached_latents(self.vae, data.images, run / "latents.pt", device).to(device)
+        latents = cached_latents(self.vae, data.images, run / f"latents-{self.args.scenes}.pt", device).to(device)
 
         captions, tokenizer = data.captions, self.tokenizer
         text_encoder, reached = train_text(
@@ -168,7 +168,7 @@ class Training:
         # The base learns at half the size first, where a picture costs a quarter.
         halves = latents
         if any(limit["half"].values()):
-            halves = half_latents(self.vae, data.images, run / "latents-half.pt", device).to(device)
+            halves = half_latents(self.vae, data.images, run / f"latents-half-{self.args.scenes}.pt", device).to(device)
         unet = begun["base"]
         for name, pictures in (("half", halves), ("base", latents)):
             unet, text_encoder, reached = train_base(
