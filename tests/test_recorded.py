@@ -41,13 +41,15 @@ def setup():
 
 def test_each_shape_is_recorded_once_and_computes_the_same(graphs):
     net, losses = setup()
-    step = Recorded(net, losses)
+    settled = []
+    step = Recorded(net, losses, lambda: settled.append(len(graphs)))
     for rows in (4, 2, 4, 2):
         x, y = torch.randn(rows, 3), torch.randn(rows, 2)
         expected = torch.autograd.grad(losses(x, None, y).mean(), net.weight)[0]
         torch.testing.assert_close(torch.autograd.grad(step(x, None, y).mean(), net.weight)[0], expected)
     assert graphs == [[(4, 3), (4, 2)], [(2, 3), (2, 2)]]
     step(torch.randn(4, 3), torch.randn(4, 2), torch.randn(4, 2)).sum().backward()
+    assert settled == [0, 1, 2]
     assert len(graphs) == 3 and net.weight.grad.any()  # an argument that was None has a graph of its own
 
 

@@ -23,11 +23,11 @@ class Recorded:
     may be None. On other devices than CUDA, and where no gradients are asked for, it is the function itself.
 
     A step may call it once for each shape, and its gradients must be used before the next step: graphs write them to
-    the same memory again.
+    the same memory again. `settle` is called before a recording, during which no other thread may use the GPU.
     """
 
-    def __init__(self, trained: nn.Module, losses: Callable[..., Tensor]):
-        self.trained, self.losses = trained, losses
+    def __init__(self, trained: nn.Module, losses: Callable[..., Tensor], settle: Callable[[], object] = lambda: None):
+        self.trained, self.losses, self.settle = trained, losses, settle
         self.made: dict[tuple, Callable[..., Tensor]] = {}
 
     def __call__(self, *arguments: Tensor | None) -> Tensor:
@@ -42,6 +42,7 @@ class Recorded:
     def _record(self, arguments: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
         part = _OfTensors(self.trained, self.losses, [one is not None for one in arguments])
         samples = tuple(one.clone() for one in arguments if one is not None)
+        self.settle()
         try:
             made: Any = torch.cuda.make_graphed_callables(part, samples, allow_unused_input=True)
         except RuntimeError as error:

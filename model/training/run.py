@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -202,7 +202,9 @@ class _Training:
         base.unet.to(memory_format=torch.channels_last)
         # Gradients are added up over batches, and exchanged between processes, outside of graphs.
         alone = processes.count == 1 and config.accumulation == 1 and not config.gradient_checkpointing
-        self.losses: Callable[..., Tensor] = Recorded(net, self._losses) if alone else self._losses
+        self.losses: Callable[..., Tensor] = self._losses
+        if alone:
+            self.losses = Recorded(net, self._losses, lambda: wait([self.next[1]]))
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
         self.batch: tuple[int, list[Batch]] = -1, []
