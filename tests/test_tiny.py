@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 MIB = 2**20
+SIZE = 8 * json.loads((TINY / "unet" / "config.json").read_text())["sample_size"]
 
 
 def test_size_and_type_of_the_files():
@@ -59,7 +60,7 @@ def test_twelve_skips_and_the_layout_of_stable_diffusion():
 def test_diffusers_runs_it_and_gives_the_same_picture():
     """Our float32 images against diffusers' own pipeline on the same folders, within one level."""
     scene = make_scene(HELD_OUT + 1)
-    condition = user_canny(render([scene], 128).images[0].numpy())
+    condition = user_canny(render([scene], SIZE).images[0].numpy())
     base = load_base("tiny")
     net = load_controlnet(TINY / "controlnet-canny", torch.float32)
     ours = next(
@@ -71,14 +72,14 @@ def test_diffusers_runs_it_and_gives_the_same_picture():
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         scene.caption, image=condition_tensor(condition)[None], num_inference_steps=4, guidance_scale=base.guidance,
-        generator=torch.Generator().manual_seed(3), height=128, width=128, output_type="np",
+        generator=torch.Generator().manual_seed(3), height=SIZE, width=SIZE, output_type="np",
     ).images[0]  # fmt: skip
     assert np.abs(ours.astype(int) - np.rint(theirs * 255)).max() <= 1
 
 
 def test_control_acts_on_the_half_that_reads_the_prompt_unless_one_says_otherwise():
     """The base's own way, in Python and in the command; a mode by name is that mode."""
-    condition = user_canny(render([make_scene(HELD_OUT)], 128).images[0].numpy())
+    condition = user_canny(render([make_scene(HELD_OUT)], SIZE).images[0].numpy())
     base, net = load_base("tiny"), load_controlnet(TINY / "controlnet-canny", torch.float32)
     own, cond, both = (
         next(generate(base, [Request("a red cube", 0, (condition,))], [(net, Strength(control_on=halves))], steps=3))
@@ -91,14 +92,14 @@ def test_control_acts_on_the_half_that_reads_the_prompt_unless_one_says_otherwis
 def test_its_images_follow_their_edges():
     """On eight held-out scenes the edges found again fit the given condition better than a neighbour's."""
     scenes = [make_scene(HELD_OUT + i) for i in range(8)]
-    conditions = [user_canny(image) for image in render(scenes, 128).images.numpy()]
+    conditions = [user_canny(image) for image in render(scenes, SIZE).images.numpy()]
     base, net = load_base("tiny"), load_controlnet(TINY / "controlnet-canny", torch.float32)
     true, other = [], []
     for i, scene in enumerate(scenes):
         image = next(generate(base, [Request(scene.caption, i, (conditions[i],))], [(net, Strength())], steps=8))
         found = user_canny(image)[..., 0]
-        true.append(edge_f1(found, conditions[i][..., 0], 1))
-        other.append(edge_f1(found, conditions[i - 1][..., 0], 1))
+        true.append(edge_f1(found, conditions[i][..., 0], SIZE // 128))
+        other.append(edge_f1(found, conditions[i - 1][..., 0], SIZE // 128))
     assert np.mean(true) > np.mean(other) + 0.15, (np.mean(true), np.mean(other))
 
 
@@ -107,10 +108,10 @@ def test_each_kind_is_loaded_alone_and_heeded(kind):
     """On twelve held-out people the base does better with their own condition than with a neighbour's."""
     base, net = load_base("tiny"), load_controlnet(TINY / f"controlnet-{kind}", torch.float32)
     scenes = [s for s in map(make_scene, range(HELD_OUT, HELD_OUT + 80)) if s.sort == "person"][:12]
-    drawn = render(scenes, 128)
+    drawn = render(scenes, SIZE)
     make = {"canny": user_canny, "depth": user_depth}.get(kind)
     pictures, joints = drawn.images.numpy(), drawn.joints.numpy()
-    maps = [make(picture) if make else pose_of(j, 128) for picture, j in zip(pictures, joints, strict=True)]
+    maps = [make(picture) if make else pose_of(j, SIZE) for picture, j in zip(pictures, joints, strict=True)]
     conditions = torch.stack([condition_tensor(m) for m in maps])
     with torch.no_grad():
         z0 = base.vae.encode(drawn.images.permute(0, 3, 1, 2) / 127.5 - 1).latents * base.vae.config.scaling_factor
@@ -158,7 +159,7 @@ def test_training_goes_on_from_given_weights(tmp_path, monkeypatch):
     from controlnet.model.tiny.world.scenes import make_scene
 
     scenes = [make_scene(i) for i in range(4)]
-    drawn = render(scenes, 128)
+    drawn = render(scenes, SIZE)
     captions, joints = [s.caption for s in scenes], np.ones((4, 18, 3))
     made = dataset.World(*(a.numpy() for a in (drawn.images, drawn.depth, drawn.parts)), joints, captions)
     monkeypatch.setattr(train, "world", lambda *a, **k: made)
