@@ -48,7 +48,7 @@ MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
 MAX_SHARD = "14MB"
 BATCHES = {
     "cpu": {"vae": 16, "text": 64, "half": 64, "base": 32, "control": 32},
-    "cuda": {"vae": 32, "text": 256, "half": 256, "base": 128, "control": 64},
+    "cuda": {"vae": 32, "text": 256, "half": 512, "base": 256, "control": 128},
 }
 """Samples in a step. Smaller ones leave a GPU waiting for the program."""
 CROPS = {"cpu": 64, "cuda": 128}

@@ -23,7 +23,7 @@ from controlnet.preprocessors.images import png_bytes
 from controlnet.preprocessors.workers import workers
 
 SHARD = 250
-DRAWERS = 4
+DRAWERS = 8
 """Processes that draw on one GPU."""
 HELD_OUT = 10_000_000
 """Seeds from here on are for evaluation; training seeds stay below."""
