@@ -33,7 +33,7 @@ def test_what_is_done_is_said(photo, capsys):
 def test_a_file_has_all_of_it_with_the_time(photo, tmp_path, capsys):
     log = tmp_path / "logs" / "run.log"
     for _ in range(2):
-        asked = ("--prompt", "a red cube", "--steps", "2", "--seed", "1", "-o", "a.png", "--overwrite")
+        asked = ("--prompt", "a red cube", "--steps", "2", "--size", "128", "--seed", "1", "-o", "a.png", "--overwrite")
         assert run("generate", *asked, "--log", log) == 0
     err = capsys.readouterr().err
     lines = log.read_text().splitlines()
