@@ -35,8 +35,9 @@ from controlnet.cli.options import (
 )
 from controlnet.model.work.batch import Wanted, in_tars, in_units, read_jobs_file, spread, targets
 from controlnet.model.work.crew import places
-from controlnet.model.work.jobs import Job, check_names, make_job
+from controlnet.model.work.jobs import Job, make_job
 from controlnet.model.work.machine import silence_libraries
+from controlnet.model.work.named import check_names
 from controlnet.model.work.outputs import IMAGES, check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text

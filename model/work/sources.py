@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from controlnet.model.work.condition import ConditionFlag, check_kind, check_weighting
-from controlnet.model.work.jobs import Job, no_net
+from controlnet.model.work.jobs import Job
+from controlnet.model.work.named import no_net
 from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.files import exists
 

@@ -33,13 +33,14 @@ from controlnet.model.work.condition import (
     scale_text,
     weighting_text,
 )
-from controlnet.model.work.jobs import Job, check_names
+from controlnet.model.work.jobs import Job
 from controlnet.model.work.machine import (
     is_out_of_memory,
     keep_freed_memory,
     silence_libraries,
 )
 from controlnet.model.work.models import Models
+from controlnet.model.work.named import check_names
 from controlnet.model.work.paint import Painting
 from controlnet.model.work.pictures import Pictures
 from controlnet.model.work.prepared import ActiveCondition, Image, Prepared, versions
