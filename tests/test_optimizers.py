@@ -103,3 +103,20 @@ def test_a_resumed_optimizer_goes_on_exactly():
 def test_an_unknown_one_is_refused():
     with pytest.raises(ValueError, match="optimizer must be one of adamw, adamw8bit, muon, got 'sgd'"):
         LoopConfig(optimizer="sgd")
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_skipped():
+    """float16: the scale is halved, and matrices stay as they are like everything else."""
+    module = network()
+    optimizer = make_optimizer(module, "muon", 1e-2, 0.0)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
+    for p in module.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**14
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())

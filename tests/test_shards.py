@@ -249,6 +249,19 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
     assert failed[0][0] == "line 5" and "killed twice" in str(failed[0][1])
 
 
+def test_a_worker_says_what_one_process_says(jobs, tmp_path, small_base_folder):
+    """And each thing with the first task alone."""
+    net = small_base_folder / "net"
+    job = Job(f"0.canny.png,net={net}", "a zebra", steps=1, base=str(small_base_folder / "base"), out="set/")
+    tasks = [pool.Task([Wanted("", replace(job, seed=i), i, tmp_path / f"{i}.png")]) for i in range(2)]
+    setup, said = pool.Setup(device="cpu", dtype="float32"), []
+    work = pool.make_worker(setup, None)
+    list(pool.make_here(tasks, setup, fail, said.append))
+    first, second = work(tasks[0]).said, work(tasks[1]).said
+    assert first[0].startswith("base ") and any("zebra" in line for line in first)
+    assert first + second == said
+
+
 class Dies:
     """What kills the process that receives it."""
 

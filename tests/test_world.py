@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from controlnet.model.tiny import conditions
+from controlnet.model.tiny.world import render as render_module
 from controlnet.model.tiny.world.people import FLIPPED, JOINTS, POSES, pose_joints
-from controlnet.model.tiny.world.render import FLOOR, MAIN, OTHER, POSTER, WALL, render
+from controlnet.model.tiny.world.render import FLOOR, MAIN, OTHER, POSTER, WALL, per_scene, render, trace
 from controlnet.model.tiny.world.scenes import Body, Camera, Scene, Surface, make_scene, vary
 from controlnet.model.tiny.world.shards import draw_shard, world
 from hypothesis import given, settings
@@ -159,3 +161,33 @@ def test_shards_are_drawn_once(tmp_path, monkeypatch):
     assert data.captions == [make_scene(i).caption for i in range(8)]
     again = render([make_scene(6)], 16)
     assert np.array_equal(data.images[6], again.images[0].numpy())
+
+
+def test_scenes_are_the_same_one_by_one_and_together():
+    """On a GPU the rays of all are traced at once."""
+    scenes = [s for s in map(make_scene, range(30)) if s.sort != "poster"][:6]
+    bodies = render_module._Bodies(scenes, "cpu")
+    hits = trace(scenes, 24)
+    origins = per_scene(scenes, lambda s: s.camera.eye, "cpu").expand_as(hits.points).contiguous()
+    rays = (hits.points - origins) / hits.distance[..., None]
+    alone = render_module._nearest(bodies, origins, rays)
+    together = render_module._first_of(bodies, 0, origins, rays)
+    assert (alone[0] < 100).any() and torch.equal(alone[1], together[1])
+    torch.testing.assert_close(alone[0], together[0])
+
+
+def test_maps_are_drawn_once_by_the_functions_of_their_kinds(tmp_path):
+    """Two of each scene, by worker processes, as each function draws them for its scene and round."""
+    data = world(tmp_path / "world", 250, 32, report=lambda text: None)
+    rows = conditions.scenes_of("pose", data)
+    assert 40 < len(rows) < 130 and data.joints[rows, :, 2].any(1).all()
+    for kind in ("canny", "pose"):
+        chosen = conditions.scenes_of(kind, data)
+        maps = conditions.drawn(kind, data, tmp_path / "world", tmp_path / f"{kind}.npy", lambda text: None)
+        for k, place in ((0, 0), (1, 7)):
+            row = chosen[place]
+            expected = conditions.CONDITIONS[kind](data, row, np.random.default_rng([7, k, row]))
+            assert (maps[k, place] == expected[..., : maps.shape[-1]]).all() and maps[k, place].any()
+    few = data.only(np.arange(20))
+    with pytest.raises(ValueError, match="holds maps of 250 scenes, expected 20"):
+        conditions.drawn("canny", few, tmp_path / "world", tmp_path / "canny.npy")

@@ -23,6 +23,9 @@ class FoldedUpsample(Upsample2D):
     constant: Tensor | None = None
     """The folded weight that compiled graphs hold (`fold_for_graphs`)."""
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "constant"}  # a copy folds its own
+
     def forward(self, x: Tensor, output_size=None, *more, **others) -> Tensor:
         """(B, C, h, w) -> (B, C', 2h, 2w), or of another `output_size`, which is then reached as diffusers does."""
         doubled = [2 * side for side in x.shape[-2:]]

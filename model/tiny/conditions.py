@@ -77,7 +77,8 @@ def scenes_of(kind: str, data: World) -> np.ndarray:
 
 def drawn(kind: str, data: World, shards: Path, path: Path, report: Callable[[str], None] = print) -> np.ndarray:
     """The maps of all scenes of a kind, (ROUNDS, scenes, H, W, C) uint8 mapped from `path`, drawn first if they are not
-    there. C is 1 for maps in grey. `shards` is the folder that the world was read from."""
+    there. C is 1 for maps in grey. `shards` is the folder that the world was read from. Raises ValueError for maps of
+    other scenes."""
     if not path.exists():
         count, size = len(data.images), data.images.shape[1]
         rows = scenes_of(kind, data)
@@ -91,7 +92,10 @@ def drawn(kind: str, data: World, shards: Path, path: Path, report: Callable[[st
                 for job in jobs:
                     job.result()
             report(f"{kind}: {ROUNDS * len(rows)} maps drawn")
-    return np.load(path, mmap_mode="r")
+    maps = np.load(path, mmap_mode="r")
+    if maps.shape[1] != (count := len(scenes_of(kind, data))):
+        raise ValueError(f"{path}: holds maps of {maps.shape[1]} scenes, expected {count}; delete it")
+    return maps
 
 
 @cache

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from controlnet.model.tiny.stages import (
     train_text,
     train_vae,
 )
-from controlnet.model.tiny.world.scenes import vary
+from controlnet.model.tiny.world.scenes import WORLD_VERSION, vary
 from controlnet.model.tiny.world.shards import world
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention_kernels
@@ -114,6 +114,8 @@ class Training:
         self.size = args.size or self.earlier.get("size", 256)
         self.run = args.runs / str(self.size)
         self.data = world(args.runs / "world", args.scenes, self.size, device=device.type)
+        self.scenes = f"v{WORLD_VERSION}-{args.scenes}"  # in the names of what is made of them
+        self.drawer = ThreadPoolExecutor(1)
         self.maps = self._draw_maps(args.runs / "world")
         self.begun: dict[str, Any] = dict.fromkeys(STAGES)
         self.tokenizer = self._begin_with(args.start) if args.start else self._new_tokenizer()
@@ -122,14 +124,15 @@ class Training:
 
     def _draw_maps(self, shards: Path) -> dict[str, Future[np.ndarray]]:
         """The conditions of every kind that is to be trained; beside a GPU they are drawn while it trains the base."""
-        one = ThreadPoolExecutor(1)
+        folder = self.run / "maps"
         maps = {
-            kind: one.submit(drawn, kind, self.data, shards, self.run / "maps" / f"{kind}-{self.args.scenes}.npy")
+            kind: self.drawer.submit(drawn, kind, self.data, shards, folder / f"{kind}-{self.scenes}.npy")
             for kind in CONDITIONS
             if any(self.limits[kind].values())
         }
         if self.device.type == "cpu":
-            wait(maps.values())
+            for one in maps.values():
+                one.result()
         return maps
 
     def _begin_with(self, start: Path):
@@ -157,7 +160,7 @@ class Training:
         batch, crop = BATCHES[device.type], CROPS[device.type]
         self.vae, reached = train_vae(data, run / "vae", limit["vae"], device, begun["vae"], batch["vae"], crop)
         self.finish("vae", reached)
-        latents = cached_latents(self.vae, data.images, run / f"latents-{self.args.scenes}.pt", device).to(device)
+        latents = cached_latents(self.vae, data.images, run / f"latents-{self.scenes}.pt", device).to(device)
 
         captions, tokenizer = data.captions, self.tokenizer
         text_encoder, reached = train_text(
@@ -168,7 +171,7 @@ class Training:
         # The base learns at half the size first, where a picture costs a quarter.
         halves = latents
         if any(limit["half"].values()):
-            halves = half_latents(self.vae, data.images, run / f"latents-half-{self.args.scenes}.pt", device).to(device)
+            halves = half_latents(self.vae, data.images, run / f"latents-half-{self.scenes}.pt", device).to(device)
         unet = begun["base"]
         for name, pictures in (("half", halves), ("base", latents)):
             unet, text_encoder, reached = train_base(
@@ -258,7 +261,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True  # shapes stay the same
     training = Training(args, device)
     with attention_kernels(device, small=training.size <= 256):
-        training.train()
+        try:
+            training.train()
+        finally:  # the command may end before all maps are drawn
+            training.drawer.shutdown(wait=False, cancel_futures=True)
     training.write(args.out)
     print(f"written: {args.out}; now measure it with python -m controlnet.model.tiny.card")
 

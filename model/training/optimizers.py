@@ -51,6 +51,8 @@ class Muon(torch.optim.AdamW):
     def __init__(self, parameters: list[nn.Parameter], matrices: list[nn.Parameter], **options: Any):
         super().__init__(parameters, **options)
         self.matrices = matrices
+        # The fused kernel skips a step whose scaled gradients overflow by itself; matrices would not.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -60,6 +60,11 @@ class Parallel:
                 plug_in(state)
 
     @property
+    def is_alone(self) -> bool:
+        """Whether nothing stands between the network and its gradients: one process, that no launcher made."""
+        return self.accelerator.distributed_type is DistributedType.NO
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each process has a part of the network only."""
         return self.accelerator.is_fsdp2

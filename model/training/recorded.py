@@ -6,15 +6,16 @@ at once. One graph for each shape; the optimiser's step is not recorded.
 
 from __future__ import annotations
 
-import logging
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from controlnet.model.work.machine import is_out_of_memory
+from controlnet.preprocessors.log import LOG
 from torch import Tensor, nn
 
-LOG = logging.getLogger(__name__)
-KEPT = 8
+KEPT = 2
 """Shapes that are recorded; each graph keeps memory of its own. Further ones run operation by operation."""
 
 
@@ -22,33 +23,50 @@ class Recorded:
     """`losses(*tensors)` of a network that is trained, recorded at its first call with tensors of a shape; arguments
     may be None. On other devices than CUDA, and where no gradients are asked for, it is the function itself.
 
-    A step may call it once for each shape, and its gradients must be used before the next step: graphs write them to
-    the same memory again. `settle` is called before a recording, during which no other thread may use the GPU.
+    Gradients are the memory of a graph, which its next backward pass writes anew: a step may call it once for each
+    shape, and must use the gradients before the next step. Added up over several batches they would be wrong.
+    `settle` is called before a recording, during which no other thread may use the GPU; `say` if one fails, after which
+    nothing is recorded any more.
     """
 
-    def __init__(self, trained: nn.Module, losses: Callable[..., Tensor], settle: Callable[[], object] = lambda: None):
-        self.trained, self.losses, self.settle = trained, losses, settle
+    def __init__(
+        self,
+        trained: nn.Module,
+        losses: Callable[..., Tensor],
+        settle: Callable[[], object] = lambda: None,
+        say: Callable[[str], None] = LOG.info,
+    ):
+        self.trained, self.losses, self.settle, self.say = trained, losses, settle, say
         self.made: dict[tuple, Callable[..., Tensor]] = {}
+        self.left = KEPT
 
     def __call__(self, *arguments: Tensor | None) -> Tensor:
         tensors = [one for one in arguments if one is not None]
         if not (torch.is_grad_enabled() and tensors[0].is_cuda):
             return self.losses(*arguments)
         key = tuple(None if one is None else (one.shape, one.dtype, one.stride()) for one in arguments)
-        if key not in self.made and len(self.made) < KEPT:
-            self.made[key] = self._record(arguments)
+        if key not in self.made and self.left:
+            self._record(key, arguments)
         return self.made[key](*tensors) if key in self.made else self.losses(*arguments)
 
-    def _record(self, arguments: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
+    def _record(self, key: tuple, arguments: tuple[Tensor | None, ...]) -> None:
+        self.left -= 1
         part = _OfTensors(self.trained, self.losses, [one is not None for one in arguments])
         samples = tuple(one.clone() for one in arguments if one is not None)
         self.settle()
+        stream = torch.cuda.current_stream()
         try:
             made: Any = torch.cuda.make_graphed_callables(part, samples, allow_unused_input=True)
+            self.made[key] = made
         except RuntimeError as error:
-            LOG.warning("a training step cannot be recorded (%s); it runs operation by operation", str(error)[:200])
-            return part
-        return made
+            torch.cuda.set_stream(stream)  # torch leaves the one on which it recorded only if all went well
+            self.left = 0
+            if is_out_of_memory(error):  # without graphs there may be enough
+                self.made.clear()
+                gc.collect()
+                torch.cuda.empty_cache()
+            told = str(error).partition("\n")[0]
+            self.say(f"warning: a training step cannot be recorded ({told}); it runs operation by operation")
 
 
 class _OfTensors(nn.Module):

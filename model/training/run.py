@@ -181,6 +181,12 @@ def prepare(
     processes.wait()
 
 
+def can_be_recorded(config: TrainConfig, processes: Parallel) -> bool:
+    """Whether each step is one pass over samples of one size, whose gradients nothing else touches (recorded.py)."""
+    one_pass = config.accumulation == 1 and not config.buckets
+    return processes.is_alone and one_pass and not config.gradient_checkpointing
+
+
 class _Training:
     """The functions that the loop calls."""
 
@@ -200,11 +206,9 @@ class _Training:
         self.config, self.run, self.device, self.processes, self.watcher = config, run, device, processes, watcher
         self.schedule = NoiseSchedule(base.scheduler, device)
         base.unet.to(memory_format=torch.channels_last)
-        # Gradients are added up over batches, and exchanged between processes, outside of graphs.
-        alone = processes.count == 1 and config.accumulation == 1 and not config.gradient_checkpointing
         self.losses: Callable[..., Tensor] = self._losses
-        if alone:
-            self.losses = Recorded(net, self._losses, lambda: wait([self.next[1]]))
+        if can_be_recorded(config, processes):
+            self.losses = Recorded(net, self._losses, lambda: wait([self.next[1]]), watcher.say)
         self.pool = ThreadPoolExecutor(1)
         self.next: tuple[int, Any] = (-1, None)
         self.batch: tuple[int, list[Batch]] = -1, []

@@ -190,20 +190,22 @@ def make_worker(setup: Setup, device: str | None) -> Callable[[Task], Outcome]:
     of that task."""
     setup = replace(setup, device=device or setup.device)
     studio: Any = None
+    said: list[str] = []
 
     def work(task: Task) -> Outcome:
         nonlocal studio
+        said.clear()
         outcome = Outcome()
 
         def failed(name: str, error: ControlNetError) -> None:
             outcome.failed.append((name, error))
 
         try:
-            studio = studio or studio_of(setup)
-            studio.say = outcome.said.append
-            outcome.made += make_here([task], setup, failed, outcome.said.append, studio=studio)
+            studio = studio or studio_of(setup, said.append)
+            outcome.made += make_here([task], setup, failed, said.append, studio=studio)
         except ControlNetError as error:
             failed(task.wanted[0].name, error)
+        outcome.said = list(said)
         return outcome
 
     return work
