@@ -258,3 +258,11 @@ def test_what_a_folder_has_that_cannot_be_read_is_named(run, folder):
     assert code == 0 and "1 pictures skipped" in err and "raw.dng (.dng files are not read" in err
     code, out, err = run("detect", "canny", "-", "--json")
     assert (code, out) == (Exit.USAGE, "") and "-o map.png --json" in err
+
+
+def test_a_photo_without_lines_is_told(run, folder):
+    """Its map is written, as of any photo; others are made without a word."""
+    Image.new("RGB", (64, 64), (90, 120, 40)).save(folder / "flat.png")
+    code, out, err = run("detect", "canny", folder)
+    assert code == 0 and len(out.splitlines()) == 3
+    assert err.count("warning:") == 1 and "flat.png: no lines found, its map is empty" in err

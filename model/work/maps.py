@@ -20,13 +20,14 @@ from controlnet.model.work.machine import keep_freed_memory
 from controlnet.model.work.outputs import keeps, output_path
 from controlnet.preprocessors.condition import Condition, recorded
 from controlnet.preprocessors.detectors.detector import Detector, On, Ready
+from controlnet.preprocessors.doubts.values import is_flat
 from controlnet.preprocessors.errors import ControlNetError, InputError, ModelError, NothingFoundError, UsageError
 from controlnet.preprocessors.files import is_dir, is_file, write_file
 from controlnet.preprocessors.films import is_clip
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_image, suffixes, why_skipped
 from controlnet.preprocessors.keypoints import draw_json, to_json
-from controlnet.preprocessors.kinds import KINDS
+from controlnet.preprocessors.kinds import KINDS, kind_named
 from controlnet.preprocessors.metadata import load, sha256
 from controlnet.preprocessors.remote import is_url, place
 from controlnet.preprocessors.sheet import Cell, write_sheet
@@ -226,6 +227,8 @@ def _one(
             condition = stage_one(image, job.ready, job.size, job.resize, name, digest)
         except NothingFoundError as error:
             raise NothingFoundError(f"{source}: {error}", error.hint) from error
+        if kind_named(condition.kind).is_lines and is_flat(condition.rgb):
+            say(f"warning: {source}: no lines found, its map is empty")
     if keypoints is not None:
         # With --skip-existing, key points are written again whenever their map is.
         keeps(keypoints, job.overwrite or job.skip_existing, skip_existing=False)

@@ -29,8 +29,13 @@ LIKE_A_COLOUR_MAP = 12
 """The mean distance, in levels, up to which a picture is one in a colour map."""
 
 
+def is_flat(map_: np.ndarray) -> bool:
+    """Whether a map (H, W, C) uint8 shows nothing."""
+    return int(map_.max()) - int(map_.min()) < FLAT
+
+
 def empty(look: Look) -> Doubt | None:
-    if int(look.map.max()) - int(look.map.min()) >= FLAT:
+    if not is_flat(look.map):
         return None
     return Doubt("empty condition", "one flat colour: there is nothing to follow", "make the map again")
 
