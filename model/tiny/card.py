@@ -39,6 +39,8 @@ from controlnet.preprocessors.sheet import contact_sheet
 REGIONS = {"floor": FLOOR, "wall": WALL, "main": MAIN}
 STEPS = 20
 BATCH = {"cpu": 25, "cuda": 100}
+READ = 4000
+"""Scenes that the readers are trained on; all go through the VAE once, which takes a CPU the longest."""
 READERS = {"cpu": (6.0, 10.0), "cuda": (0.4, 0.5)}
 """Minutes in which the readers of joints and of parts are trained."""
 
@@ -132,7 +134,7 @@ R = TypeVar("R", bound=Reader)
 
 def trained(reader: R, base: Base, runs: Path, minutes: float) -> R:
     """The reader from its checkpoint in `runs`, or trained first."""
-    data = world(runs / "world", 9000, base.native_size, 0, base.device.type)
+    data = world(runs / "world", READ, base.native_size, 0, base.device.type)
     data = data.only(reader.scenes(data))
     blurred = cache(lambda: reconstruct(base, data.images))  # takes minutes; only needed if there is training to do
     with attention_kernels(base.device):
