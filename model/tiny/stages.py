@@ -108,11 +108,13 @@ def encode_images(vae: Any, images: np.ndarray, device: torch.device, batch: int
 
 def cached_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device) -> Tensor:
     """All latents, from `path` if they are there; sets the VAE's scaling_factor so that they have unit deviation."""
-    deviation = float(encode_images(vae, images[:1000], device).float().std()) / vae.config.scaling_factor
-    vae.register_to_config(scaling_factor=round(1 / deviation, 3))
     if not path.exists():
-        save_atomic(encode_images(vae, images, device), path)
-    return torch.load(path, weights_only=True)
+        deviation = float(encode_images(vae, images[:1000], device).float().std()) / vae.config.scaling_factor
+        vae.register_to_config(scaling_factor=round(1 / deviation, 3))
+        save_atomic({"factor": vae.config.scaling_factor, "latents": encode_images(vae, images, device)}, path)
+    saved = torch.load(path, weights_only=True)
+    vae.register_to_config(scaling_factor=saved["factor"])
+    return saved["latents"]
 
 
 def half_latents(vae: Any, images: np.ndarray, path: Path, device: torch.device, batch: int = 64) -> Tensor:
