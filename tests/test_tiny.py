@@ -12,6 +12,8 @@ from controlnet.model.registry import TINY, KnownBase
 from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.readers import pose_of, user_canny, user_depth
+from controlnet.model.tiny.recipe import make_vae
+from controlnet.model.tiny.stages import cached_latents
 from controlnet.model.tiny.train import limits, parse_stages
 from controlnet.model.tiny.world.render import render
 from controlnet.model.tiny.world.scenes import make_scene
@@ -172,3 +174,14 @@ def test_training_goes_on_from_given_weights(tmp_path, monkeypatch):
         assert (out / name).read_text() == (TINY / name).read_text()
     before, after = (json.loads((at / "scheduler/scheduler_config.json").read_text()) for at in (TINY, out))
     assert before | {"_diffusers_version": ""} == after | {"_diffusers_version": ""}  # of the library that wrote it
+
+
+def test_latents_are_kept_with_the_factor_that_gives_them_unit_deviation(tmp_path):
+    torch.manual_seed(0)
+    vae, images = make_vae(8).eval(), np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), np.uint8)
+    made = cached_latents(vae, images, tmp_path / "latents.pt", torch.device("cpu"))
+    factor = vae.config.scaling_factor
+    assert made.shape == (6, 8, 4, 4) and float(made.float().std()) == pytest.approx(1, abs=0.02) and factor != 1
+    vae.register_to_config(scaling_factor=1.0)
+    assert torch.equal(cached_latents(vae, images, tmp_path / "latents.pt", torch.device("cpu")), made)
+    assert vae.config.scaling_factor == factor
