@@ -153,18 +153,36 @@ def test_contact_sheet():
     Image.fromarray(sheet)
 
 
-def test_training_goes_on_from_given_weights(tmp_path, monkeypatch):
-    """With no minutes, what comes out is what went in, and the minutes spent on it are still told."""
+@pytest.fixture
+def four_scenes(monkeypatch):
+    """The training sees four drawn scenes."""
     from controlnet.model.tiny import train
     from controlnet.model.tiny.world import shards as dataset
-    from controlnet.model.tiny.world.render import render
-    from controlnet.model.tiny.world.scenes import make_scene
 
     scenes = [make_scene(i) for i in range(4)]
     drawn = render(scenes, SIZE)
     captions, joints = [s.caption for s in scenes], np.ones((4, 18, 3))
     made = dataset.World(*(a.numpy() for a in (drawn.images, drawn.depth, drawn.parts)), joints, captions)
     monkeypatch.setattr(train, "world", lambda *a, **k: made)
+    return train
+
+
+def test_a_trained_vae_is_taken_as_it_is(tmp_path, four_scenes):
+    """With the record of its training, which was on another machine."""
+    vae, out = TINY.parent / "vae256", tmp_path / "weights"
+    four_scenes.main(
+        ["--minutes", "0", "--runs", str(tmp_path), "--size", str(SIZE), "--vae", str(vae), "--out", str(out)]
+    )
+    before, after = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (vae, out / "vae"))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    told, trained = (json.loads((folder / "training.json").read_text()) for folder in (out, vae))
+    assert told["stages"] == {"vae": {"steps": trained["steps"], "minutes": trained["minutes"]}}
+    assert told["machine"].endswith(f"; the VAE on {trained['machine']}")
+
+
+def test_training_goes_on_from_given_weights(tmp_path, four_scenes):
+    """With no minutes, what comes out is what went in, and the minutes spent on it are still told."""
+    train = four_scenes
     out = tmp_path / "weights"
     train.main(["--minutes", "0", "--runs", str(tmp_path / "runs"), "--start", str(TINY), "--out", str(out)])
     for before in sorted(TINY.rglob("*.safetensors")):

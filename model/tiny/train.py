@@ -6,7 +6,8 @@ Every stage goes on where it was interrupted, and is skipped once its minutes (o
 ends after that stage. The base is trained at half the size first, where a picture costs a quarter. CUDA is used if
 present.
 `--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing;
-`--keep vae` takes no more than the VAE from there.
+`--keep vae` takes no more than the VAE from there. `--vae model/tiny/vae256` takes the VAE of the model at 256 pixels,
+which a GPU trained.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from controlnet.model.tiny.world.scenes import WORLD_VERSION, vary
 from controlnet.model.tiny.world.shards import world
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention_kernels
+from diffusers import AutoencoderTiny
 
 STAGES = ("vae", "text", "half", "base", *CONDITIONS)
 MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
@@ -119,6 +121,8 @@ class Training:
         self.maps = self._draw_maps(args.runs / "world")
         self.begun: dict[str, Any] = dict.fromkeys(STAGES)
         self.tokenizer = self._begin_with(args.start) if args.start else self._new_tokenizer()
+        if args.vae:
+            self._keep_vae(args.vae)
         self.progress: dict[str, Progress] = {}
         self.nets: dict[str, ControlNet] = {}
 
@@ -147,6 +151,13 @@ class Training:
                 self.begun[name] = network.requires_grad_(True)
         shutil.copytree(start / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
         return base.tokenizer
+
+    def _keep_vae(self, folder: Path) -> None:
+        """Take over a VAE as it is, with the record of its training."""
+        self.begun["vae"] = AutoencoderTiny.from_pretrained(folder).requires_grad_(True)
+        self.limits["vae"] = {"minutes": 0.0}
+        self.earlier["stages"]["vae"] = read_json(folder / "training.json", "the record of a VAE's training")
+        self.kept.append("vae")
 
     def _new_tokenizer(self):
         rng = np.random.default_rng(0)
@@ -229,6 +240,8 @@ class Training:
         machine += f", torch {torch.__version__}"
         if not any(reached.step for reached in self.progress.values()):  # nothing was trained here
             machine = self.earlier.get("machine", machine)
+        if elsewhere := self.earlier["stages"].get("vae", {}).get("machine"):
+            machine += f"; the VAE on {elsewhere}"
         training = {"size": self.size, "scenes": self.args.scenes, "machine": machine, "stages": self._spent()}
         (out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
 
@@ -252,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
     parser.add_argument("--start", type=Path, help="weights to begin with: the folder that --out was")
+    parser.add_argument("--vae", type=Path, help="a trained VAE to take as it is: model/tiny/vae256")
     parser.add_argument("--keep", default=",".join(STAGES), help="what of --start is taken")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
     args = parser.parse_args(arguments)
