@@ -29,7 +29,7 @@ import torch
 HERE = Path(__file__).parent
 EVALUATIONS, ROUNDS = 10, 3
 PARTS = {
-    "sd15-compiled": 240, "sd15": 80, "sdxl": 90, "train": 150, "memory": 70, "sdxl-compiled": 300,
+    "sd15-compiled": 200, "sd15": 80, "sdxl": 90, "train": 100, "memory": 70, "sdxl-compiled": 300,
 }  # fmt: skip
 """Seconds that each may take."""
 

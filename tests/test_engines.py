@@ -105,7 +105,9 @@ def test_any_number_of_graphs_is_compiled():
     """torch gives up after compiling one piece of code eight times; all calls of networks have the same."""
 
     def call(number):
-        run = lambda x: [x + number]  # noqa: E731
+        def run(x):
+            return [x + number]
+
         return SimpleNamespace(of_tensors=lambda: run, tensors=[torch.zeros(1)], network=torch.nn.Identity())
 
     engine = Compiled("eager")

@@ -16,12 +16,15 @@ from controlnet.model.sampling.canvas import to_canvas
 from controlnet.model.tiny.world.shards import World, world
 from controlnet.preprocessors.detectors.canny import CannyOptions, canny
 from controlnet.preprocessors.detectors.depth import DepthOptions, to_map
+from controlnet.preprocessors.detectors.detector import On
 from controlnet.preprocessors.detectors.tiny_depth import load, nearness
 from controlnet.preprocessors.files import beside
 from controlnet.preprocessors.skeleton import draw
 from controlnet.preprocessors.weights import find
 from controlnet.preprocessors.workers import workers
 
+CPU = On("cpu")
+"""A GPU is left to the training beside which maps are drawn."""
 ROUNDS = 2
 """How many maps are made of a scene; they differ as users' do."""
 PIECE = 250
@@ -56,7 +59,7 @@ def training_pose(joints: np.ndarray, size: int, rng: np.random.Generator) -> np
 def training_depth(data: World, row: int, rng: np.random.Generator) -> np.ndarray:
     """A depth condition (H, W, 3) uint8: the scene's own depth, or what the embedded detector makes of its picture."""
     if rng.random() < 0.5:
-        near = nearness(load(find("tiny-depth")), data.images[row])
+        near = nearness(load(find("tiny-depth"), CPU), data.images[row])
     else:
         near = 1 / data.depth[row].astype(np.float32)
     return np.repeat(to_map(near, DepthOptions())[0][..., None], 3, 2)

@@ -82,7 +82,7 @@ def train_vae(
         unit = mean.square().mean() + (deviation.clamp(min=1e-3).log()).square().mean()
         return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * gradients + 0.01 * unit
 
-    losses = Recorded(vae, of_pictures)
+    losses = Recorded(vae, of_pictures, say=report)
     # Muon reaches in 1,200 steps the loss that AdamW reaches in 5,000 (benchmarks/LOG.md).
     config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3, weight_decay=0.0)
     progress = fit(vae, loss_of, config, folder, report)
@@ -201,7 +201,7 @@ def train_text(
             y = model["sketch"](model["text"](ids).last_hidden_state)
         return F.mse_loss(y.float(), truth)
 
-    losses = Recorded(model, of_words)
+    losses = Recorded(model, of_words, say=report)
 
     config = LoopConfig(**limit, optimizer="muon", learning_rate=2e-3)
     progress = fit(model, loss_of, config, folder, report)
@@ -242,7 +242,7 @@ def train_base(
             prediction = denoise(model["unet"], z, t, Prompt(text))
         return schedule.loss(prediction, z0, eps, t).mean()
 
-    losses = Recorded(model, of_noise)
+    losses = Recorded(model, of_noise, say=report)
     config = LoopConfig(**limit, optimizer="muon", learning_rate=4e-3)
     progress = fit(model, loss_of, config, folder, report)
     return model["unet"].eval(), model["text"].eval(), progress
@@ -279,7 +279,7 @@ def train_control(
         with autocast(device):
             return control_losses(unet, controlnet, schedule, Batch.of(*tensors))
 
-    losses = Recorded(controlnet, of_batch)
+    losses = Recorded(controlnet, of_batch, say=report)
 
     def losses_of(batch: Batch) -> Tensor:
         return losses(*batch.tensors)
