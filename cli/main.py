@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from controlnet.cli import show, verbose
 from controlnet.cli.help import examples, finish, named
+from controlnet.cli.interrupts import insist_on_interrupts
 from controlnet.preprocessors.errors import ControlNetError, Exit
 from controlnet.preprocessors.imports import uncollected
 from typer.core import TyperGroup
@@ -101,6 +102,7 @@ def main(args: list[str] | None = None) -> None:
     for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)  # bytes in a file's name that are not text come out unchanged
+    insist_on_interrupts()
     try:
         try:
             app(args)

@@ -75,7 +75,9 @@ def test_small_commands_import_no_pydantic(tmp_path):
     """A quarter of their time."""
     from PIL import Image
 
-    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    photo = Image.new("RGB", (64, 64))
+    photo.paste("white", (16, 16, 48, 48))  # whose map is not empty, which would be told
+    photo.save(tmp_path / "photo.png")
     code = (
         "import sys; from controlnet.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
@@ -98,6 +100,8 @@ def test_values_are_converted_as_before(tmp_path, flags, told, capsys):
     from helpers import run
     from PIL import Image
 
-    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    photo = Image.new("RGB", (64, 64))
+    photo.paste("white", (16, 16, 48, 48))  # whose map is not empty, which would be told
+    photo.save(tmp_path / "photo.png")
     code = run("detect", "canny", tmp_path / "photo.png", "-o", tmp_path / "map.png", *flags)
     assert code == (2 if told else 0) and told in capsys.readouterr().err
