@@ -59,12 +59,13 @@ def depth_rmse(found: np.ndarray, true: np.ndarray) -> float:
     return float(np.sqrt(np.mean((aligned(found, true) - true) ** 2)))
 
 
-def pck(found: np.ndarray, true: np.ndarray, share: float = 0.1) -> float:
+def pck(found: np.ndarray, true: np.ndarray, share: float = 0.1, among: np.ndarray | None = None) -> float:
     """The share of the visible joints of `true` (18, 3) that `found` places within `share` of the longer side of their
     bounding box (PCK, Yang and Ramanan 2013). `found` is (18, 2 or more), in the same unit; a joint with confidence 0
-    in it counts as missed."""
+    in it counts as missed. Of the joints only those `among` (18,) count, by default all."""
     seen = true[:, 2] > 0
     longer = np.ptp(true[seen, :2], axis=0).max()
+    seen = seen if among is None else seen & among
     near = np.linalg.norm(found[seen, :2] - true[seen, :2], axis=1) <= share * longer
     return float((near & (found[seen, 2] > 0) if found.shape[1] > 2 else near).mean())
 

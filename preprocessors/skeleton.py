@@ -24,6 +24,9 @@ LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
     (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
+BODY = LIMBS[:12]
+"""The limbs without those of the face."""
+ARMS_AND_LEGS = tuple(limb for limb in BODY if 1 not in limb)
 COLOURS = (
     (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85),
     (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255),
@@ -119,6 +122,22 @@ def seen(person: np.ndarray) -> np.ndarray:
 def cut_people(people: Sequence[np.ndarray], left: float, top: float, width: float, height: float) -> list[np.ndarray]:
     """The people in coordinates of a part of the picture; all four numbers are fractions of the whole."""
     return [np.column_stack([(p[:, 0] - left) / width, (p[:, 1] - top) / height, p[:, 2]]) for p in people]
+
+
+def crossing(person: np.ndarray) -> np.ndarray:
+    """(18,) bool: the joints of arms and legs that cross another limb, or the trunk, of a person (18, 3)."""
+    at, found = person[:, :2], np.zeros(len(JOINTS), bool)
+
+    def side(a: int, b: int, c: int) -> float:
+        (x, y), (u, v) = at[b] - at[a], at[c] - at[a]
+        return x * v - y * u
+
+    for a, b in ARMS_AND_LEGS:
+        for c, d in BODY:
+            known = not {a, b} & {c, d} and person[[a, b, c, d], 2].all()
+            if known and side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0:
+                found[[a, b]] = True
+    return found
 
 
 def to_text(people: Sequence[np.ndarray]) -> list[list[list[float]]]:

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from controlnet.model.tiny.card import Colours
+from controlnet.model.tiny.card import Colours, crossing_limbs
 from controlnet.model.tiny.readers import JointReader, PartReader, measures, pose_of
 from controlnet.model.tiny.world.render import FLOOR, MAIN, render
 from controlnet.model.tiny.world.scenes import make_scene
 from controlnet.model.tiny.world.shards import HELD_OUT, World
 from controlnet.preprocessors.agreement import edge_f1, pck, rank_correlation
+from controlnet.preprocessors.skeleton import crossing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,22 @@ def test_pck_in_closed_form():
     true[9:, 2] = 0  # what is not seen does not count, nor does it make the figure longer
     found[:9, 0] = np.array([4.6, 4.8] * 4 + [4.6])
     assert np.ptp(true[:9, 1]) == pytest.approx(800 / 17) and pck(found, true) == pytest.approx(5 / 9)
+    assert pck(found, true, among=np.arange(18) < 2) == 0.5  # the length is still that of the whole figure
+
+
+def test_joints_of_limbs_that_cross_are_judged_alone():
+    """What is missed of other limbs does not count, nor do people without any."""
+    straight = np.ones((18, 3))
+    straight[:, :2] = np.stack([100 * np.arange(18), np.arange(18) ** 2], 1)
+    crossed = straight.copy()
+    crossed[[1, 8], :2], crossed[[5, 6, 7], :2] = [(50, 0), (50, 100)], [(100, 0), (100, 50), (0, 50)]
+    among, people = crossing(crossed), np.stack([straight, crossed])
+    assert not crossing(straight).any() and among[6:8].all() and not among[:5].any()
+    found = people[..., :2].copy()
+    found[1, ~among] += 1e5
+    assert crossing_limbs(found, people) == {"people": 1, "pck": [1.0, 1.0, 1.0]}
+    found[1, 7] += 1e5
+    assert crossing_limbs(found, people)["pck"][0] == pytest.approx(1 - 1 / among.sum(), abs=1e-4)
 
 
 @given(st.floats(0.1, 5), st.floats(-3, 3))

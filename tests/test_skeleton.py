@@ -6,7 +6,17 @@ import cv2
 import numpy as np
 import pytest
 from controlnet.preprocessors.errors import InputError
-from controlnet.preprocessors.skeleton import COLOURS, JOINTS, LIMBS, cut_people, draw, from_text, mirror, to_text
+from controlnet.preprocessors.skeleton import (
+    COLOURS,
+    JOINTS,
+    LIMBS,
+    crossing,
+    cut_people,
+    draw,
+    from_text,
+    mirror,
+    to_text,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,3 +109,21 @@ def test_wrong_key_points_are_refused(points):
     with pytest.raises(InputError, match="key points"):
         from_text({"keypoints": points}, "map.png")
     assert from_text({}, "map.png") is None
+
+
+@pytest.mark.parametrize("turned", [lambda p: p, lambda p: mirror([p])[0]], ids=["as is", "mirrored"])
+def test_limbs_that_cross(turned):
+    """Nobody's do who stands with arms out; a hand on the other hip crosses the trunk, legs cross each other."""
+
+    def names(person):
+        return {JOINTS[i].split()[-1] for i in crossing(turned(person)).nonzero()[0]}
+
+    person = standing()
+    assert names(person) == set()
+    person[JOINTS.index("left wrist"), :2] = 0.44, 0.45
+    assert names(person) == {"elbow", "wrist"}
+    person[JOINTS.index("left wrist"), 2] = 0
+    assert names(person) == set()  # it is not seen
+    person[JOINTS.index("left ankle"), :2] = 0.4, 0.88
+    assert names(person) == {"knee", "ankle"}
+    assert crossing(turned(person)).sum() == 4
