@@ -132,10 +132,7 @@ def build(
     share = None if ray is None else partial(_on_ray, ray)
     with count_bar("building", len(found.pairs), quiet) as on_pair:
         manifest, failed = build(found, out, kind, options, parse_size(size), resize, jobs, on_pair, part, share)
-    for reason in (*failed, *found.skipped):
-        warn(reason)
-    if without := sum(not p.caption for p in found.pairs):
-        warn(f"{without} of {len(found.pairs)} photos have no caption")
+    _warn_of(found, failed)
     if manifest is None:
         say(f"{part.name} is done; the shard that finishes last writes the manifest")
     elif to is not None:
@@ -149,6 +146,13 @@ def build(
     print(dumps({"output": str(out), **(manifest or {})}) if as_json else out)
     if failed:
         raise typer.Exit(Exit.PARTIAL)
+
+
+def _warn_of(found: Pairs, failed: list[str]) -> None:
+    for reason in (*failed, *found.skipped):
+        warn(reason)
+    if without := sum(not p.caption for p in found.pairs):
+        warn(f"{without} of {len(found.pairs)} photos have no caption")
 
 
 def _check_build(

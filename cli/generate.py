@@ -152,10 +152,8 @@ def _generate(
     used = places(processes, devices, ray)
     failed = _Failures()
     part, sharded = parse_shard(shard), shard is not None
-    if sharded and is_folder(defaults["out"] or "out/", IMAGES):
-        lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
-        settings = {name: value for name, value in defaults.items() if name != "out"}
-        claim(place(defaults["out"] or "out"), part, [settings, lines, keep_best, tar, dtype, low_memory, engine])
+    if sharded:
+        _claim(part, jobs, defaults, [keep_best, tar, dtype, low_memory, engine])
     todo = _jobs(jobs, defaults, failed, part)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
@@ -182,6 +180,15 @@ def _generate(
             sheets.write_images(preview, rows)
             say(f"look at {preview}")
     failed.end(todo)
+
+
+def _claim(part: Shard, jobs: str | None, defaults: dict, others: list) -> None:
+    """Record in a folder of results what is made there, so that no shard of other settings writes into it."""
+    if not is_folder(defaults["out"] or "out/", IMAGES):
+        return
+    lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
+    settings = {name: value for name, value in defaults.items() if name != "out"}
+    claim(place(defaults["out"] or "out"), part, [settings, lines, *others])
 
 
 generate = typed(_generate, PARAMETERS)

@@ -157,7 +157,7 @@ def generate(
     width, height = size or (base.native_size, base.native_size)
     shape = (base.channels, height // base.factor, width // base.factor)
     canvas = canvas_of(shape[1:], tile and tile // base.factor)
-    strengths = [replace(how, control_on=how.control_on or base.control_on) for _, how in nets]
+    nets = [(net, replace(how, control_on=how.control_on or base.control_on)) for net, how in nets]
     networks = [net for net, _ in nets]
     encoded = encoded or Encoded()
     ids = base.size_ids((width, height)) if ids is None else ids
@@ -168,15 +168,12 @@ def generate(
         guided = guidance != 1
         with doing("texts"):
             encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
+        prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
+        negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
         columns = [[request.conditions[k] for request in group] for k in range(len(networks))]
         with doing("conditions"), base.at_work(*networks):
             features = encoded.read(base, networks, columns) if canvas.reads_whole else [[] for _ in columns]
-        prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
-        negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
-        controls = [  # of type 0 where the requests name none
-            ActiveNet(net, feature, how, *group[0].types[k : k + 1])
-            for k, (net, feature, how) in enumerate(zip(networks, features, strengths, strict=True))
-        ]
+        controls = _controls(nets, features, group[0].types)
         around = partial(canvas.around, controls_of=partial(_controls_in, base, controls, columns))
 
         # All of them at once, each from its own noise.
@@ -187,9 +184,8 @@ def generate(
         what = f"sampling of {len(group)} at {width}x{height} in {steps} steps by {base.engine.name}"
         with doing(what), base.at_work(base.unet, *networks):
             latents = sample(  # (B, C, h, w)
-                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, apart, around,
-                base.engine,
-            )  # fmt: skip
+                base.unet, own, start, prompt, negative, controls, steps, guidance, tell, apart, around, base.engine
+            )
         if not torch.isfinite(latents).all():
             raise ModelError(f"the latents are not finite in {base.dtype}", "--dtype float32")
 
@@ -199,6 +195,16 @@ def generate(
                 image = canvas.decoded(base, latent[None])
             yield image
         made += len(group)
+
+
+def _controls(
+    nets: Sequence[tuple[Net, Strength]], features: Sequence[Feature], types: Sequence[int]
+) -> list[ActiveNet]:
+    """Each network with its feature; of type 0 where the requests name none."""
+    return [
+        ActiveNet(net, feature, how, *types[k : k + 1])
+        for k, ((net, how), feature) in enumerate(zip(nets, features, strict=True))
+    ]
 
 
 def _controls_in(
