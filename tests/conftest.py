@@ -1,5 +1,6 @@
 """What all tests share: no network, a cache of their own, and small random models in diffusers' layout."""
 
+import json
 import signal
 import socket
 
@@ -158,3 +159,20 @@ def masks(photos):
     photo = pixels("photos/0.png")[0]
     Image.fromarray(np.dstack([photo, 255 - mask])).save("hole.png")
     return mask > 127
+
+
+@pytest.fixture
+def jobs(small_base_folder, tmp_path, monkeypatch):
+    """Eleven images in seven jobs: alike neighbours, other steps, several seeds; and a bad line."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(7):
+        edges = (rng.random((64, 64)) < 0.1).astype(np.uint8) * 255
+        (tmp_path / f"{i}.canny.png").write_bytes(png_bytes(edges))
+        job = {"cond": f"{i}.canny.png,net={small_base_folder / 'net'}", "prompt": f"a cube {i}", "seed": 10 * i}
+        lines.append(job | ({"num": 3} if i in (1, 4) else {}) | ({"steps": 3} if i == 5 else {}))
+    lines.append({"nonsense": 1})
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--jobs", "jobs.jsonl", "--steps", 2, "--dtype", "float32", "-q", "-o"]
+    return ["generate", "--base", small_base_folder / "base", *flags]

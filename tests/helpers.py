@@ -172,3 +172,8 @@ def both(folder, cls, scheduler):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(base.scheduler, scheduler)
     return base, net, pipeline
+
+
+def images(folder):
+    """The bytes of the PNG files in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
