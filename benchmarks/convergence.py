@@ -1,6 +1,6 @@
 """When does control begin, and does it without the zero convolutions or the copy? `make convergence`.
 
-Three canny ControlNets from scratch on `tiny`, same data, seed and number of steps (paper section 3.4 and the ablation
+Three canny ControlNets from scratch on `tiny`, same data, seed and number of steps (paper section 3.3 and the ablation
 of section 4): as they are; `convolutions=gaussian`; `copy=lite`. Each is a plain `controlnet train world`; a run that
 is there already is gone on with. Prints a table, draws the three curves of the control gap into one picture, and cuts a
 strip of held-out pictures out of the first run's.

@@ -101,7 +101,7 @@ def prompts(bench: Bench) -> tuple[str, Table]:
 
 
 def composition(bench: Bench) -> tuple[str, Table]:
-    """Two conditions of one scene of a person, added unweighted (section 3.5), and each alone."""
+    """Two conditions of one scene of a person, added unweighted (section 3.4), and each alone."""
     rows = bench.rows("pose")
     texts = bench.captions(rows)
     own = {kind: bench.conditions(kind, rows) for kind in ("pose", "depth")}
@@ -109,7 +109,7 @@ def composition(bench: Bench) -> tuple[str, Table]:
     for kinds in (("pose",), ("depth",), ("pose", "depth")):
         images = bench.images(texts, {kind: own[kind] for kind in kinds})
         table.append([" + ".join(kinds), *(bench.score(kind, images, rows, own[kind]) for kind in ("pose", "depth"))])
-    return "Two conditions at once (paper, 3.5)", table
+    return "Two conditions at once (paper, 3.4)", table
 
 
 def weightings(bench: Bench) -> tuple[str, Table]:

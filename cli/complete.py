@@ -28,6 +28,7 @@ WORDS = {
     "dtype": ("float32", "float16", "bfloat16"),
     "engine": ("eager", "graphs", "compiled", "openvino"),
     "to": ("diffusers", "original"),
+    "form": ("webdataset", "parquet"),
 }
 """The same, written out: their modules import torch."""
 

@@ -106,7 +106,7 @@ def build(
         int | None, typer.Option("-j", "--jobs", "--processes", help="Processes. (default: one per core)")
     ] = None,
     ray: RayAddress = None,
-    to: To = None,
+    form: To = None,
     per_file: PerFile = 1000,
     shard: ShardFlag = None,
     as_json: Json = False,
@@ -118,10 +118,10 @@ def build(
         raise UsageError(f"--resize {resize!r}: expected crop, pad or stretch", "--resize crop")
     found, kind = find_pairs(photos), kind_ or "canny"
     packed = place(out_)
-    out = _pairs_of(packed) if to is not None else packed
-    _check_build(photos, found, out, packed, to, per_file, shard)
-    if found.form != "photos" and to is not None:
-        _pack(found, packed, to, kind_of_pairs(found, kind_ or "")[0], per_file, as_json, quiet)
+    out = _pairs_of(packed) if form is not None else packed
+    _check_build(photos, found, out, packed, form, per_file, shard)
+    if found.form != "photos" and form is not None:
+        _pack(found, packed, form, kind_of_pairs(found, kind_ or "")[0], per_file, as_json, quiet)
         return
     options = options_of(kind, set_ or [])
     keeps(out / "manifest.json", overwrite=True, skip_existing=False)
@@ -135,8 +135,8 @@ def build(
     _warn_of(found, failed)
     if manifest is None:
         say(f"{part.name} is done; the shard that finishes last writes the manifest")
-    elif to is not None:
-        _pack(find_pairs(out), packed, to, kind, per_file, as_json, quiet)
+    elif form is not None:
+        _pack(find_pairs(out), packed, form, kind, per_file, as_json, quiet)
         shutil.rmtree(out)
         if failed:
             raise typer.Exit(Exit.PARTIAL)

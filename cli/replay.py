@@ -16,7 +16,7 @@ from controlnet.preprocessors.errors import Exit, InputError, OutputError, Usage
 from controlnet.preprocessors.files import exists, write_file
 from controlnet.preprocessors.jsons import dumps
 
-Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG that `generate` made.")]
+Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="An image that `generate` made.")]
 Cond = Annotated[
     list[str] | None,
     typer.Option("--cond", metavar="PATH", help="Where a condition is now, in the recorded order; repeat for several."),

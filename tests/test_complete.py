@@ -42,6 +42,8 @@ def offered(*words):
         (("generate", "--cond", "a.png,detect=de"), ["a.png,detect=depth"]),
         (("generate", "--cond", "a.png,scale=1,net=sd15-c"), ["a.png,scale=1,net=sd15-canny"]),
         (("models", "pull", "blaze"), ["blazepose"]),
+        (("models", "convert", "a.pth", "b", "--to", ""), ["diffusers", "original"]),
+        (("dataset", "build", "photos", "--to", ""), ["webdataset", "parquet"]),
     ],
 )
 def test_what_is_offered(words, some):

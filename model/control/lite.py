@@ -1,4 +1,4 @@
-"""The paper's ablations (section 4.3, Fig. 8): a ControlNet without its copy (lite), or without zero convolutions."""
+"""The paper's ablations (section 4.2, Fig. 8): a ControlNet without its copy (lite), or without zero convolutions."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Job:
     clip_skip: int = options.option(0, options.whole, int)
     """How many layers to leave out at the end of the text encoders, for both prompts (A1111's number minus 1)."""
     out: str | None = options.option(None, options.text, str, "-o", recorded=False, shared=False)
-    """Where the result goes: a .png, a folder (any other name), or - for standard output."""
+    """Where the result goes: a .png, .jpg or .webp; a folder (any other name); or - for standard output."""
     num: int = options.option(1, options.whole, int, "-n", recorded=False, shared=False)
     """How many images; image k uses seed + k."""
     steps: int = options.option(20, options.whole, int)

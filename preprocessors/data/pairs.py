@@ -48,7 +48,7 @@ def find_pairs(folder: Path) -> Pairs:
             f"{folder}: no {'pairs' if found.missing or found.extra else 'pictures'} found"
             + (f"; missing: {found.missing[0]}" if found.missing else "")
             + (f"; skipped: {found.skipped[0]}" if found.skipped else ""),
-            "photos with .txt captions, images/ and conditions/, metadata.jsonl or prompt.json; see the README",
+            "photos with .txt captions, images/ and conditions/, metadata.jsonl or prompt.json; docs/train.md says how",
         )
     return found
 
