@@ -68,7 +68,7 @@ release-check: env ## Build wheel and sdist, check them, and use the wheel in a 
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) .ci/release.py dist/*.whl
 
-tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=base=120 for other times)
+tiny: env ## Train the embedded model (hours on a CPU; resumes; MINUTES=30: of each stage)
 	$(BIN)/python -u -m controlnet.model.tiny.train $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -u -m controlnet.model.tiny.card
 

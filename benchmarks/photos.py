@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from controlnet.model.control.strength import Strength
-from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
 from controlnet.model.registry import TINY
 from controlnet.model.sampling.generate import Request, generate
-from controlnet.model.tiny.card import STEPS, interval, joint_reader
+from controlnet.model.tiny.card import STEPS, interval, joint_reader, load_weights
 from controlnet.model.tiny.readers import pose_of, user_canny
 from controlnet.preprocessors.agreement import edge_f1, pck
 from controlnet.preprocessors.detectors.registry import find_detector
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=TINY)
     parser.add_argument("--sheet", type=Path, default=Path("out/photos.png"))
     args = parser.parse_args()
-    base = load_base(str(args.weights))
+    base = load_weights(args.weights, torch.device("cpu"))
     size, cells = base.native_size, []
     reader = joint_reader(base, args.runs) if args.poses else None
 

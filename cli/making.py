@@ -175,16 +175,12 @@ def _sheet_of(flags: SimpleNamespace) -> Path | None:
 
 
 def _reader(flags: SimpleNamespace) -> Callable[[str], bytes]:
-    """What gives the bytes of a source; standard input is read once for all kinds. Raises UsageError if it is asked for
-    and several processes work."""
+    """What gives the bytes of a source. Raises UsageError if standard input is asked for and several processes work."""
     from controlnet.preprocessors.images import read_bytes
 
-    if "-" not in flags.photos:
-        return read_bytes
-    if flags.used or flags.ray is not None:
+    if "-" in flags.photos and (flags.used or flags.ray is not None):
         raise UsageError("standard input is read by one process", "the name of a file")
-    piped = read_bytes("-")
-    return lambda source: piped if source == "-" else read_bytes(source)
+    return read_bytes
 
 
 def _check_films(flags: SimpleNamespace) -> None:

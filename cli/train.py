@@ -30,10 +30,11 @@ from controlnet.model.training.report import describe, draw_curve, draw_curves, 
 from controlnet.model.training.runfolder import RunFolder, claimed, next_run
 from controlnet.model.work.machine import keep_freed_memory, silence_libraries
 from controlnet.model.work.outputs import keeps
-from controlnet.model.work.processes import ORPHANED, launch, stop_without_parent
+from controlnet.model.work.processes import launch, stop_without_parent
 from controlnet.preprocessors.devices import choose_device
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
 from controlnet.preprocessors.jsons import dumps
+from controlnet.preprocessors.lock import ORPHANED, endings
 from controlnet.preprocessors.weights import cache_folder
 
 WORLD = "world"
@@ -133,12 +134,12 @@ def train(
 @contextmanager
 def _stoppable(folder: Path):
     """Before the first step SIGTERM ends the command as Ctrl-C does; after it the loop saves first. The same happens
-    when the command that started this process is gone."""
+    when its terminal or the command that started this process is gone."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, ORPHANED)}
+    before = {number: signal.signal(number, stop) for number in {ORPHANED, *endings()}}
     try:
         stop_without_parent()
         yield

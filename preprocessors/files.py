@@ -24,7 +24,17 @@ from shlex import quote
 from controlnet.preprocessors.errors import InputError, OutputError
 from controlnet.preprocessors.remote import is_there, is_url, put, put_new, read_url
 
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+def _where() -> str:
+    """This machine, and the space in which numbers of processes hold: containers may share a name and a folder."""
+    try:
+        space = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        space = 0
+    return f"{zlib.crc32(f'{socket.gethostname()} {space}'.encode()):08x}"
+
+
+_HOST = _where()
 _NAME = re.compile(rf"\.{_HOST}-(\d+)-\d+\.tmp(?:\.\w+)?")
 _numbers = itertools.count()
 _swept: set[Path] = set()

@@ -12,6 +12,7 @@ import warnings
 import zlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from controlnet.preprocessors.errors import InputError, OutputError, reason
@@ -68,10 +69,10 @@ def why_skipped(path: Path) -> str:
 
 
 def read_bytes(source: str) -> bytes:
-    """The bytes of a file, of one behind a URL or in a tar file (tars.py), or of standard input for `-`. Raises
-    InputError naming what is wrong."""
+    """The bytes of a file, of one behind a URL or in a tar file (tars.py), or of standard input for `-`, which is read
+    once and remembered. Raises InputError naming what is wrong."""
     if source == "-":
-        data = sys.stdin.buffer.read()
+        data = _standard_input()
     elif inside := split(source):
         data = read_member(*inside)
     elif is_url(source):
@@ -89,6 +90,16 @@ def read_bytes(source: str) -> bytes:
     if not data:
         raise InputError(f"{source}: is empty, expected a picture", "the name of a picture")
     return data
+
+
+_piped: list[Any] = [None, b""]
+"""The standard input that was read, and its bytes."""
+
+
+def _standard_input() -> bytes:
+    if _piped[0] is not sys.stdin:
+        _piped[:] = sys.stdin, sys.stdin.buffer.read()
+    return _piped[1]
 
 
 def read_image(data: bytes, name: str, warn=lambda text: None) -> tuple[np.ndarray, dict[str, str]]:

@@ -345,6 +345,17 @@ def test_folded_weights_follow_their_weight_and_training_is_left_alone():
     assert layer.conv.weight.grad is not None and layer.conv.weight.grad.any()
 
 
+def test_folded_weights_follow_the_type_of_their_weight():
+    """`Module.to` gives a weight other values in place, without a new version."""
+    torch.manual_seed(0)
+    layer, x = Upsample2D(3, use_conv=True).requires_grad_(False), torch.randn(1, 3, 4, 4)
+    fold_upsampling(layer)
+    with torch.no_grad():
+        exact = layer(x)
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(layer.float()(x), exact, rtol=0.02, atol=0.02)
+
+
 def test_what_a_graph_records_copies_no_constants():
     """Of compiled networks the folding is in the graph; CUDA records no copy from the CPU."""
     from controlnet.model.control.upsampling import _fold

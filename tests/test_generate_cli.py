@@ -1,5 +1,6 @@
 """`controlnet generate` as a user types it, on a base with random weights."""
 
+import io
 import itertools
 import json
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +57,24 @@ def test_an_image_and_what_it_says(run, common, tmp_path):
     condition = made["conditions"][0]
     assert condition["kind"] == "canny" and len(condition["sha256"]) == len(condition["net_sha256"]) == 64
     assert text["parameters"].startswith("a red cube\nSteps: 2, Sampler: DDIM, CFG scale: 7.5, Seed: 5, Size: 64x64")
+
+
+def test_a_map_from_a_pipe(run, common, small_base_folder, tmp_path, monkeypatch):
+    """Read once, though it is looked at more than once."""
+    made = SimpleNamespace(buffer=io.BytesIO((tmp_path / "map.canny.png").read_bytes()))
+    assert run(*common, "-p", "x", "--seed", 1, "-o", "file.png")[0] == 0
+    monkeypatch.setattr(sys, "stdin", made)
+    common[common.index("--cond") + 1] = f"-,kind=canny,net={small_base_folder}/net"
+    code, _, err = run(*common, "-p", "x", "--seed", 1, "-o", "piped.png")
+    assert code == 0, err
+    assert np.array_equal(pixels(tmp_path / "piped.png"), pixels(tmp_path / "file.png"))
+
+
+def test_seeds_up_to_their_bound(run, common, tmp_path):
+    """A float tells whole numbers apart up to 2^53 alone."""
+    for seed in (2**53 + 1, 2**63 - 2):
+        code, out, err = run(*common, "-p", "x", "--seed", seed)
+        assert code == 0 and out == f"out/{seed}-map.png\n", err
 
 
 def test_seeds_repeat_and_count_up(run, common, tmp_path):

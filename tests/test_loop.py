@@ -1,5 +1,6 @@
 """The training loop: it learns, resumes exactly, and never leaves half a checkpoint."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import torch
 from controlnet.model.training import signals
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import ExplodedError, LoopConfig, fit
-from controlnet.preprocessors.errors import ModelError
+from controlnet.preprocessors.errors import ModelError, UsageError
 from controlnet.preprocessors.lock import ORPHANED
 from torch import nn
 
@@ -86,6 +87,63 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     folder.path(29).write_bytes(b"")
     with pytest.raises(ModelError, match="no checkpoint in it can be read"):
         folder.load()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.EIO, "Input/output error"), MemoryError()]
+)
+def test_a_checkpoint_is_not_damaged_when_the_machine_fails(tmp_path, monkeypatch, error):
+    """A GPU that others fill, a disk that is away: the file stays, under its name."""
+    net, loss_of = setup()
+    fit(net, loss_of, CONFIG, tmp_path)
+    folder, asked = Checkpoints(tmp_path / "checkpoints"), []
+
+    def load(path, **how):
+        asked.append(how.get("map_location"))
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(torch, "load", load)
+        folder.load()
+    assert asked == ["cpu"]  # whatever device it was saved from, which may not be here
+    assert folder.steps() == [30] and folder.load()["progress"]["step"] == 30
+
+
+def test_the_state_of_another_network_is_refused(tmp_path):
+    net, loss_of = setup()
+    fit(net, loss_of, CONFIG, tmp_path)
+    larger = nn.Linear(4, 3)
+    with pytest.raises(UsageError, match="of another shape"):
+        fit(larger, lambda k: larger(torch.zeros(1, 4)).sum(), replace(CONFIG, max_steps=40), tmp_path)
+
+
+def test_a_run_goes_on_in_float16(tmp_path):
+    """Its state has no scaler yet."""
+    net, loss_of = setup()
+    fit(net, loss_of, replace(CONFIG, precision="float32"), tmp_path)
+    progress = fit(net, loss_of, replace(CONFIG, precision="float16", max_steps=32), tmp_path)
+    assert progress.step == 32
+
+
+def test_a_terminal_that_is_gone_is_not_written_to(monkeypatch):
+    """After SIGHUP a line of talk would be an error, before anything is saved. A second one changes nothing."""
+    closed = []
+    monkeypatch.setattr(os, "isatty", lambda handle: handle == 2)
+    monkeypatch.setattr(os, "dup2", lambda new, old: closed.append(old))
+    with signals.Stop() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.signal == signal.SIGHUP and set(closed) == {2}
+
+
+def test_nohup_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

@@ -12,7 +12,7 @@ from controlnet.model.work import cluster, pool
 from controlnet.model.work.batch import Wanted, in_units, targets
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.studio import fail
-from controlnet.preprocessors.errors import Exit, ModelError
+from controlnet.preprocessors.errors import Exit, ModelError, OutputError
 from helpers import images
 
 
@@ -62,6 +62,22 @@ def test_a_process_that_is_killed_loses_nothing(jobs, tmp_path, monkeypatch, sma
     made = list(pool.make(lonely, setup, ["cpu"], None, lambda *failure: failed.append(failure), print))
     assert [one.wanted.seed for one in made] == [3, 4, 6, 7] and len(failed) == 1
     assert failed[0][0] == "line 5" and "killed twice" in str(failed[0][1])
+
+
+def test_every_image_that_a_full_disk_took_is_told(jobs, tmp_path, small_base_folder, monkeypatch):
+    """Of four images that are made together the second cannot be written: the first is made, the others are named."""
+    job = Job(f"0.canny.png,net={small_base_folder / 'net'}", "x", steps=1, base=str(small_base_folder / "base"))
+    wanted = [Wanted(f"line {i}", replace(job, seed=i), i, tmp_path / f"{i}.png") for i in range(4)]
+    monkeypatch.setattr(pool, "write_file", lambda path, data: fills(path, data, tmp_path / "1.png"))
+    outcome = pool.make_worker(pool.Setup(device="cpu", dtype="float32"), None)(pool.Task(wanted))
+    assert [one.wanted.seed for one in outcome.made] == [0]
+    assert [name for name, _ in outcome.failed] == ["line 1", "line 2", "line 3"]
+
+
+def fills(path, data, last):
+    if path == last:
+        raise OutputError(f"{path}: No space left on device")
+    path.write_bytes(data)
 
 
 def test_a_worker_says_what_one_process_says(jobs, tmp_path, small_base_folder):

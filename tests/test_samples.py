@@ -9,6 +9,7 @@ import torch
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.training.cache import Cache
+from controlnet.model.training.data import fingerprint
 from controlnet.model.training.samples import Samples, caption_of
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.detectors.canny import canny
@@ -102,6 +103,12 @@ def test_a_full_cache_says_where_it_is(data, config, tmp_path):
     with pytest.raises(OutputError) as error:
         samples_of(data, config, tmp_path / "cache").text("x")
     assert "CONTROLNET_CACHE" in error.value.hint and "cache=false" in error.value.hint
+
+
+def test_data_is_known_by_its_content_where_no_cache_can_be(data, tmp_path):
+    (tmp_path / "full").write_text("a file in the way")
+    known = fingerprint(find_pairs(data), Cache(tmp_path / "full"))
+    assert known == fingerprint(find_pairs(data), Cache(tmp_path / "cache"))
 
 
 def test_hashes_of_two_processes_are_both_remembered(data, tmp_path):

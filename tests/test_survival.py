@@ -1,5 +1,7 @@
 """Training that is killed, stopped, shared between processes, or runs out of disk."""
 
+import contextlib
+import os
 import random
 import resource
 import signal
@@ -22,13 +24,13 @@ from helpers import losses
 CPU = torch.device("cpu")
 
 
-def start(data, config, folder, *more):
+def start(data, config, folder, *more, stderr=subprocess.PIPE):
     settings = {"max_steps": 30, "batch_size": 2, "validate_every": 10, "held_out": 2, "pictures": 0,
                 "save_every": 1e-9, "log_every": 1, "learning_rate": 1e-3, "warmup_steps": 0}  # fmt: skip
     sets = [f"--set={key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "controlnet.cli.main", "train", data, "--base", config.base, "-o", folder]
     command = [*map(str, command), *sets, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
 
 def wait_for(condition, process, seconds=120):
@@ -167,6 +169,43 @@ def test_launch_speaks_for_the_process_that_failed(tmp_path):
     command = [sys.executable, tmp_path / "parent.py"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1 and "mine alone" in done.stderr
+
+
+def test_launch_tells_of_no_memory_when_it_was_asked_to_stop(tmp_path):
+    """Before its processes handle signals; the system ends them then."""
+    (tmp_path / "child.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(1000)")
+    (tmp_path / "parent.py").write_text(
+        "import sys\nimport controlnet.model.work.processes as launch\n"
+        "launch.command_of = lambda args: [sys.executable, *args]\n"
+        f"sys.exit(launch.launch(2, [{str(tmp_path / 'child.py')!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == Exit.INTERRUPTED and err == ""
+
+
+def test_a_terminal_that_closes_saves(data, config, tmp_path):
+    folder = tmp_path / "run"
+    ours, theirs = os.openpty()
+    process = start(data, config, folder, "--set=max_steps=100000", "--set=save_every=1e9", stderr=theirs)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def begun():
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 4096)
+        return (folder / "log.jsonl").is_file() and len(losses(folder)) >= 5
+
+    wait_for(begun, process)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=240)
+    assert process.returncode == Exit.INTERRUPTED
+    assert Checkpoints(folder / "checkpoints").steps()[0] >= 5
 
 
 def test_sigterm_saves_and_says_how_to_go_on(data, config, tmp_path):

@@ -1,5 +1,6 @@
 """The embedded model as shipped: small, whole, readable by other programs, and under control."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from controlnet.model.sampling.canvas import condition_tensor
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.readers import pose_of, user_canny, user_depth
 from controlnet.model.tiny.recipe import make_vae
-from controlnet.model.tiny.stages import cached_latents
+from controlnet.model.tiny.stages import cached_latents, end_if_stopped, mark_of
 from controlnet.model.tiny.train import limits, parse_stages
 from controlnet.model.tiny.world.render import render
 from controlnet.model.tiny.world.scenes import make_scene
@@ -170,14 +171,38 @@ def four_scenes(monkeypatch):
 def test_a_trained_vae_is_taken_as_it_is(tmp_path, four_scenes):
     """With the record of its training, which was on another machine."""
     vae, out = TINY.parent / "vae256", tmp_path / "weights"
-    four_scenes.main(
-        ["--minutes", "0", "--runs", str(tmp_path), "--size", str(SIZE), "--vae", str(vae), "--out", str(out)]
-    )
+    rest = ["--start", str(TINY), "--keep", "text,base,canny,pose,depth", "--minutes", "0"]
+    four_scenes.main([*rest, "--runs", str(tmp_path), "--vae", str(vae), "--out", str(out)])
     before, after = (load_file(f / "diffusion_pytorch_model.safetensors") for f in (vae, out / "vae"))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     told, trained = (json.loads((folder / "training.json").read_text()) for folder in (out, vae))
-    assert told["stages"] == {"vae": {"steps": trained["steps"], "minutes": trained["minutes"]}}
+    assert told["stages"]["vae"] == {"steps": trained["steps"], "minutes": trained["minutes"]}
     assert told["machine"].endswith(f"; the VAE on {trained['machine']}")
+
+
+def test_a_model_with_a_part_that_was_never_trained_is_not_written(tmp_path, four_scenes, capsys):
+    out = ["--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+    for asked in (["--minutes", "base=120"], ["--start", str(TINY), "--keep", "vae,text,base,canny", "--minutes", "0"]):
+        with pytest.raises(SystemExit):
+            four_scenes.main([*asked, *out])
+    told = capsys.readouterr().err
+    assert "vae gets no minutes and no steps" in told and "pose gets no minutes" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_was_stopped_ends_the_command(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 1, "ended": "finished"}\n')
+    end_if_stopped(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 1, "ended": "stopped"}\n')
+    with pytest.raises(SystemExit) as stopped:
+        end_if_stopped(tmp_path)
+    assert stopped.value.code == 130
+
+
+def test_networks_of_other_weights_have_other_marks():
+    torch.manual_seed(0)
+    one, other = make_vae(8), make_vae(8)
+    assert mark_of(one) == mark_of(copy.deepcopy(one)) != mark_of(other)
 
 
 def test_training_goes_on_from_given_weights(tmp_path, four_scenes):

@@ -1,8 +1,11 @@
 """`controlnet train` and `status` as users meet them: settings, refusals, what is said."""
 
+import fcntl
 import json
+import os
 import shutil
 import sys
+import threading
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +159,18 @@ def test_a_base_that_does_not_fit_is_refused(data, config, tmp_path, capsys, mon
         assert run("train", data, "--base", tmp_path / part) == Exit.MODEL
         assert "the UNet's " in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_those_who_look_do_not_keep_a_run_from_its_folder(tmp_path):
+    """`status` asks by a lock of its own, which others share and `train` waits for."""
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    assert not is_locked(tmp_path)
+    timer = threading.Timer(0.1, os.close, [handle])
+    timer.start()
+    with locked(tmp_path):
+        assert is_locked(tmp_path)
+    timer.join()
 
 
 def test_a_folder_is_one_commands_alone(data, config, tmp_path, capsys, monkeypatch):

@@ -143,6 +143,15 @@ def test_a_run_by_minutes_ends_with_a_last_look(data, config, tmp_path):
     assert run.validations[-1]["step"] == progress.step and run.verdict.word != "waiting"
 
 
+@pytest.mark.parametrize("setting", [{"copy": "lite"}, {"hint": "paper"}])
+def test_a_run_cannot_go_on_as_another_network(data, config, tmp_path, setting):
+    """Not by force either; its checkpoints stay."""
+    train(find_pairs(data), replace(config, max_steps=2), tmp_path / "run", CPU)
+    with pytest.raises(UsageError, match="another network"):
+        train(find_pairs(data), replace(config, max_steps=4, **setting), tmp_path / "run", CPU, True, True)
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [2]
+
+
 def test_an_explosion_keeps_the_good_state(data, config, tmp_path):
     """Ten good steps, then a rate that no network survives."""
     config = replace(config, max_steps=10, validate_every=5, save_every=1e-9)

@@ -41,13 +41,14 @@ class FoldedUpsample(Upsample2D):
 
 def folded(weight: Tensor) -> Tensor:
     """(C', C, 3, 3) -> (C, C', 4, 4), the weight of the transposed convolution. Computed once for a locked weight."""
-    version, known = _kept.get(weight, (None, None))
-    if version != weight._version:
+    now = weight._version, weight.dtype, weight.device  # `Module.to` changes the latter two and no version
+    before, known = _kept.get(weight, (None, None))
+    if before != now:
         layout = (
             torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
         known = _fold(weight).contiguous(memory_format=layout)
-        _kept[weight] = weight._version, known
+        _kept[weight] = now, known
     return known
 
 

@@ -22,9 +22,10 @@ import torch
 from controlnet.model.base import Base
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.control.strength import Strength
+from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet
-from controlnet.model.registry import TINY
+from controlnet.model.registry import BASES, TINY
 from controlnet.model.sampling.canvas import to_pixels
 from controlnet.model.sampling.generate import Request, generate
 from controlnet.model.tiny.readers import JointReader, Measure, PartReader, Reader, measures
@@ -142,13 +143,22 @@ R = TypeVar("R", bound=Reader)
 
 
 def trained(reader: R, base: Base, runs: Path, minutes: float) -> R:
-    """The reader from its checkpoint in `runs`, or trained first."""
+    """The reader from its checkpoint in `runs`, or trained first: for pictures of this size that this VAE decodes."""
     data = world(runs / "world", READ, base.native_size, 0, base.device.type)
     data = data.only(reader.scenes(data))
     blurred = cache(lambda: reconstruct(base, data.images))  # takes minutes; only needed if there is training to do
     with attention_kernels(base.device):
-        reader.train(data, blurred, runs / reader.name, minutes, base.device)
+        vae = model_hash(Path(base.path) / "vae")[:8]
+        reader.train(data, blurred, runs / f"{reader.name}-{base.native_size}-{vae}", minutes, base.device)
     return reader
+
+
+def load_weights(weights: Path, device: torch.device) -> Base:
+    """The model of a training, which is used as the shipped one is."""
+    base, shipped = load_base(str(weights), device), BASES["tiny"]
+    assert shipped.guidance is not None
+    base.guidance, base.control_on = shipped.guidance, shipped.control_on
+    return base
 
 
 def joint_reader(base: Base, runs: Path) -> JointReader:
@@ -157,7 +167,7 @@ def joint_reader(base: Base, runs: Path) -> JointReader:
 
 def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tuple[dict, np.ndarray]:
     """All figures of the card, and the sample sheet."""
-    base = load_base("tiny" if weights == TINY else str(weights), device)
+    base = load_weights(weights, device)
     size = base.native_size
     # Enough held-out scenes for as many with people: every third one has some.
     held_out = world(runs / "world", 4 * scenes, size, HELD_OUT, device.type)

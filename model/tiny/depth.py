@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from controlnet.model.files.tensors import write_tensors
+from controlnet.model.tiny.stages import end_if_stopped
 from controlnet.model.tiny.world.rooms import draw_rooms
 from controlnet.model.tiny.world.shards import SHARD, world
 from controlnet.model.training.loop import LoopConfig, Progress, fit
@@ -138,6 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     network = Dense()
     with attention_kernels(device):
         progress = train(network, images, depth, args.runs / "depth", args.minutes, device)
+    end_if_stopped(args.runs / "depth")
     args.out.mkdir(parents=True, exist_ok=True)
     state = {name: value.to("cpu", torch.float16).contiguous() for name, value in network.state_dict().items()}
     write_tensors(args.out / "model.safetensors", state)

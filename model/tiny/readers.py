@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from controlnet.model.sampling.canvas import to_canvas
-from controlnet.model.tiny.stages import randomness
+from controlnet.model.tiny.stages import end_if_stopped, randomness
 from controlnet.model.tiny.world.render import POSTER
 from controlnet.model.tiny.world.shards import World
 from controlnet.model.training.checkpoints import Checkpoints
@@ -94,6 +94,7 @@ class Reader:
         if state is None or state["progress"]["seconds"] < 60 * minutes:
             blurred()  # before the clock of the training starts
         fit(self.network, loss_of, LoopConfig(minutes=minutes, learning_rate=1e-3), folder, print)
+        end_if_stopped(folder)
         self.network.eval()
 
     def batches(self, images: np.ndarray, batch: int) -> Iterator[Tensor]:

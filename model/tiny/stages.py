@@ -3,6 +3,8 @@ finished; each begins with the network it is given, or with a new one."""
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,34 @@ from controlnet.model.tiny.recipe import (
 from controlnet.model.tiny.world.scenes import vary
 from controlnet.model.tiny.world.shards import World
 from controlnet.model.training.checkpoints import save_atomic
+from controlnet.model.training.log import has_stopped
 from controlnet.model.training.loop import LoopConfig, Progress, fit
 from controlnet.model.training.objective import Batch, NoiseSchedule, control_gap, control_losses
 from controlnet.model.training.precision import autocast
 from controlnet.model.training.recorded import Recorded
+from controlnet.preprocessors.errors import Exit
 from torch import Tensor, nn
 
 LATENT_NOISE = 0.05
 
 Limit = dict[str, Any]
 """How long a stage trains: LoopConfig's `minutes` or `max_steps`."""
+
+
+def end_if_stopped(folder: Path) -> None:
+    """End the command if a signal stopped the training in a folder: what follows would begin with a half-trained
+    network."""
+    if has_stopped(folder):
+        print("stopped; the same command goes on")
+        sys.exit(Exit.INTERRUPTED)
+
+
+def mark_of(network: nn.Module) -> str:
+    """Eight characters that tell networks of other weights apart, for the names of what is made with them."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def randomness(device: torch.device, seed: int, step: int) -> torch.Generator:

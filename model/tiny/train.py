@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from controlnet.model.control.controlnet import ControlNet
 from controlnet.model.files.tensors import read_json
+from controlnet.model.files.tokenizer import load_tokenizer
 from controlnet.model.load import load_base
 from controlnet.model.nets import load_controlnet, save_controlnet
 from controlnet.model.tiny.conditions import CONDITIONS, drawn
@@ -33,7 +34,9 @@ from controlnet.model.tiny.recipe import make_scheduler, make_tokenizer
 from controlnet.model.tiny.stages import (
     Limit,
     cached_latents,
+    end_if_stopped,
     half_latents,
+    mark_of,
     train_base,
     train_control,
     train_text,
@@ -41,6 +44,7 @@ from controlnet.model.tiny.stages import (
 )
 from controlnet.model.tiny.world.scenes import WORLD_VERSION, vary
 from controlnet.model.tiny.world.shards import world
+from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention_kernels
 from diffusers import AutoencoderTiny
@@ -115,14 +119,18 @@ class Training:
         )
         self.size = args.size or self.earlier.get("size", 256)
         self.run = args.runs / str(self.size)
+        self.begun: dict[str, Any] = dict.fromkeys(STAGES)
+        if args.start:
+            self._begin_with(args.start)
+        if args.vae:
+            self._keep_vae(args.vae)
+        self._check_whole()
+
         self.data = world(args.runs / "world", args.scenes, self.size, device=device.type)
         self.scenes = f"v{WORLD_VERSION}-{args.scenes}"  # in the names of what is made of them
         self.drawer = ThreadPoolExecutor(1)
         self.maps = self._draw_maps(args.runs / "world")
-        self.begun: dict[str, Any] = dict.fromkeys(STAGES)
-        self.tokenizer = self._begin_with(args.start) if args.start else self._new_tokenizer()
-        if args.vae:
-            self._keep_vae(args.vae)
+        self.tokenizer = load_tokenizer(self.run / "tokenizer") if args.start else self._new_tokenizer()
         self.progress: dict[str, Progress] = {}
         self.nets: dict[str, ControlNet] = {}
 
@@ -139,8 +147,16 @@ class Training:
                 one.result()
         return maps
 
-    def _begin_with(self, start: Path):
-        """Take over those networks of an earlier training that are to be kept; returns its tokenizer."""
+    def _check_whole(self) -> None:
+        """Raises ValueError for a network that would be written as it was drawn at random."""
+        last = STAGES.index(self.args.until) if self.args.until else len(STAGES)
+        for name in STAGES[: last + 1]:
+            trains = any(self.limits[name].values()) or Checkpoints(self.run / name / "checkpoints").steps()
+            if name != "half" and not trains and self.begun[name] is None:
+                raise ValueError(f"{name} gets no minutes and no steps, and --start has none to begin with")
+
+    def _begin_with(self, start: Path) -> None:
+        """Take over the tokenizer and those networks of an earlier training that are to be kept."""
         base = load_base(str(start), self.device, torch.float32)
         found: dict[str, Any] = {"vae": base.vae, "text": base.text_encoder, "base": base.unet}
         for kind in CONDITIONS:
@@ -150,7 +166,6 @@ class Training:
             if name in self.kept:
                 self.begun[name] = network.requires_grad_(True)
         shutil.copytree(start / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
-        return base.tokenizer
 
     def _keep_vae(self, folder: Path) -> None:
         """Take over a VAE as it is, with the record of its training."""
@@ -171,7 +186,8 @@ class Training:
         batch, crop = BATCHES[device.type], CROPS[device.type]
         self.vae, reached = train_vae(data, run / "vae", limit["vae"], device, begun["vae"], batch["vae"], crop)
         self.finish("vae", reached)
-        latents = cached_latents(self.vae, data.images, run / f"latents-{self.scenes}.pt", device).to(device)
+        made = f"{self.scenes}-{mark_of(self.vae)}.pt"  # by this VAE, of these scenes
+        latents = cached_latents(self.vae, data.images, run / f"latents-{made}", device).to(device)
 
         captions, tokenizer = data.captions, self.tokenizer
         text_encoder, reached = train_text(
@@ -182,7 +198,7 @@ class Training:
         # The base learns at half the size first, where a picture costs a quarter.
         halves = latents
         if any(limit["half"].values()):
-            halves = half_latents(self.vae, data.images, run / f"latents-half-{self.scenes}.pt", device).to(device)
+            halves = half_latents(self.vae, data.images, run / f"latents-half-{made}", device).to(device)
         unet = begun["base"]
         for name, pictures in (("half", halves), ("base", latents)):
             unet, text_encoder, reached = train_base(
@@ -220,12 +236,9 @@ class Training:
             self.finish(kind, reached)
 
     def finish(self, name: str, reached: Progress) -> None:
-        """Record a stage. The command ends if a signal stopped the stage, as the next one would begin with a
-        half-trained network, and after the stage `--until`."""
+        """Record a stage. The command ends if a signal stopped it, and after the stage `--until`."""
         self.progress[name] = reached
-        if json.loads((self.run / name / "log.jsonl").read_text().splitlines()[-1]).get("ended") == "stopped":
-            print("stopped; the same command goes on")
-            sys.exit(130)
+        end_if_stopped(self.run / name)
         if name == self.args.until:
             print(f"{name} is trained; the same command without --until goes on")
             sys.exit(0)
@@ -273,7 +286,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--keep: unknown stage {sorted(unknown)[0]!r}; stages are {', '.join(STAGES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # shapes stay the same
-    training = Training(args, device)
+    try:
+        training = Training(args, device)
+    except ValueError as error:
+        parser.error(str(error))
     with attention_kernels(device, small=training.size <= 256):
         try:
             training.train()

@@ -105,7 +105,7 @@ class Cache:
     def _kept(self, name: str) -> dict[str, list]:
         try:
             return object_or_empty((self.folder / name).read_bytes()) if self.folder else {}
-        except FileNotFoundError:
+        except OSError:  # if it cannot be written either, that is told
             return {}
 
     def remember(self) -> None:

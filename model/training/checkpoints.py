@@ -96,20 +96,22 @@ class Checkpoints:
 
     def load(self, state: State | None = None) -> dict[str, Any] | None:
         """The last undamaged state, on the device of `state`, and sharded as `state` is; None when there is none. A
-        damaged one gets the ending `.damaged`. Raises ModelError where all are damaged. Several processes
-        call it together."""
+        damaged one gets the ending `.damaged`. Raises ModelError where all are damaged, and OSError or MemoryError for
+        what is the machine's fault, not the file's. Several processes call it together."""
         damaged = False
         once: Callable[[Callable[[], Any]], Any] = state.parallel.once if state else lambda make: make()
         for step in reversed(once(self.steps)):
             saved, good = None, True
             try:
                 saved = self._read(step, state)
-            except (Exception, CheckpointException):  # damaged bytes fail in a dozen ways
+            except (Exception, CheckpointException) as error:  # damaged bytes fail in a dozen ways
+                if _is_the_machines(error):
+                    raise
                 good = False
             if state:
                 good = not state.parallel.any(not good)
             if good:
-                return saved
+                return _to(saved, state.device) if state else saved
             damaged = True
             path = self.path(step)
             once(partial(path.rename, path.with_suffix(".damaged")))
@@ -120,12 +122,13 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, state: State | None) -> dict[str, Any]:
-        path, device = self.path(step), state.device if state else torch.device("cpu")
+        """A state; what is not sharded is on the CPU, whatever device it was saved from."""
+        path = self.path(step)
         if not path.is_dir():
-            return _to(torch.load(path, weights_only=True), device)
+            return torch.load(path, map_location="cpu", weights_only=True)
         from torch.distributed import checkpoint
 
-        rest = _to(torch.load(path / REST, weights_only=True), device)
+        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
         if state is None or state.parallel.zero:
             tensors = _read_whole(path)
         else:
@@ -135,6 +138,17 @@ class Checkpoints:
         moments = {int(number): values for number, values in tensors.pop("moments").items()}
         lists = {key: [tensors[key][str(i)] for i in range(len(tensors[key]))] for key in TENSORS}
         return rest | lists | {"optimizer": rest["optimizer"] | {"state": moments}}
+
+
+def _is_the_machines(error: BaseException) -> bool:
+    """Whether reading failed for want of memory or by the system, and not because of what the file holds."""
+    if isinstance(error, CheckpointException):
+        return any(_is_the_machines(one) for one, _ in error.failures.values())
+    if isinstance(error, FileNotFoundError):  # a part of a folder
+        return False
+    if isinstance(error, OSError):
+        return error.errno is not None  # torch raises some of its own without
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _why(error: CheckpointException, path: Path) -> OSError:
@@ -163,7 +177,7 @@ def _read_whole(path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         file = Path(folder, "whole.pt")
         dcp_to_torch_save(path, file)
-        return torch.load(file, weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from controlnet.preprocessors.data.check import LEAST_PAIRS
 from controlnet.preprocessors.data.pair import Pair, Pairs, Source
 from controlnet.preprocessors.data.stream import Stream
 from controlnet.preprocessors.doubts import doubts
-from controlnet.preprocessors.errors import InputError, UsageError
+from controlnet.preprocessors.errors import InputError, OutputError, UsageError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.weights import cache_folder
@@ -30,6 +31,8 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 """Settings that a resumed run may change, since the optimisation does not depend on them. If the learning rate decays,
 it also depends on the length of the run, which may then not change."""
+NETWORK = ("copy", "hint")
+"""Settings that make another network, which cannot go on from the one that was trained, not even by force."""
 
 
 def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
@@ -117,7 +120,8 @@ def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
         parts["captions"].append(pair.caption)
         parts["held-out split"].append(pair.held_out)
         parts["contents"].append([hashes.file_hash(p) for p in files])
-    hashes.remember()
+    with suppress(OutputError):  # then they are computed again next time
+        hashes.remember()
     return {name: key_of(values) for name, values in parts.items()}
 
 
@@ -131,6 +135,11 @@ def check_resumed(folder: Path, record: dict[str, Any], force: bool) -> None:
         for name, value in record["settings"].items()
         if name not in free and settings[name] != value
     ]
+    if others := [name for name in NETWORK if settings[name] != record["settings"][name]]:
+        raise UsageError(
+            f"{folder}: {others[0]} was {settings[others[0]]!r}, is {record['settings'][others[0]]!r}: another network",
+            "start anew without --resume",
+        )
     if before["base_sha256"] != record["base_sha256"]:
         changes.append(f"the weights of base {record['settings']['base']} are others")
     then, now = before["data"], record["data"]

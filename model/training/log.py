@@ -30,6 +30,12 @@ class Log:
                 temporary.write_text("".join(lines))
 
 
+def has_stopped(folder: Path) -> bool:
+    """Whether the training in a folder was stopped by a signal and not at its end, as its log's last line says."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return bool(lines) and json.loads(lines[-1]).get("ended") == "stopped"
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

@@ -251,9 +251,9 @@ class _Training:
             * self.config.validate_every
         )
         if self.config.pictures and (progress.step % every == 0 or progress.step >= self.config.max_steps):
-            path = self.run.pictures(progress.step)
+            path, unloaded = self.run.pictures(progress.step), self.base.vae is None
             write_file(path, png_bytes(draw(self.base, self.net, self.validation, self.device, self.config.precision)))
-            if self.config.cache:
+            if unloaded:  # it was read again for the picture
                 self.base.vae = None
             fields["pictures"] = str(path.relative_to(self.run.path))
         return fields

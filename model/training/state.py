@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from controlnet.model.training.optimizers import make_optimizer
 from controlnet.model.training.parallel import Parallel, like, local
+from controlnet.preprocessors.errors import UsageError
 from torch import Tensor, nn
 
 
@@ -59,7 +60,13 @@ class State:
         self.progress = Progress()
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Restore what `saved` returned. The moments of another optimiser are of no use and are not restored."""
+        """Restore what `saved` returned. The moments of another optimiser are of no use and are not restored. Raises
+        UsageError for the state of another network."""
+        if [p.shape for p in saved["parameters"]] != [p.shape for p in self.parameters]:
+            raise UsageError(
+                "the checkpoint is of a network of another shape, so training cannot go on from it",
+                "the base and settings that the run had; or start anew without --resume",
+            )
         for own, kept in ((self.parameters, saved["parameters"]), (self.ema, saved["ema"])):
             values = [like(value, p) for value, p in zip(kept, own, strict=True)]
             torch._foreach_copy_(locals_of(own), locals_of(values))
@@ -69,7 +76,8 @@ class State:
             self._load_optimizer(saved["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.weight_decay
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where it was not float16
+            self.scaler.load_state_dict(saved["scaler"])
         self.progress = Progress(**saved["progress"])
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def text(name: str, value: Any) -> str:
 
 def number(name: str, value: Any, reader: Callable[[Any], Any] = float, what: str = "a number") -> Any:
     try:
-        if isinstance(value, bool) or (reader is int and float(value) != int(value)):
+        if isinstance(value, bool) or (reader is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
         return reader(value)
     except (ValueError, TypeError, OverflowError):

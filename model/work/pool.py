@@ -203,12 +203,21 @@ def make_worker(setup: Setup, device: str | None) -> Callable[[Task], Outcome]:
         try:
             studio = studio or studio_of(setup, said.append)
             outcome.made += make_here([task], setup, failed, said.append, studio=studio)
-        except ControlNetError as error:
-            failed(task.wanted[0].name, error)
+        except ControlNetError as error:  # such as a full disk, halfway
+            known = {name for name, _ in outcome.failed}
+            for name in _names_of(task, outcome.made):
+                if name not in known:
+                    failed(name, error)
         outcome.said = list(said)
         return outcome
 
     return work
+
+
+def _names_of(task: Task, made: list[Made]) -> list[str]:
+    """The jobs of a task of which an image was not made."""
+    done = {id(one.wanted) for one in made}
+    return list(dict.fromkeys(one.name for one in task.wanted if id(one) not in done and not one.there))
 
 
 def _images_of(task: Task) -> list[Task]:
@@ -217,4 +226,5 @@ def _images_of(task: Task) -> list[Task]:
 
 
 def _died(task: Task) -> Outcome:
-    return Outcome(failed=[(task.wanted[0].name or str(task.tar or task.wanted[0].path), killed_twice())])
+    names = _names_of(task, []) if task.wanted[0].name else [str(task.tar or task.wanted[0].path)]
+    return Outcome(failed=[(name, killed_twice()) for name in names])

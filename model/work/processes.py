@@ -61,12 +61,14 @@ def launch(processes: int, args: list[str], lock: int = -1) -> int:
             )
             for i, error in enumerate(errors)
         ]
-        _hand_on_signals(children)
+        asked = _hand_on_signals(children)
         failed = _wait(children)
         if failed and (error := errors[failed]):
             error.seek(0)
             sys.stderr.write(error.read().decode(errors="replace"))
     code = children[failed].returncode
+    if code < 0 and asked:  # by us, before it could save or while it did
+        return Exit.INTERRUPTED
     if code < 0:
         print(f"error: process {failed} of {processes} was killed by signal {-code}", file=sys.stderr)
         print("hint: the system does that when memory runs out; --resume goes on", file=sys.stderr)
@@ -97,18 +99,19 @@ def command_of(args: list[str]) -> list[str]:
     return [sys.executable, "-m", "controlnet.cli.main", *args]
 
 
-def _hand_on_signals(children: list[subprocess.Popen]) -> None:
-    asked = False
+def _hand_on_signals(children: list[subprocess.Popen]) -> list[int]:
+    """From now on signals go to the children; returns the list of those that did."""
+    asked: list[int] = []
 
     def hand_on(number: int, frame: object) -> None:
-        nonlocal asked
         for child in children:
             if child.poll() is None:
                 child.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
-        asked = True
+        asked.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
+    return asked
 
 
 def _wait(children: list[subprocess.Popen]) -> int:
