@@ -177,7 +177,19 @@ def test_a_trained_vae_is_taken_as_it_is(tmp_path, four_scenes):
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     told, trained = (json.loads((folder / "training.json").read_text()) for folder in (out, vae))
     assert told["stages"]["vae"] == {"steps": trained["steps"], "minutes": trained["minutes"]}
-    assert told["machine"].endswith(f"; the VAE on {trained['machine']}")
+    assert told["machine"] == json.loads((TINY / "training.json").read_text())["machine"]
+
+
+def test_the_vae_alone_is_taken_and_another_machine_goes_on(tmp_path, four_scenes):
+    """With the record of its training, and of both machines."""
+    out, start = tmp_path / "weights", ["--start", str(TINY)]
+    four_scenes.main([*start, "--steps", "text=1", "--runs", str(tmp_path), "--out", str(out)])
+    before, after = (load_file(f / "vae/diffusion_pytorch_model.safetensors") for f in (TINY, out))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    told, trained = (json.loads((folder / "training.json").read_text()) for folder in (out, TINY))
+    assert told["stages"]["vae"] == trained["stages"]["vae"]
+    assert told["stages"]["text"]["steps"] == trained["stages"]["text"]["steps"] + 1
+    assert told["machine"].startswith(trained["machine"]) and told["scenes"] == max(trained["scenes"], 30_000)
 
 
 def test_a_model_with_a_part_that_was_never_trained_is_not_written(tmp_path, four_scenes, capsys):

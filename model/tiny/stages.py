@@ -178,12 +178,12 @@ class Sketch(nn.Module):
     """Text features (B, TOKENS, TEXT_WIDTH) -> the mean latent to expect from them, (B, C, 8, 8): a query for each
     place attends to the words, as the UNet's queries will."""
 
-    def __init__(self):
+    def __init__(self, channels: int):
         super().__init__()
         self.queries = nn.Parameter(0.5 * torch.randn(SKETCH * SKETCH, TEXT_WIDTH))
         layer = nn.TransformerDecoderLayer(TEXT_WIDTH, 6, 2 * TEXT_WIDTH, 0.0, batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, 2, nn.LayerNorm(TEXT_WIDTH))
-        self.out = nn.Linear(TEXT_WIDTH, LATENT_CHANNELS)
+        self.out = nn.Linear(TEXT_WIDTH, channels)
 
     def forward(self, text: Tensor) -> Tensor:
         places = self.out(self.decoder(self.queries.expand(len(text), -1, -1), text))
@@ -207,7 +207,8 @@ def train_text(
     With only the denoising loss it had hardly begun to learn after 190,000 samples (benchmarks/LOG.md).
     """
     torch.manual_seed(0)
-    model = nn.ModuleDict({"text": text_encoder or make_text_encoder(tokenizer), "sketch": Sketch()}).to(device)
+    text_encoder = text_encoder or make_text_encoder(tokenizer)
+    model = nn.ModuleDict({"text": text_encoder, "sketch": Sketch(latents.shape[1])}).to(device)
     wordings = reworded(tokenizer, captions)
     sketches = F.adaptive_avg_pool2d(latents.float(), SKETCH).to(device)
 

@@ -52,6 +52,8 @@ from diffusers import AutoencoderTiny
 STAGES = ("vae", "text", "half", "base", *CONDITIONS)
 MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
 MAX_SHARD = "14MB"
+THEN = ", then "
+"""Between the machines of a training, in its record."""
 BATCHES = {
     "cpu": {"vae": 16, "text": 64, "half": 64, "base": 32, "control": 32},
     "cuda": {"vae": 32, "text": 256, "half": 512, "base": 256, "control": 128},
@@ -171,7 +173,9 @@ class Training:
         """Take over a VAE as it is, with the record of its training."""
         self.begun["vae"] = AutoencoderTiny.from_pretrained(folder).requires_grad_(True)
         self.limits["vae"] = {"minutes": 0.0}
-        self.earlier["stages"]["vae"] = read_json(folder / "training.json", "the record of a VAE's training")
+        record = read_json(folder / "training.json", "the record of a VAE's training")
+        self.earlier = {"scenes": 0, "machine": record.pop("machine")} | self.earlier
+        self.earlier["stages"]["vae"] = record
         self.kept.append("vae")
 
     def _new_tokenizer(self):
@@ -249,14 +253,19 @@ class Training:
         save_base(out, self.vae, self.unet, self.text_encoder, self.run / "tokenizer")
         for kind, net in self.nets.items():
             save_controlnet(net, out / f"controlnet-{kind}", torch.float16)
-        machine = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        machine += f", torch {torch.__version__}"
-        if not any(reached.step for reached in self.progress.values()):  # nothing was trained here
-            machine = self.earlier.get("machine", machine)
-        if elsewhere := self.earlier["stages"].get("vae", {}).get("machine"):
-            machine += f"; the VAE on {elsewhere}"
-        training = {"size": self.size, "scenes": self.args.scenes, "machine": machine, "stages": self._spent()}
+        training = {"size": self.size, **self._trained_on(), "stages": self._spent()}
         (out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+
+    def _trained_on(self) -> dict[str, Any]:
+        """How many scenes, and which machines; fewer scenes are the first ones of more."""
+        here = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        here += f", torch {torch.__version__}"
+        scenes, machines = 0, []
+        if any(name in self.earlier["stages"] for name in self.kept):
+            scenes, machines = self.earlier["scenes"], self.earlier["machine"].split(THEN)
+        if not machines or any(reached.step for reached in self.progress.values()):
+            scenes, machines = max(scenes, self.args.scenes), [*machines, here]
+        return {"scenes": scenes, "machine": THEN.join(dict.fromkeys(machines))}
 
     def _spent(self) -> dict[str, dict[str, float]]:
         """Steps and minutes of each stage, those of an earlier training included."""
