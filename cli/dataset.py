@@ -18,11 +18,10 @@ from controlnet.model.work.cluster import share
 from controlnet.model.work.crew import killed_twice, without_models
 from controlnet.model.work.outputs import keeps
 from controlnet.preprocessors.data.pack import FORMS as PACKED
-from controlnet.preprocessors.data.pack import pack
+from controlnet.preprocessors.data.pack import is_packed, pack
 from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, Pairs, find_pairs, kind_of_pairs
 from controlnet.preprocessors.data.stream import find_data, is_stream
 from controlnet.preprocessors.errors import ControlNetError, Exit, OutputError, UsageError
-from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.geometry import parse_size
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.metadata import sha256
@@ -172,14 +171,14 @@ def _check_build(
         raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)
     if found.form != "photos" and shard is not None:
         raise UsageError(f"--shard {shard}: pairs that are there are packed by one process", "without --shard")
-    if found.form == "photos" and to is not None and is_file(packed / "manifest.json"):
+    if found.form == "photos" and to is not None and is_packed(packed):
         raise OutputError(f"{packed}: holds a data set already", f"-o {packed}-{to}")
 
 
 def _pairs_of(packed: Path) -> Path:
     """Where pairs lie until they are packed."""
     if not is_url(packed):
-        return packed / "pairs"
+        return packed / ".pairs"  # a name that nobody else has: it is removed
     return cache_folder() / "pairs" / sha256(str(packed).encode())[:16]
 
 

@@ -16,7 +16,7 @@ from controlnet.model.work.crew import places
 from controlnet.model.work.outputs import IMAGES, check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.detector import Detector, On
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
-from controlnet.preprocessors.files import is_dir
+from controlnet.preprocessors.files import exists, is_dir
 from controlnet.preprocessors.films import ENDINGS, is_clip
 from controlnet.preprocessors.imports import uncollected
 from controlnet.preprocessors.remote import is_url, place
@@ -171,7 +171,12 @@ def _sheet_of(flags: SimpleNamespace) -> Path | None:
         name = f"{Path(flags.photos[0]).stem}.all.png" if len(flags.photos) == 1 else "all.png"
         folder = Path(flags.photos[0]).parent if flags.out is None else Path(flags.out)
         sheet = None if is_url(str(folder)) else folder / name
-    return None if sheet is None or keeps(sheet, flags.overwrite, flags.skip_existing) else sheet
+    if sheet is not None and flags.shard is not None:  # each shard shows its own
+        part = parse_shard(flags.shard)
+        sheet = sheet.with_name(f"{sheet.stem}-{part.number}-of-{part.count}{sheet.suffix}")
+    if sheet is None or (flags.preview is None and exists(sheet) and not flags.overwrite):  # one nobody asked for
+        return None
+    return None if keeps(sheet, flags.overwrite, flags.skip_existing) else sheet
 
 
 def _reader(flags: SimpleNamespace) -> Callable[[str], bytes]:

@@ -82,7 +82,7 @@ def written(path: Path, size: tuple[int, int], rate: float) -> Iterator[Callable
         place = temporary.with_name(f"{temporary.name}{path.suffix.lower()}")  # whoever writes it goes by the ending
         write = _by_ffmpeg if shutil.which("ffmpeg") else _by_opencv
         try:
-            with write(place, size, max(1.0, rate)) as add:
+            with write(place, size, rate) as add:
 
                 def counted(frame: np.ndarray) -> None:
                     nonlocal added
@@ -161,7 +161,7 @@ def _by_opencv(path: Path, size: tuple[int, int], rate: float) -> Iterator[Calla
     code = cv2.VideoWriter_fourcc(*("MJPG" if path.suffix == ".avi" else "mp4v"))  # type: ignore[attr-defined]
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        video = cv2.VideoWriter(str(path), code, rate, size)
+        video = cv2.VideoWriter(str(path), code, max(1.0, rate), size)
         if not video.isOpened():
             raise _Refused("by OpenCV; ffmpeg is not installed")
         try:

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from controlnet.preprocessors.data.build import _names
+from controlnet.preprocessors.data.build import _names, options_of
 from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 from controlnet.preprocessors.detectors.canny import canny
-from controlnet.preprocessors.errors import Exit
+from controlnet.preprocessors.errors import Exit, UsageError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
 from helpers import run
@@ -58,6 +58,24 @@ def test_build_that_cannot_write_anything_says_so(tmp_path, capsys):
     assert run("dataset", "build", tmp_path / "photos", "--size", "64", "-o", tmp_path / "data") == Exit.OUTPUT
     assert "none of 6 photos could be used" in capsys.readouterr().err
     assert not (tmp_path / "data/metadata.jsonl").exists()
+
+
+@pytest.mark.parametrize("place", ["pairs/photos", "elsewhere"])
+def test_packing_removes_nothing_that_was_there(tmp_path, place):
+    photos(tmp_path / "data" / place)
+    write_file(tmp_path / "data/pairs/notes.txt", b"mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    build = ("dataset", "build", tmp_path / "data" / place, "-o", tmp_path / "data", "--size", "64", "-j", "1")
+    assert run(*build, "--to", "webdataset", "--per-file", "3") == 0
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert sorted(path.name for path in (tmp_path / "data").glob("*.tar")) == ["000000.tar", "000001.tar"]
+    assert not (tmp_path / "data/.pairs").exists()
+
+
+def test_options_are_yes_or_no():
+    assert options_of("canny", ["auto=True"])["auto"] is True and options_of("canny", ["auto=false"])["auto"] is False
+    with pytest.raises(UsageError, match="auto=yes: expected bool"):
+        options_of("canny", ["auto=yes"])
 
 
 def test_build_keeps_what_another_data_set_holds(tmp_path, capsys):

@@ -169,6 +169,21 @@ def test_many_photos_are_told_in_order_and_made_as_one_is(run, folder):
         assert map_.read_bytes() == many
 
 
+def test_a_sheet_that_nobody_asked_for_is_in_nobodys_way(run, folder):
+    """Each shard shows its own; one that is there stays."""
+    flags = ("detect", "all", folder, "--offline", "--size", "64", "-o")
+    maps, again = folder.parent / "maps", folder.parent / "again"
+    for part in ("1/2", "2/2"):  # one photo each, or two and none
+        assert run(*flags, maps, "--shard", part)[0] in (Exit.OK, Exit.PARTIAL)
+    sheets = {name for name in files(maps) if "all" in name}
+    assert sheets and sheets <= {"all-1-of-2.png", "all-2-of-2.png"}
+    assert run(*flags, again)[0] == Exit.PARTIAL
+    sheet = (again / "all.png").read_bytes()
+    Image.new("RGB", (64, 64), "red").save(folder / "new.png")
+    assert run(*flags, again, "--skip-existing")[0] == Exit.PARTIAL
+    assert (again / "all.png").read_bytes() == sheet and "new.canny.png" in files(again)
+
+
 def test_a_map_of_every_kind(run, folder):
     code, out, err = run(
         "detect", "all", folder / "one.png", "--offline", "--size", "64", "--preview", folder / "s.png"
@@ -188,7 +203,8 @@ def test_a_map_of_every_kind(run, folder):
         run("detect", "all", folder / "one.png", "--offline", "--size", "64", "-o", f"{folder}/m/")[0] == Exit.PARTIAL
     )
     assert (folder / "m/one.all.png").is_file() and "one.all.png" not in files(folder)
-    assert run("detect", "all", folder / "one.png", "--offline", "-o", f"{folder}/m/")[0] == Exit.OUTPUT
+    code, out, err = run("detect", "all", folder / "one.png", "--offline", "-o", f"{folder}/m/")
+    assert code == Exit.PARTIAL and out == "" and "one.canny.png: exists already" in err
     assert run("detect", "all", "-")[0] == Exit.USAGE
     assert run("detect", "all", folder / "one.png", "-o", folder / "x.png")[0] == Exit.USAGE
     code, _, told = run("detect", "all", folder / "none.png")

@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from controlnet.cli.main import main
 from controlnet.preprocessors.condition import Condition
+from controlnet.preprocessors.data.forms import ImageFolder, Photos, _absent
 from controlnet.preprocessors.data.mirror import flip_condition, flip_words
 from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 from controlnet.preprocessors.detectors.canny import canny
@@ -145,9 +147,10 @@ def test_what_the_toolkit_wrote_is_no_photo(tmp_path):
     photos(tmp_path)
     write_file(tmp_path / "0.canny.png", png_bytes(canny(picture(0))))
     write_file(tmp_path / "photos-check.png", png_bytes(picture(0)))
-    for own, marker in (("runs/photos-1", "run.json"), ("data", "manifest.json")):
-        write_file(tmp_path / own / "pictures/samples.png", png_bytes(picture(0)))
-        (tmp_path / own / marker).write_text("{}")
+    markers = {"runs/photos-1/run.json": '{"settings": {}}', "data/manifest.json": '{"kind": "canny", "pairs": 6}'}
+    for marker, text in markers.items():
+        write_file(tmp_path / marker, text.encode())
+        write_file((tmp_path / marker).parent / "pictures/samples.png", png_bytes(picture(0)))
     write_file(tmp_path / "more/portrait.canny.png", png_bytes(picture(3)))  # a photo's own name: no photo beside it
     found = [str(p.image.relative_to(tmp_path)) for p in find_pairs(tmp_path).pairs]
     assert found == [*(f"{i}.png" for i in range(6)), "more/portrait.canny.png"]
@@ -374,6 +377,53 @@ def test_tar_files_that_are_not_whole(tmp_path, spoil, said):
     with pytest.raises(InputError, match=said) as caught:
         find_pairs(tars)
     assert "000000.tar" in str(caught.value)
+
+
+@pytest.mark.parametrize("names, missing", [
+    (["20240115"], []), (["1700000000"], []), (["000001", "000003"], ["000000.tar", "000002.tar"]),
+    (["000100", "000102"], ["000101.tar"]),
+])  # fmt: skip
+def test_numbers_of_tar_files(names, missing):
+    assert list(_absent([Path(f"{name}.tar") for name in names])) == missing
+
+
+def test_a_sample_without_a_map_is_no_pair(tmp_path):
+    pairs_in(tmp_path / "pairs", "images", "conditions")
+    tars = packed(tmp_path / "pairs", tmp_path / "tars", 6)
+    with tarfile.open(tars / "000001.tar", "w") as tar:
+        data = png_bytes(picture(1))
+        member = tarfile.TarInfo("alone.png")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    found = find_pairs(tars)
+    assert len(found.pairs) == 6 and any("alone.png" in name for name in found.extra)
+
+
+@pytest.mark.parametrize("told, held_out", [
+    ("train", False), ("Train", False), ("training", False), ("held_out", True), ("test", True), (None, None),
+    ("", None),
+])  # fmt: skip
+def test_splits_in_metadata(tmp_path, told, held_out):
+    """Of pairs and of photos; without one, the folder says it."""
+    for i, folder in enumerate(("train", "test", "here")):
+        write_file(tmp_path / folder / f"{i}.png", png_bytes(picture(i)))
+        write_file(tmp_path / folder / f"{i}-map.png", png_bytes(picture(i)))
+    names = ["train/0", "test/1", "here/2"]
+    rows = [{"file_name": f"{n}.png", "conditioning_image": f"{n}-map.png", "split": told} for n in names]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [False, True, None] if held_out is None else [held_out] * 3
+    assert [pair.held_out for pair in ImageFolder().read(tmp_path, ()).pairs] == expected
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({**r, "conditioning_image": ""}) + "\n" for r in rows))
+    found = {str(pair.image.relative_to(tmp_path)): pair.held_out for pair in Photos().read(tmp_path, ()).pairs}
+    assert [found[f"{name}.png"] for name in names] == expected
+
+
+def test_a_folder_with_a_manifest_of_others_is_looked_into(tmp_path):
+    photos(tmp_path / "a")
+    (tmp_path / "a/manifest.json").write_text('{"name": "an app"}')
+    photos(tmp_path / "b")
+    (tmp_path / "b/manifest.json").write_text('{"kind": "canny", "pairs": 6}')
+    assert {pair.image.parent.name for pair in find_pairs(tmp_path).pairs} == {"a"}
 
 
 def test_a_missing_tar_file_is_named(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from controlnet.model.files.hashes import model_hash
 from controlnet.model.load import load_base
 from controlnet.model.training.cache import Cache
-from controlnet.model.training.data import fingerprint
+from controlnet.model.training.data import fingerprint, split
 from controlnet.model.training.samples import Samples, caption_of
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.detectors.canny import canny
@@ -96,6 +96,23 @@ def test_a_condition_that_fits_another_picture_is_looked_at_again(data, config, 
     write_file(samples.pairs[0].image, png_bytes(np.zeros((96, 96, 3), np.uint8)))
     with pytest.raises(InputError, match="96x72 for a picture of 96x96"):
         samples.condition(samples.pairs[0], 0, False)
+
+
+def test_pictures_and_conditions_exchanged_are_others(data, config, tmp_path):
+    """As when `source` and `target` were, and were put right: what was kept of the wrong pairs is not taken."""
+    samples, pair = samples_of(data, replace(config, kind="depth"), tmp_path / "cache"), find_pairs(data).pairs
+    one = replace(pair[0], condition=pair[1].image)
+    other = replace(pair[1], condition=pair[0].image)
+    assert not np.array_equal(samples.condition(one, 0, False), samples.condition(other, 0, False))
+
+
+def test_all_captions_of_a_picture_are_held_out(data, config):
+    pairs = find_pairs(data)
+    many = replace(pairs, pairs=tuple(replace(p, caption=f"{p.caption} {i}") for p in pairs.pairs for i in range(5)))
+    training, held_out = split(many, config)
+    shown = {pair.image for pair in held_out}
+    assert len(shown) == len(held_out) and shown.isdisjoint({pair.image for pair in training})
+    assert len(training) == 5 * (len(pairs.pairs) - len(shown))
 
 
 def test_a_full_cache_says_where_it_is(data, config, tmp_path):

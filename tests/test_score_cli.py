@@ -10,7 +10,7 @@ from controlnet.preprocessors.errors import Exit
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.images import png_bytes, read_image
 from controlnet.preprocessors.metadata import dump
-from controlnet.preprocessors.skeleton import draw, to_text
+from controlnet.preprocessors.skeleton import draw, to_text, whole
 from PIL import Image
 from test_skeleton import standing
 
@@ -80,6 +80,12 @@ def test_poses(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Detector, "ready", lambda *args, **options: lambda image, place=None: (image, fields))
     fields["keypoints"] = to_text(people)
     flags = (tmp_path / "i.png", "--cond", tmp_path / "m.pose.png")
+    assert [told(run, *flags)[0][key] for key in ("oks", "pck", "people", "found")] == [1, 1, 1, 1]
+    with_hands = [whole(standing(), standing()[[0] * 21], None, None)]  # which have no score
+    text = dump({"kind": "pose", "keypoints": to_text(with_hands)})
+    write_file(tmp_path / "h.pose.png", png_bytes(draw(with_hands, (128, 128)), text))
+    hands = (tmp_path / "i.png", "--cond", tmp_path / "h.pose.png")
+    assert [told(run, *hands)[0][key] for key in ("oks", "pck", "people", "found")] == [1, 1, 1, 1]
     assert [told(run, *flags)[0][key] for key in ("oks", "pck", "people", "found")] == [1, 1, 1, 1]
     fields["keypoints"] = to_text([people[0] + (0.03, 0, 0), people[0] + (0.4, 0, 0)])
     near = told(run, *flags, "--overlay", tmp_path / "o.png")[0]

@@ -1,11 +1,14 @@
 """Training from shards: the order is fixed by the seed, found again at any batch, and shared by processes."""
 
 import http.server
+import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,7 +20,7 @@ from controlnet.model.training.order import Lanes
 from controlnet.model.training.run import train
 from controlnet.model.training.samples import Samples
 from controlnet.preprocessors import remote
-from controlnet.preprocessors.data.pack import pack
+from controlnet.preprocessors.data.pack import is_packed, pack
 from controlnet.preprocessors.data.pairs import find_pairs, kind_of_pairs
 from controlnet.preprocessors.data.stream import expand, is_stream, open_stream
 from controlnet.preprocessors.errors import Exit, InputError, OutputError, UsageError
@@ -106,6 +109,62 @@ def test_packed_pairs_are_the_pairs(pairs_folder, shards, tmp_path):
     first = next((tmp_path / "p").glob("train-*.parquet"))
     pq.write_table(pq.read_table(first).slice(0, 0), first.with_name("train-99999-of-99999.parquet"))
     assert len(open_stream(f"{tmp_path}/p/train-*.parquet").pairs) == 12  # a file of no rows is one
+
+
+def test_picture_and_condition_of_one_name_are_two(pairs_folder, tmp_path):
+    """As `dataset build` names them, and as any table may."""
+    table = pa.table({
+        "image": [{"bytes": png_bytes(np.full((16, 16, 3), 9, np.uint8)), "path": "0.png"}],
+        "conditioning_image": [{"bytes": png_bytes(np.full((16, 16, 3), 200, np.uint8)), "path": "0.png"}],
+        "text": ["a"],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    (pair,) = open_stream(f"{tmp_path}/*.parquet").pairs
+    assert pair.picture().max() == 9 and pair.read_condition("depth").map.min() == 200
+
+
+def test_a_wide_pattern_does_not_train_on_what_is_held_out(pairs_folder, tmp_path):
+    found = find_pairs(pairs_folder)
+    halves = replace(found, pairs=tuple(replace(p, held_out=i % 2 == 0) for i, p in enumerate(found.pairs)))
+    pack(halves, tmp_path, "parquet", "depth", 100)
+    wide = {pair.picture().tobytes() for pair in open_stream(f"{tmp_path}/*.parquet").pairs}
+    assert wide == {pair.picture().tobytes() for pair in halves.pairs if not pair.held_out}
+    alone = open_stream(f"{tmp_path}/validation-*.parquet").pairs  # asked for by name
+    assert {pair.picture().tobytes() for pair in alone}.isdisjoint(wide) and alone
+
+
+def test_packing_sees_that_files_have_changed(pairs_folder, tmp_path):
+    """And takes no files of which nothing is known."""
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    pack(find_pairs(tmp_path / "pairs"), tmp_path / "out", "webdataset", "depth", 3)
+    changed = find_pairs(tmp_path / "pairs").pairs[0]
+    write_file(changed.condition, png_bytes(np.zeros_like(changed.picture())))
+    with pytest.raises(OutputError, match="holds other data"):
+        pack(find_pairs(tmp_path / "pairs"), tmp_path / "out", "webdataset", "depth", 3)
+    (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(OutputError, match="of which nothing is known"):
+        pack(find_pairs(tmp_path / "pairs"), tmp_path / "out", "webdataset", "depth", 3)
+
+
+def test_packing_that_is_cut_off_is_of_its_pairs_alone(pairs_folder, tmp_path):
+    found = find_pairs(pairs_folder)
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(found, tmp_path, "webdataset", "depth", 3, stop)
+    assert not is_packed(tmp_path)
+    with pytest.raises(OutputError, match="holds other data"):
+        pack(replace(found, pairs=found.pairs[:-1]), tmp_path, "webdataset", "depth", 3)
+    pack(found, tmp_path, "webdataset", "depth", 3)
+    assert is_packed(tmp_path) and len(find_pairs(tmp_path).pairs) == len(found.pairs)
+
+
+def test_pairs_that_lie_elsewhere_are_packed(pairs_folder, tmp_path):
+    rows = [{"source": str(p.condition), "target": str(p.image), "prompt": "x"} for p in find_pairs(pairs_folder).pairs]
+    (tmp_path / "prompt.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pack(find_pairs(tmp_path), tmp_path / "out", "webdataset", "depth", 5)["pairs"] == len(rows)
 
 
 def test_packing_goes_on_and_does_not_mix(pairs_folder, tmp_path):

@@ -49,11 +49,16 @@ def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     own = [index for index, pair in enumerate(found.pairs) if pair.held_out]
     count = max(2, min(config.held_out, len(found.pairs) // 4))
     by_chance = np.random.default_rng(config.seed).permutation(len(found.pairs)).tolist()
-    chosen = set(list(dict.fromkeys(own + by_chance))[:count])
+    # A picture with several captions is several pairs: held out are all of them, and one is looked at.
+    of_picture: dict[Path, int] = {}
+    for index in own + by_chance:
+        of_picture.setdefault(found.pairs[index].image, index)
+    chosen = set(list(of_picture.values())[:count])
+    hidden = {found.pairs[index].image for index in [*own, *chosen]}
     if len(own) == len(found.pairs):
         raise InputError(f"{found.folder}: its split holds every pair out, none is left to train on", "split: train")
     pairs = [pair.of_kind(config.kind) for pair in found.pairs]
-    training = [pair for index, pair in enumerate(pairs) if index not in chosen and not pair.held_out]
+    training = [pair for pair in pairs if pair.image not in hidden]
     return training, [pair for index, pair in enumerate(pairs) if index in chosen]
 
 

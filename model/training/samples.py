@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -30,6 +31,7 @@ from controlnet.preprocessors.errors import InputError, NothingFoundError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import picture_size
 from controlnet.preprocessors.stage_one import stage_one
+from controlnet.preprocessors.weights import digests
 from torch import Tensor
 
 VALIDATION_TIMES = 4
@@ -84,9 +86,16 @@ class Samples:
     @property
     def identity(self) -> list:
         """What, besides the pairs, decides what is kept of them in the cache."""
-        options = str(self.detector.load_options()()) if self.detector else ""
         config = self.config
-        return [self.base_hash, config.kind, self.size, config.crops, config.flip, config.buckets, options]
+        return [self.base_hash, config.kind, self.size, config.crops, config.flip, config.buckets, self.made_by]
+
+    @cached_property
+    def made_by(self) -> list:
+        """The detector that makes conditions of photos: its name, options and weights."""
+        if self.detector is None:
+            return []
+        weights = [digests(name) for name in self.detector.weights]
+        return [self.detector.name, str(self.detector.load_options()()), weights]
 
     def prepare(self, rows: range, on_item: Callable[[int], None] = lambda done: None) -> None:
         """Put everything that the pairs in `rows` need into the cache. Raises InputError saying how many pairs cannot
@@ -140,10 +149,10 @@ class Samples:
         return self.cache.array("latents", key, lambda: self._encode_image(self.picture(pair, crop, flip)))
 
     def condition(self, pair: Pair, crop: int, flip: bool) -> np.ndarray:
-        options = str(self.detector.load_options()()) if pair.condition is None and self.detector else "given"
-        files = {self._hash(pair, file) for file in (pair.condition or pair.image, pair.image)}
+        made_by = self.made_by if pair.condition is None else "given"
+        files = [self._hash(pair, file) for file in (pair.condition or pair.image, pair.image)]
         place = self._place(pair, crop, flip)
-        key = key_of(sorted(files), self.config.kind, options, *place)  # both files, since their aspects must agree
+        key = key_of(files, self.config.kind, made_by, *place)  # both files, since their aspects must agree
         return self.cache.array("conditions", key, lambda: self._condition(pair, crop, flip))
 
     def _place(self, pair: Pair, crop: int, flip: bool) -> tuple:

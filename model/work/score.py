@@ -32,7 +32,7 @@ from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.kinds import KINDS, PEOPLE, kind_named
 from controlnet.preprocessors.metadata import load
-from controlnet.preprocessors.skeleton import draw
+from controlnet.preprocessors.skeleton import JOINTS, draw
 from controlnet.preprocessors.stage_one import stage_one
 
 ASPECT = 0.05
@@ -253,16 +253,21 @@ def _depth(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
     return Scored(condition.kind, scores, true, found, cv2.applyColorMap(off, cv2.COLORMAP_INFERNO)[..., ::-1])
 
 
+def _joints(person: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The joints (18, 3) of a person in pixels, without hands and face, which have no score."""
+    return person[: len(JOINTS)] * (*size, 1)
+
+
 def _people(scorer: Scorer, image: np.ndarray, condition: Condition) -> Scored:
     """Object keypoint similarity and the share of joints that are near, averaged over the people of the condition."""
     size = (image.shape[1], image.shape[0])
     asked = condition.people or []
-    people = [p * (*size, 1) for p in asked if (p[:, 2] > 0).sum() >= 3]
+    people = [joints for p in asked if ((joints := _joints(p, size))[:, 2] > 0).sum() >= 3]
     if not people:
         raise InputError(f"{condition.name}: nobody in it", "a map with people")
     # People are looked for at 512 pixels, as `detect` does.
     _, fields = scorer.found(image, (512 * size[0] // min(size), 512 * size[1] // min(size)), condition)
-    others = [np.array(p) * (*size, 1) for p in fields["keypoints"]]
+    others = [_joints(np.array(p), size) for p in fields["keypoints"]]
     pairs = match_people(others, people)
     nobody = np.zeros((18, 3))
     matched = [(nobody if i is None else others[i], people[k]) for i, k in pairs]

@@ -210,6 +210,12 @@ def _split(rows: dict[str, dict], told: dict[str, bool]) -> None:
         row["split"] = "held_out" if name in chosen else "train"
 
 
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r}: expected true or false")
+    return text.lower() == "true"
+
+
 def options_of(kind: str, texts: list[str]) -> dict[str, Any]:
     """All options of a kind's default detector, changed by `key=value` texts."""
     from dataclasses import fields
@@ -224,7 +230,7 @@ def options_of(kind: str, texts: list[str]) -> dict[str, Any]:
         if name not in types:
             raise UsageError(f"unknown option {name!r} of {kind}: expected one of {', '.join(types)}", "--set low=80")
         try:
-            values[name] = value.lower() == "true" if types[name] is bool else types[name](value)
+            values[name] = _yes_or_no(value) if types[name] is bool else types[name](value)
         except ValueError as error:
             raise UsageError(f"--set {text}: expected {types[name].__name__}") from error
     return asdict(options_type(**values))

@@ -112,6 +112,9 @@ class Tars:
             own, alone = pairs_in(tar)
             pairs += own
             extra += alone
+        if any(pair.condition for pair in pairs):  # then a sample without one is no pair
+            extra += [str(pair.image) for pair in pairs if pair.condition is None]
+            pairs = [pair for pair in pairs if pair.condition]
         return Pairs(folder, self.name, tuple(pairs), _absent(tars), tuple(extra), _manifest(folder))
 
 
@@ -152,15 +155,19 @@ def _pair_in(tar: Path, sample: dict[str, str]) -> Pair | None:
     caption = caption_of(row, f"{tar}#{image}")
     if "txt" in sample:
         caption = decoded(read_member(tar, sample["txt"]), f"{tar}#{sample['txt']}").strip()
-    held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
+    held_out = split_of_row(row)
     return Pair(name_of(tar, image), maps[0] if maps else None, caption, held_out, maps if len(maps) > 1 else ())
 
 
 def _absent(tars: list[Path]) -> tuple[str, ...]:
     """Tar files that lack in a row of numbers, 000000.tar, 000001.tar, ..."""
     numbers = {int(tar.stem) for tar in tars if tar.stem.isdecimal()}
+    first, last = min(numbers, default=0), max(numbers, default=-1)
+    first = 0 if first == 1 else first
+    if last + 1 - first > 2 * len(numbers):  # a date, or any other name of digits
+        return ()
     width = len(tars[0].stem)
-    return tuple(f"{n:0{width}d}.tar" for n in range(max(numbers, default=-1)) if n not in numbers)
+    return tuple(f"{n:0{width}d}.tar" for n in range(first, last) if n not in numbers)
 
 
 class Photos:
@@ -182,9 +189,10 @@ class Photos:
                 f"give that folder: {quote(str(first))}",
             )
         captions = {str(row["file_name"]): caption_of(row, f"{folder}: row {n}") for n, row in enumerate(rows, 1)}
+        told = {str(row["file_name"]): row for row in rows}
         found = {str(p.relative_to(folder)): p for p in seen.pictures}
         pairs = tuple(
-            Pair(path, None, captions.get(name) or _caption_beside(path), _split_of(path.relative_to(folder)))
+            Pair(path, None, captions.get(name) or _caption_beside(path), split_of_row(told.get(name, {}), Path(name)))
             for name, path in found.items()
         )
         unused = [f"{place.relative_to(folder)} (its own metadata is not read)" for place in seen.data]
@@ -227,7 +235,7 @@ def _from_rows(
             continue
         paths = [folder / str(n) for n in names]
         named |= {p.resolve() for p in paths}
-        held_out = row["split"] != "train" if "split" in row else None
+        held_out = split_of_row(row, Path(str(names[0])))
         pairs.append(Pair(paths[0], paths[1], caption_of(row, f"{folder}: row {number}"), held_out))
     seen = look(folder, is_data, leave)
     extra = [str(p.relative_to(folder)) for p in seen.pictures if p.resolve() not in named]
@@ -239,6 +247,14 @@ def _manifest(folder: Path) -> dict:
     if not is_file(path):
         return {}
     return read_object(read_text(path), str(path), hint="controlnet dataset build makes it again, from the photos")
+
+
+def split_of_row(row: dict, name: Path | None = None) -> bool | None:
+    """Whether a pair is held out: by the `split` of its row, else by its picture's name; None if neither says it."""
+    told = row.get("split")
+    if isinstance(told, str) and told.strip():
+        return told.strip().lower() not in TRAINING
+    return _split_of(name) if name is not None else None
 
 
 def _split_of(path: Path) -> bool | None:

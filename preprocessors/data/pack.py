@@ -19,9 +19,13 @@ from controlnet.preprocessors.data.pair import Pair, Pairs
 from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.files import is_file, write_file
 from controlnet.preprocessors.jsons import dumps, object_or_empty
+from controlnet.preprocessors.remote import is_url
+from controlnet.preprocessors.tars import split as split_name
 from controlnet.preprocessors.tars import write_tar
 
 FORMS = ("webdataset", "parquet")
+ENDINGS = {"webdataset": ".tar", "parquet": ".parquet"}
+MANIFEST = "manifest.json"
 
 
 def pack(
@@ -32,8 +36,8 @@ def pack(
     per_file: int,
     on_pair: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Write all pairs to `out` in a form of FORMS; returns the manifest. Files that are there already are of an earlier
-    try with the same pairs, or it is refused.
+    """Write all pairs to `out` in a form of FORMS; returns the manifest, which is written first and says at last that
+    the data is whole. Files that are there already are of an earlier try with the same pairs, or it is refused.
 
     Raises UsageError for a form that is not known or needs a package, OutputError if `out` holds other data, InputError
     for pairs that cannot be read.
@@ -48,16 +52,31 @@ def pack(
         "pairs": len(ordered),
         "held_out": sum(bool(pair.held_out) for pair in ordered),
         "per_file": per_file,
-        "names_sha256": sha256("\n".join(_name(found, pair) for pair in ordered).encode()).hexdigest(),
+        "pairs_sha256": sha256("\n".join(_mark(found, pair) for pair in ordered).encode()).hexdigest(),
     }
-    path = out / "manifest.json"
-    before = object_or_empty(path.read_bytes()) if is_file(path) else manifest
-    if {key: before.get(key) for key in manifest} != manifest:
-        raise OutputError(f"{out}: holds other data", f"-o {out}-{form}")
     write = _write_tars if form == "webdataset" else _write_tables
+    before = _manifest(out)
+    if before and {key: before.get(key) for key in manifest} != manifest:
+        raise OutputError(f"{out}: holds other data", f"-o {out}-{form}")
+    if not before and not is_url(out) and any(out.glob(f"*{ENDINGS[form]}")):
+        raise OutputError(f"{out}: holds {ENDINGS[form]} files of which nothing is known", f"-o {out}-{form}")
+    _write_manifest(out, manifest, is_whole=False)
     write(found, ordered, out, kind, per_file, on_pair)
-    write_file(path, (json.dumps(manifest, indent=2) + "\n").encode())
+    _write_manifest(out, manifest, is_whole=True)
     return manifest
+
+
+def is_packed(out: Path) -> bool:
+    """Whether a folder, or what a URL names, holds a data set that is whole."""
+    return _manifest(out).get("whole", is_file(out / MANIFEST))
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    return object_or_empty((out / MANIFEST).read_bytes()) if is_file(out / MANIFEST) else {}
+
+
+def _write_manifest(out: Path, manifest: dict[str, Any], is_whole: bool) -> None:
+    write_file(out / MANIFEST, (json.dumps(manifest | {"whole": is_whole}, indent=2) + "\n").encode())
 
 
 def _write_tars(found: Pairs, ordered: Sequence[Pair], out: Path, kind: str, per_file: int, on_pair) -> None:
@@ -116,4 +135,16 @@ def _split(pair: Pair) -> dict[str, str]:
 
 
 def _name(found: Pairs, pair: Pair) -> str:
-    return pair.image.relative_to(found.folder).as_posix()
+    is_below = pair.image.is_relative_to(found.folder)  # rows may name files anywhere
+    return (pair.image.relative_to(found.folder) if is_below else pair.image).as_posix()
+
+
+def _mark(found: Pairs, pair: Pair) -> str:
+    """What tells a pair from others, and from itself when its files have changed."""
+    stats = []
+    for file in (pair.image, pair.condition):
+        if file is not None:
+            inside = split_name(str(file))
+            stat = Path(inside[0] if inside else file).stat()
+            stats.append((stat.st_size, stat.st_mtime_ns))
+    return dumps([_name(found, pair), pair.caption, pair.held_out, stats])

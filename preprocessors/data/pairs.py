@@ -86,7 +86,8 @@ def kind_of_pairs(found: Source, given: str = "") -> tuple[str, str]:
         return str(kind), "from the manifest"
     kinds = set()
     for pair in found.pairs[:8]:
-        assert pair.condition is not None
+        if pair.condition is None:  # of a stream, which leaves it out
+            continue
         for map_ in pair.maps or (pair.condition,):
             try:
                 kinds.add(kind_of(map_.name, read_image(pair.read(map_), str(map_))[1]))

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from controlnet.preprocessors.data.forms import CONDITION_COLUMNS, pairs_in
+from controlnet.preprocessors.data.forms import CONDITION_COLUMNS, HELD_OUT, pairs_in, split_of_row
 from controlnet.preprocessors.data.pair import HeldPair, Pair, Pairs
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.data.rows import caption_of
@@ -135,7 +135,7 @@ def _pair_of(row: dict[str, Any], key: str) -> Pair:
         if not isinstance(data, bytes):
             return None
         own = cell.get("path") if isinstance(cell, dict) else None
-        path = Path(key) / Path(own or what).name  # a file's own name may say its kind
+        path = Path(key) / what / Path(own or what).name  # a file's own name may say its kind
         files[path] = data
         return path
 
@@ -145,8 +145,7 @@ def _pair_of(row: dict[str, Any], key: str) -> Pair:
             f"{key}: no picture in its columns {', '.join(row)}", f"expected one of {', '.join(IMAGE_COLUMNS)}"
         )
     condition = file_in((*CONDITION_COLUMNS, "condition", "source", "conditioning_image.png"), "condition")
-    held_out = row["split"] != "train" if isinstance(row.get("split"), str) else None
-    return HeldPair(image, condition, caption_of(row, key), held_out, files=files)
+    return HeldPair(image, condition, caption_of(row, key), split_of_row(row), files=files)
 
 
 @dataclass
@@ -218,6 +217,9 @@ def open_stream(name: str) -> Stream:
     if name.startswith(HUB) and not name.endswith((".tar", ".parquet")):
         return _table(name, name.removeprefix(HUB))
     names = expand(name)
+    held_out = [one for one in names if _is_held_out(one)]
+    if len(held_out) < len(names):  # a pattern that takes in more than is meant for training
+        names = [one for one in names if one not in held_out]
     plain = name.partition("?")[0]
     if plain.endswith(".parquet"):
         files = [one if is_url(one) else glob.escape(one) for one in names]
@@ -226,6 +228,12 @@ def open_stream(name: str) -> Stream:
     if not plain.endswith(".tar"):
         raise UsageError(f"{name}: expected shards (.tar, .parquet) or {HUB}USER/NAME", "'https://host/{000..999}.tar'")
     return Stream(name, "webdataset", [TarShard(one) for one in names], manifest=_manifest(names[0]))
+
+
+def _is_held_out(shard: str) -> bool:
+    """Whether the name of a shard begins with that of a held-out split: validation-00000-of-00001.parquet, test.tar."""
+    name = place(shard.partition("?")[0]).name
+    return re.split(r"[^a-z_]|_(?=\d)", name.lower())[0] in HELD_OUT
 
 
 def _manifest(shard: str) -> dict:

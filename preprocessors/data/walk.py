@@ -12,9 +12,10 @@ from controlnet.preprocessors.detectors.registry import DETECTORS
 from controlnet.preprocessors.errors import InputError
 from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.images import suffixes, why_skipped
+from controlnet.preprocessors.jsons import object_or_empty
 
-OWN_FILES = ("run.json", "manifest.json")
-"""They mark a folder that this toolkit has written: a training run, a built data set."""
+OWN_FILES = {"run.json": ("settings",), "manifest.json": ("kind", "pairs")}
+"""Files that mark a folder of this toolkit, a training run or a built data set, by keys that they have."""
 SHEET_SUFFIX = "-check.png"
 
 
@@ -72,9 +73,14 @@ def _walk(folder: Path, leave: tuple[Path, ...]) -> Iterator[tuple[Path, list[st
             for f in folders
             if not f.startswith(".")
             and Path(place, f) not in leave
-            and not any(is_file(Path(place, f, own)) for own in OWN_FILES)
+            and not any(_has(Path(place, f, own), keys) for own, keys in OWN_FILES.items())
         )
         yield Path(place), [name for name in names if name[0] != "."]
+
+
+def _has(path: Path, keys: tuple[str, ...]) -> bool:
+    """Whether a file is there and holds a JSON object with these keys."""
+    return is_file(path) and all(key in object_or_empty(path.read_bytes()) for key in keys)
 
 
 def _is_own(path: Path) -> bool:
