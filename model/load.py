@@ -167,6 +167,14 @@ def _check_fit(stored: Stored, vae: Mapping[str, Any]) -> None:
             "the base of the same name that makes images from text alone",
         )
 
+    for key in ("time_cond_proj_dim", "class_embed_type"):
+        if unet.get(key):
+            raise ModelError(
+                f"{stored.path}: {key} of its UNet is {unet[key]!r}: its time embedding reads more than the time, which"
+                " is not supported",
+                "a base that makes images from text, such as sd15 with an LCM LoRA",
+            )
+
     # What must be equal: latents of UNet and VAE, widths of text features.
     pairs = (
         ("in_channels", latent if read == inpainting_channels(latent) else read, "the VAE's latents have", latent),
@@ -270,10 +278,13 @@ def _load_encoder(encoder: Encoder, stored: Stored, load: Callable[[str, Stored]
 
 
 def _load_scheduler(stored: Stored) -> SchedulerMixin:
-    config = stored.scheduler()
-    scheduler: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if not hasattr(scheduler, "set_timesteps"):
-        raise ModelError(f"{stored.path}: unknown scheduler {config.get('_class_name')!r}")
+    config = dict(stored.scheduler())
+    if config.get("_class_name") == "DPMSolverSDEScheduler":  # its noise follows from no seed, and it needs torchsde
+        config |= {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    name = str(config.get("_class_name"))
+    scheduler: Any = getattr(diffusers, name, None)
+    if "set_timesteps" not in dir(scheduler):  # what needs a package that is missing raises when it is asked
+        raise ModelError(f"{stored.path}: unknown scheduler {name!r}")
     predicted = config.get("prediction_type", "epsilon")
     if predicted not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(

@@ -38,6 +38,11 @@ class Condition:
         return rgb(self.map)
 
     @property
+    def seen(self) -> np.ndarray | None:
+        """Where it is seen and hides nothing, (H, W) uint8: its map's fourth channel, else its file's transparency."""
+        return self.map[..., 3] if self.map.ndim == 3 and self.map.shape[2] == 4 else self.alpha
+
+    @property
     def size(self) -> tuple[int, int]:
         """(width, height)."""
         return self.map.shape[1], self.map.shape[0]

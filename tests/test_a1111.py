@@ -89,7 +89,7 @@ def test_a_prompt_cannot_forge(prompt):
 @pytest.mark.parametrize(
     ("changes", "setting", "value"),
     [
-        ({"scheduler": "EulerAncestralDiscreteScheduler"}, "Sampler", "Euler a"),
+        ({"scheduler": "EulerAncestralDiscreteScheduler", "sampler": "euler_a"}, "Sampler", "Euler a"),
         ({"scheduler": "sde-dpm++"}, "Sampler", "DPM++ 2M SDE"),
         ({"init": "a.png", "strength": 0.6}, "Denoising strength", "0.6"),
         ({"base": "my, base: 2"}, "Model", "my, base: 2"),

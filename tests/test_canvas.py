@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from controlnet.model.load import load_base
 from controlnet.model.sampling.canvas import canvas_size, condition_tensor, to_canvas
-from hypothesis import given, settings
+from controlnet.preprocessors.data.check import same_aspect
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 side = st.integers(9, 90)
@@ -55,10 +56,19 @@ def test_canvas_follows_the_condition(small_base_folder, condition, canvas):
     assert canvas_size(load_base(str(small_base_folder / "base")), condition) == canvas
 
 
-@pytest.mark.parametrize("size", [(1920, 820), (600, 1700), (1000, 1000), (1333, 777)])
-def test_a_canvas_of_the_photos_own_aspect(size):
-    """Of a base with trained sizes, for painting in a photo."""
+@given(st.integers(256, 4096), st.floats(0.2, 5))
+@example(1060, 1000 / 1060)
+@example(1000, 4.5)
+def test_a_canvas_of_the_photos_own_aspect(side, aspect):
+    """Of a base with trained sizes, for painting in a photo: within the aspect that `check_canvas` asks for."""
     base = SimpleNamespace(native_size=1024, factor=8, sizes=[(1024, 1024), (1216, 832), (768, 1344)])
+    size = side, max(1, round(side / aspect))
     width, height = canvas_size(base, size, own_aspect=True)
-    assert width % 64 == height % 64 == 0 and abs(width / height / (size[0] / size[1]) - 1) < 0.05
-    assert abs(width * height / 1024**2 - 1) < 0.1
+    assert width % 8 == height % 8 == 0 and same_aspect((width, height), size, tolerance=0.05)
+    assert abs(width * height / 1024**2 - 1) < 0.2
+
+
+@pytest.mark.parametrize("size", [(1920, 820), (600, 1700), (1000, 1000), (1333, 777)])
+def test_a_canvas_of_whole_steps_where_there_is_one(size):
+    base = SimpleNamespace(native_size=1024, factor=8, sizes=[(1024, 1024), (1216, 832), (768, 1344)])
+    assert all(side % 64 == 0 for side in canvas_size(base, size, own_aspect=True))

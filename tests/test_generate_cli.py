@@ -77,6 +77,28 @@ def test_seeds_up_to_their_bound(run, common, tmp_path):
         assert code == 0 and out == f"out/{seed}-map.png\n", err
 
 
+def test_more_steps_than_a_scheduler_makes(run, common, tmp_path):
+    """One job's mistake."""
+    lines = [{"prompt": "x", "steps": steps, "seed": steps} for steps in (60, 2)]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = run(*common, "--jobs", "jobs.jsonl", "--scheduler", "lcm")
+    assert code == Exit.PARTIAL and "--steps 60" in err and out == "out/2-map.png\n"
+
+
+def test_jobs_that_are_all_bad(run, common, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text('{"nonsense": 1}\n')
+    code, out, err = run(*common, "--jobs", "jobs.jsonl", "--tar", 5, "-o", "set/")
+    assert code == Exit.PARTIAL and "none is done" in err and out == ""
+
+
+def test_a_window_that_the_second_pass_never_meets_is_told(run, common):
+    common[common.index("--cond") + 1] += ",end=0.3"
+    flags = ["-p", "x", "--steps", 10, "--seed", 1, "--hires", "2x"]
+    code, _, err = run(*common[:4], *flags, "--hires-strength", 0.2, "-o", "a.png")
+    assert code == 0 and "acts in none of the 2 evaluations of --hires" in err
+    assert "acts in none" not in run(*common[:4], *flags, "--hires-strength", 0.8, "-o", "b.png")[2]
+
+
 def test_seeds_repeat_and_count_up(run, common, tmp_path):
     run(*common, "-p", "a red cube", "--seed", 5, "--num", 3)
     assert files(tmp_path / "out") == ["5-map.png", "6-map.png", "7-map.png"]

@@ -21,6 +21,8 @@ def test_what_a_base_says_of_itself(small_base_folder):
 @pytest.mark.parametrize("part, change, said", [
     ("vae", {"_class_name": "VQModel"}, "expected AutoencoderKL or AutoencoderTiny"),
     ("unet", {"_class_name": "UNet3D"}, "expected UNet2DConditionModel"),
+    ("unet", {"time_cond_proj_dim": 256}, "reads more than the time"),
+    ("unet", {"class_embed_type": "projection"}, "reads more than the time"),
     ("text_encoder", {"architectures": ["T5"]}, "expected CLIPTextModel"),
 ])  # fmt: skip
 def test_a_base_of_other_classes_is_refused(small_base_folder, tmp_path, part, change, said):
@@ -36,6 +38,11 @@ def test_a_base_of_other_classes_is_refused(small_base_folder, tmp_path, part, c
 
 def test_an_unknown_scheduler_in_the_base(small_base_folder, tmp_path):
     folder = shutil.copytree(small_base_folder / "base", tmp_path / "base")
+    config = {"_class_name": "DPMSolverSDEScheduler", "use_karras_sigmas": True}  # needs a package that is missing
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    scheduler = load_base(str(folder)).scheduler
+    assert type(scheduler).__name__ == "DPMSolverMultistepScheduler" and scheduler.config.use_karras_sigmas
+    assert scheduler.config.algorithm_type == "sde-dpmsolver++"
     (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "NoScheduler"}')
     with pytest.raises(ModelError, match="NoScheduler"):
         load_base(str(folder))

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from controlnet.model.control.control import Control
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.describe import described
 from controlnet.model.load import load_base
@@ -154,6 +155,14 @@ def test_inpaint_conditions_from_masks_and_transparency(run, small_base_folder, 
         sums.append(json.loads(out)["conditions"][0]["map_sha256"])
         assert run("replay", f"{len(sums) - 1}.png")[1].strip() == "identical"
     assert len(set(sums)) == 3
+    write("wide.png", np.pad(rgba, ((0, 0), (24, 24), (0, 0)), mode="edge"))
+    square = [*common, "--init", "wide.png", "--size", "64x64", "--strength", "0.5"]  # it shows the middle of both
+    for cond, name in (
+        (f"@init,kind=inpaint,{net}", "cut.png"),
+        (f"wide.png,detect=inpaint,kind=inpaint,{net}", "d.png"),
+    ):
+        code, out, err = run(*square, "--cond", cond, "-o", name)
+        assert code == 0, err
     code, _, err = run(*common, "--cond", f"photo.png,kind=inpaint,{net}")
     assert code == Exit.INPUT and "hides nothing" in err
 
@@ -189,6 +198,20 @@ def test_a_shuffle_network_equals_diffusers(small_base_folder, shuffle_folder, c
         controls = [ActiveNet(net, net.prepare(hint), Strength(0.9, control_on="cond"))]
         ours = sample(base.unet, make_scheduler(base.scheduler), start, prompt, negative, controls, 5, 7.5)
     assert net.averages and torch.allclose(ours, made, atol=1e-10)
+
+
+def test_a_shuffle_network_acts_in_its_region_and_by_the_size_of_its_connections(small_base_folder, shuffle_folder):
+    """What is averaged is the same everywhere, and has the size that it had."""
+    net = load_controlnet(shuffle_folder)
+    torch.manual_seed(0)
+    control = Control([torch.randn(1, 2, 8, 8), torch.randn(1, 2, 4, 4)], torch.randn(1, 2, 2, 2)).averaged()
+    region = np.zeros((64, 64), np.float32)
+    region[:, :32] = 1
+    acting = Strength(region=region).apply(control, 1.0).down[0]
+    assert torch.equal(acting[..., :4], control.down[0][..., :4]) and not acting[..., 4:].any()
+    weights = [float(b.mean() / a.mean()) for a, b in zip(
+        control.residuals, Strength(weighting="resolution").apply(control, 1.0).residuals, strict=True)]  # fmt: skip
+    assert weights == pytest.approx([0.25, 0.5, 1.0]) and net.averages
 
 
 def test_a_shuffle_network_acts_on_the_half_with_the_prompt(

@@ -74,6 +74,12 @@ def test_every_image_that_a_full_disk_took_is_told(jobs, tmp_path, small_base_fo
     assert [name for name, _ in outcome.failed] == ["line 1", "line 2", "line 3"]
 
 
+def test_the_best_of_a_job_are_chosen_among_all_of_it(jobs, tmp_path):
+    """Also where a process was killed, and what it was at is tried again."""
+    task = pool.Task([Wanted("a", Job("x.png"), i, tmp_path / f"{i}.png") for i in range(4)])
+    assert len(pool._images_of(task)) == 4 and pool._as_it_is(task) == [task]
+
+
 def fills(path, data, last):
     if path == last:
         raise OutputError(f"{path}: No space left on device")

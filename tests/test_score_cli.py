@@ -179,6 +179,45 @@ def test_the_best_of_several_images_are_kept(run, small_base_folder, tmp_path, m
     assert code == Exit.USAGE and "no condition" in err and not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("made", ["by detect", "by others"])
+def test_a_map_that_was_stretched_is_judged_as_it_acted(run, small_base_folder, tmp_path, photo, monkeypatch, made):
+    """Of another aspect than the canvas: the image has the map's lines where the control had them."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo).save("photo.png")
+    run("detect", "canny", "photo.png", "--size", "128x96", "-o", "map.canny.png")
+    if made == "by others":
+        Image.open("map.canny.png").save("map.canny.png")  # without its record
+    job = ("generate", "--base", small_base_folder / "base", "--cond", f"map.canny.png,net={small_base_folder}/net",
+           "-p", "x", "--steps", 1, "--seed", 1, "--size", "128x64")  # fmt: skip
+    assert run(*job, "--num", 2, "--keep-best", 1, "-o", "best/")[0] == 0
+    assert run(*job, "-o", "one.png")[0] == 0
+    record = read_image((tmp_path / "one.png").read_bytes(), "")[1]
+    stretched = np.array(Image.fromarray(photo).resize((128, 64)))
+    write_file(tmp_path / "kept.png", png_bytes(stretched, record))
+    assert told(run, "kept.png")[0]["f1_near"] > 0.6  # its lines are where the canvas had them
+    write_file(tmp_path / "moved.png", png_bytes(np.roll(stretched, 12, 1), record))
+    assert told(run, "moved.png")[0]["f1_near"] < 0.4
+
+
+def test_what_a_region_alone_shows_is_scored(run, small_base_folder, tmp_path, photo, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[28:68, 44:84] = 255
+    Image.fromarray(photo).save("photo.png")
+    Image.fromarray(mask).save("mask.png")
+    net = f"net={small_base_folder}/net"
+    job = ("generate", "--base", small_base_folder / "base", "--init", "photo.png", "--mask", "mask.png",
+           "--region-only", "--cond", f"@init,detect=canny,{net}", "-p", "x", "--steps", 2, "--seed", 1)  # fmt: skip
+    code, out, err = run(*job, "-o", "a.png", "--json")
+    assert code == 0, err
+    box = json.loads(out)["conditions"][0]["box"]
+    assert len(box) == 4 and 0 <= box[0] < box[2] <= 1
+    assert run("replay", "a.png")[1].strip() == "identical"
+    record = read_image((tmp_path / "a.png").read_bytes(), "")[1]
+    write_file(tmp_path / "same.png", png_bytes(photo, record))  # nothing was changed: all lines are kept
+    assert told(run, "same.png")[0]["f1_near"] > 0.95
+
+
 def test_a_photo_is_brought_to_its_map_as_the_maps_record_says(run, files):
     """The map is a crop of the photo, of another aspect."""
     assert run("detect", "canny", files / "photo.png", "--size", "96", "-o", files / "square.canny.png")[0] == 0

@@ -126,6 +126,9 @@ def test_jobs_in_parquet_and_in_tar_files_are_those_in_text(jobs, tmp_path, smal
             files.append((f"{i}.json", json.dumps({"seed": i, "num": 1}).encode()))
             files.append((f"{i}.txt", given[i]["prompt"].encode()))
         write_tar(tmp_path / f"{number}.tar", files)
+    write_tar(tmp_path / "2.tar", [("9.png", png_bytes(np.zeros((8, 8, 3), np.uint8))), ("9.txt", b"caf\xe9")])
+    (spoiled,) = [one for _, one in read_jobs_file("2.tar")]
+    assert isinstance(spoiled, UsageError) and "not UTF-8" in str(spoiled)  # that line alone
     read = [one for _, one in read_jobs_file("{0..1}.tar")]
     assert [job["prompt"] for job in read] == [job["prompt"] for job in given]
     assert read[3] == {"seed": 3, "num": 1, "prompt": "a cube 3", "cond": ["1.tar#3.canny.png"]}

@@ -44,8 +44,8 @@ class Control:
         return Control(residuals[:n], residuals[n] if middle else None, residuals[n + middle :])
 
     def averaged(self) -> Control:
-        """Each residual as its mean over the picture, (B, C, 1, 1)."""
-        return self.map(lambda residual: residual.mean((2, 3), keepdim=True))
+        """Each residual as its mean over the picture, the same at every place of it."""
+        return self.map(lambda residual: residual.mean((2, 3), keepdim=True).expand_as(residual))
 
     def zero_in_unconditional_half(self) -> Control:
         """(B, ...) -> (2B, ...): zeros for the unconditional half of the guidance, whose rows come first."""

@@ -78,8 +78,10 @@ def _item(path: Path, page: Path, scorer: Scorer | None, side: int) -> dict[str,
             why.append(f"{kind} not scored: {error}")
         views += _views_of(entry, kind, scored, str(path), side)
         if scored is not None:
-            scores[kind] = {name: round(value, 4) for name, value in scored.scores.items()}
-            scores[kind]["main"] = round(scored.main, 4)
+            alike = sum(name.split(" ")[0] == kind for name in scores)
+            label = f"{kind} {alike + 1}" if alike else kind  # of two poses both are shown
+            scores[label] = {name: round(value, 4) for name, value in scored.scores.items()}
+            scores[label]["main"] = round(scored.main, 4)
     mains = [one["main"] for one in scores.values()]
     return {
         "name": path.name,

@@ -62,6 +62,8 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+ASPECT = 0.03
+"""How far the aspect of a canvas may be from that of a picture that is not to be distorted."""
 DETECTED = 512
 """Pixels of the shorter side of a map that is detected for a canvas."""
 
@@ -82,14 +84,28 @@ def canvas_size(base: Base, condition_size: tuple[int, int] | None, own_aspect: 
         return native, native
     width, height = condition_size
     if base.sizes and own_aspect:
-        scale = native / math.sqrt(width * height)
-        step = 64 if native >= 512 else step
-        return max(64, round(width * scale / step) * step), max(64, round(height * scale / step) * step)
+        return _of_aspect(native, width / height, 64 if native >= 512 else step, step)
     if base.sizes:
         return min(trained_sizes(base), key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
     ratio = native / min(width, height)
     width, height = (max(step, round(side * ratio / step) * step) for side in (width, height))
     return width, height
+
+
+def _of_aspect(native: int, aspect: float, coarse: int, fine: int) -> tuple[int, int]:
+    """A canvas (width, height) of about native x native pixels, whose aspect is within ASPECT of the given one: in
+    steps of `coarse` pixels, or of fewer down to `fine` where these are too far apart."""
+    wide, high = native * math.sqrt(aspect), native / math.sqrt(aspect)
+
+    def off(size: tuple[int, int]) -> float:
+        return abs(math.log(size[0] / size[1] / aspect))
+
+    for step in (coarse, coarse // 2, coarse // 4, fine):
+        widths, heights = ({max(step, math.floor(s / step) * step), math.ceil(s / step) * step} for s in (wide, high))
+        best = min(((w, h) for w in sorted(widths) for h in sorted(heights)), key=off)
+        if off(best) < ASPECT:
+            break
+    return best
 
 
 def own_size(base: Base, picture: tuple[int, int]) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from controlnet.model.control.strength import Strength
 from controlnet.model.control.unet import embed_times
 from controlnet.model.engines.engine import Eager, Engine
 from controlnet.model.sampling.starts import Start, times_from
+from controlnet.preprocessors.errors import UsageError, reason
 from diffusers import SchedulerMixin, UNet2DConditionModel
 from torch import Tensor
 
@@ -40,8 +41,11 @@ class ActiveNet:
 
 def count_evaluations(scheduler: SchedulerMixin, steps: int, strength: float = 1.0) -> int:
     """How often the UNet is evaluated in so many steps, of which a start from a picture makes the share `strength`.
-    Windows and schedules count evaluations."""
-    scheduler.set_timesteps(steps)
+    Windows and schedules count evaluations. Raises UsageError for more steps than the scheduler can make."""
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UsageError(f"--steps {steps}: {reason(error)}", "--steps 20, or another --scheduler") from error
     return len(times_from(scheduler, strength))
 
 

@@ -35,6 +35,18 @@ def check_scheduler_name(name: str) -> None:
         )
 
 
+def name_of(scheduler: SchedulerMixin) -> str:
+    """Our name of a scheduler, by its class and what the table says of its config; its class's name if it is none of
+    ours."""
+    fits = [
+        (len(options), name)
+        for name, (cls, options) in SCHEDULERS.items()
+        if cls == type(scheduler).__name__ and all(scheduler.config.get(k) == v for k, v in options.items())
+    ]
+    plain = [name for name, (cls, _) in SCHEDULERS.items() if cls == type(scheduler).__name__]
+    return max(fits)[1] if fits else (plain or [type(scheduler).__name__])[0]
+
+
 def make_scheduler(own: SchedulerMixin, name: str | None = None) -> SchedulerMixin:
     """A fresh scheduler with the noise schedule of the base's `own` one: of its class, or of the named one.
 

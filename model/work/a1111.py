@@ -17,12 +17,6 @@ SAMPLERS = {
     "sde-dpm++": ("DPM++ 2M SDE", "Automatic"), "unipc": ("UniPC", None), "lcm": ("LCM", None),
 }  # fmt: skip
 """Our scheduler -> (sampler, schedule type)."""
-CLASSES = {
-    "DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm",
-    "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpm++2m", "UniPCMultistepScheduler": "unipc",
-}  # fmt: skip
-"""A base's own scheduler -> our name."""
 MODULES = {
     "canny": "canny", "pose": "openpose", "depth": "depth_midas", "normal": "normal_midas", "softedge": "softedge_hed",
     "scribble": "scribble_hed", "lineart": "lineart_realistic",
@@ -33,7 +27,8 @@ NEGATIVE = "Negative prompt:"
 
 def parameters(record: dict[str, Any]) -> str:
     """The text. What a prompt says stays in its line: it sets nothing."""
-    sampler, schedule = SAMPLERS.get(CLASSES.get(record["scheduler"], record["scheduler"]), (record["scheduler"], None))
+    name = record.get("sampler") or record["scheduler"]
+    sampler, schedule = SAMPLERS.get(name, (name, None))
     settings = {
         "Steps": record["steps"],
         "Sampler": sampler,

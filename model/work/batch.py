@@ -181,7 +181,7 @@ def in_tars(units: list[list[Wanted]], size: int) -> list[list[Wanted]]:
         if len(tars[-1]) + len(unit) > size and tars[-1]:
             tars.append([])
         tars[-1] += unit
-    return tars
+    return [tar for tar in tars if tar]
 
 
 def stems_of(jobs: list[Job]) -> dict[int, str]:

@@ -63,7 +63,7 @@ def best(
     def scored(image: Image) -> Image:
         _, conditions = studio.conditions(image.wanted.job)
         shown = with_score(conditions)
-        scores = [scorer.compare(studio.shown(image), condition, "the image").main for condition in shown]
+        scores = [scorer.of_canvas(studio.shown(image), condition, "the image").main for condition in shown]
         return replace(image, record=image.record | {"score": round(sum(scores) / len(scores), 4)})
 
     for _, group in groupby(images, lambda image: id(image.wanted.job)):

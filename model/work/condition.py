@@ -96,12 +96,18 @@ def parse_weighting(flag: str, value: str) -> str | tuple[float, ...]:
 
 def weighting_text(weighting: str | tuple[float, ...]) -> str:
     """A weighting as text that `parse_weighting` reads."""
-    return weighting if isinstance(weighting, str) else "/".join(f"{w:g}" for w in weighting)
+    return weighting if isinstance(weighting, str) else "/".join(map(_exact, weighting))
 
 
 def scale_text(scale: float | tuple[tuple[float, float], ...]) -> str:
     """A scale as text that `parse_scale` reads."""
-    return "/".join(f"{v:g}@{a:g}" for v, a in scale) if isinstance(scale, tuple) else f"{scale:g}"
+    return "/".join(f"{_exact(v)}@{_exact(a)}" for v, a in scale) if isinstance(scale, tuple) else _exact(scale)
+
+
+def _exact(value: float) -> str:
+    """The shortest text that is read as the same number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def parse_scale(flag: str, value: str) -> float | tuple[tuple[float, float], ...]:

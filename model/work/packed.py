@@ -10,7 +10,7 @@ from controlnet.model.work.batch import EXAMPLE, Line
 from controlnet.preprocessors.data.forms import pictures_in, samples_in
 from controlnet.preprocessors.data.rows import parquet_rows
 from controlnet.preprocessors.data.stream import expand
-from controlnet.preprocessors.errors import InputError, UsageError
+from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError
 from controlnet.preprocessors.files import decoded
 from controlnet.preprocessors.images import read_bytes
 from controlnet.preprocessors.jsons import read_object
@@ -48,5 +48,5 @@ def _jobs_in(name: str, tar: Path) -> Iterator[Line]:
             maps = [member for ending, member in pictures.items() if "." in ending] or list(pictures.values())
             job.setdefault("cond", [f"{name}#{member}" for member in maps])
             yield where, job
-        except UsageError as error:
-            yield where, error
+        except ControlNetError as error:
+            yield where, error if isinstance(error, UsageError) else UsageError(str(error), error.hint)

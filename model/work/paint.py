@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from controlnet.model.work.jobs import ALPHA
+from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.data.check import same_aspect
 from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import WHOLE, Box, fit, inside
@@ -144,19 +145,18 @@ def _feathered(share: np.ndarray, width: int) -> np.ndarray:
     return share * np.minimum(distance / (width + 1), 1).astype(np.float32)
 
 
-def with_hidden(path: str, map_: np.ndarray, painting: Painting | None) -> np.ndarray:
+def with_hidden(path: str, map_: np.ndarray, condition: Condition, painting: Painting | None) -> np.ndarray:
     """A map (H, W, 3) uint8 on the canvas with a fourth channel: 255 where it is seen, 0 where it hides the picture,
-    which is what a painting makes anew, or what is transparent in the map's file. Raises InputError if nothing is
-    hidden."""
+    which is what a painting makes anew, or what the condition hides. Raises InputError if nothing is hidden."""
     height, width = map_.shape[:2]
     if painting is not None:
         _, hidden = painting.on_canvas((width, height))
     else:
-        rgba = read_rgba(read_bytes(path))
-        if rgba is None or rgba[..., 3].min() > 127:
+        seen = condition.seen
+        if seen is None or seen.min() > 127:
             raise InputError(
                 f"{path}: kind=inpaint hides nothing: expected --init and --mask, or a transparent part",
                 "--init photo.jpg --mask mask.png --cond @init,kind=inpaint",
             )
-        hidden = fit((rgba[..., 3] < 128).astype(np.uint8) * 255, (width, height), "stretch") > 0
+        hidden = fit((seen < 128).astype(np.uint8) * 255, (width, height), "stretch") > 0
     return np.dstack([map_, np.where(hidden, 0, 255).astype(np.uint8)])

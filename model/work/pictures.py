@@ -113,7 +113,7 @@ class Pictures:
         self, flag: ConditionFlag, condition: Condition, size: tuple[int, int], painting: Painting | None
     ) -> np.ndarray:
         """A map that hides what is painted, or what is transparent in its file."""
-        return with_hidden(flag.path, self.placed(flag, condition, size), painting)
+        return with_hidden(flag.path, self.placed(flag, condition, size), condition, painting)
 
     def _part(self, painting: Painting, rest: bool, size: tuple[int, int]) -> np.ndarray:
         """What is painted, or the rest of it, as a region (H, W) float32 on the canvas."""

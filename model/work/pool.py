@@ -146,7 +146,8 @@ def make(
     if ray is None and not devices:
         yield from make_here(tasks, setup, failed, say, on_step)
         return
-    crew = Crew(partial(make_worker, setup), _died, _images_of, Outcome.joined)
+    apart = _images_of if setup.keep_best is None else _as_it_is
+    crew = Crew(partial(make_worker, setup), _died, apart, Outcome.joined)
     outcomes = share(tasks, crew, devices, ray)
     counts = (len(task.wanted) for task in tasks)
     yield from told(zip(counts, outcomes, strict=True), failed, say, on_step)
@@ -223,6 +224,11 @@ def _names_of(task: Task, made: list[Made]) -> list[str]:
 def _images_of(task: Task) -> list[Task]:
     """A task for each image, if they are files of their own."""
     return [Task([one]) for one in task.wanted] if task.tar is None else [task]
+
+
+def _as_it_is(task: Task) -> list[Task]:
+    """The images of a job among which the best are chosen stay together."""
+    return [task]
 
 
 def _died(task: Task) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def remake(
     # among them; so the same number is sampled again.
     paths = [flag.path for flag in job.cond]
     adapters = [[lora_of(text)[0] for text in job.lora], [embedding_of(text)[0] for text in job.embedding]]
-    same = job == job_of(image, paths, job.init, job.mask, *adapters)
+    same = job == replace(job_of(image, paths, job.init, job.mask, *adapters), vae=job.vae)  # wherever that is now
     together, place = _batch(record) if same else (1, 0)
     copies = [Wanted("", job, job.seed or 0, None)] * together
     return list(studio.make(copies))[place]

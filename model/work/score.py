@@ -10,7 +10,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from controlnet.model.sampling.canvas import to_canvas
+from controlnet.model.sampling.canvas import on_canvas, to_canvas
 from controlnet.model.work.cluster import share
 from controlnet.model.work.condition import parse_condition, where_now
 from controlnet.model.work.crew import Crew, killed_twice
@@ -28,7 +28,7 @@ from controlnet.preprocessors.condition import Condition, read_condition, record
 from controlnet.preprocessors.detectors.detector import Ready
 from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError, reason
-from controlnet.preprocessors.geometry import fit
+from controlnet.preprocessors.geometry import fit, inside
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.kinds import KINDS, PEOPLE, kind_named
 from controlnet.preprocessors.metadata import load
@@ -150,13 +150,24 @@ class Scorer:
         """The scores for a condition in the image's own record. If it was made from a photo, it is made again."""
         _check_entry(entry, name)
         path = _recorded_path(entry, name)
-        made = entry.get("detect")
+        box = tuple(entry["box"]) if "box" in entry else None
+        image, made = inside(image, box), entry.get("detect")
         if made is None:
-            return path, self.of(image, name, f"{path},kind={entry['kind']}")
+            flag = parse_condition(f"{path},kind={entry['kind']}")
+            condition = read_condition(flag.path, flag.kind, (image.shape[1], image.shape[0]))
+            return path, self.of_canvas(image, condition if box is None else condition.within(box), name)
         photo, _ = read_image(read_bytes(path), path)
         ready = self.ready(made["kind"], made["detector"], json.dumps(made["options"]))
-        again = stage_one(photo, ready, tuple(made["size"]), made["resize"], path)
-        return path, self.compare(image, recorded(again.map, entry["kind"], path, made | again.record), name)
+        again = stage_one(inside(photo, box), ready, tuple(made["size"]), made["resize"], path)
+        return path, self.of_canvas(image, recorded(again.map, entry["kind"], path, made | again.record), name)
+
+    def of_canvas(self, image: np.ndarray, condition: Condition, name: str) -> Scored:
+        """The scores of what a canvas shows of an image for a condition that was brought to it: a map of another aspect
+        was stretched, whatever its own record says."""
+        if not _same_aspect(image, condition.map):
+            self.check(condition)
+            condition = on_canvas(condition, (image.shape[1], image.shape[0]))
+        return self.compare(image, condition, name)
 
     def of(self, image: np.ndarray, name: str, cond: str) -> Scored:
         """The scores of an image (H, W, 3) uint8 for one condition, PATH[,kind=KIND]."""
@@ -320,6 +331,8 @@ def _check_entry(entry: Any, image: str) -> None:
     whole = has(entry, path=str, kind=str) and (
         made is None or has(made, kind=str, detector=str, options=dict, size=list, resize=str)
     )
+    if whole and "box" in entry:
+        whole = isinstance(entry["box"], list) and [type(side) for side in entry["box"]] == [float] * 4
     if whole and made is not None:
         whole = len(made["size"]) == 2 and all(isinstance(n, int) and 0 < n <= MOST_PIXELS for n in made["size"])
     if not whole:

@@ -23,7 +23,7 @@ from controlnet.model.sampling.canvas import canvas_size, own_size
 from controlnet.model.sampling.generate import Encoded, Request, generate
 from controlnet.model.sampling.loop import count_evaluations
 from controlnet.model.sampling.memory import check_memory
-from controlnet.model.sampling.schedulers import make_scheduler
+from controlnet.model.sampling.schedulers import make_scheduler, name_of
 from controlnet.model.work.batch import TOGETHER, Wanted
 from controlnet.model.work.condition import (
     PAINTED,
@@ -48,7 +48,7 @@ from controlnet.model.work.talk import Talk
 from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.errors import ControlNetError, ModelError
 from controlnet.preprocessors.files import whole_path
-from controlnet.preprocessors.geometry import Box, inside, window
+from controlnet.preprocessors.geometry import WHOLE, Box, inside, window
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.stage_one import MAKING
@@ -222,10 +222,14 @@ class Studio:
             check_window(flag, at_work.strength, evaluations)
 
         larger = []
-        if job.larger is not None:
+        if job.larger is not None and job.hires_strength is not None:
             check_memory(base, job.larger, self.low_memory, tile)
             at = replace(job, size=job.larger)
             larger = [self._acting(at, flag, map_, base) for flag, map_ in zip(job.cond, conditions, strict=True)]
+            again = count_evaluations(scheduler, job.steps, job.hires_strength)
+            for flag, at_work in zip(job.cond, larger, strict=True):
+                if not at_work.strength.acts_in(again):
+                    self.pictures.warn(f"--cond {flag.path}: acts in none of the {again} evaluations of --hires")
 
         # The picture to start from, and the part of it that is painted.
         init, init_hash = self.pictures.start(job.init, size) if job.init else (None, None)
@@ -238,6 +242,7 @@ class Studio:
         acts = [{key: value for key, value in entry.items() if key in ("net", "kind", *ACTS)} for entry in entries]
         record = job.record() | {
             "scheduler": job.scheduler or type(scheduler).__name__,
+            "sampler": job.scheduler or name_of(scheduler),
             "base_sha256": model_hash(base.path),
             "vae_sha256": model_hash(base.vae_path) if base.vae_path else None,
             "conditions": entries,
@@ -274,7 +279,9 @@ class Studio:
         strength = Strength(flag.scale, flag.start, flag.end, weighting, on, region)
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
+        box = self._box(flag, job, job.size, painting) if painting is not None and job.size else None
         entry = self._origin(flag, condition) | acts | region_entry
+        entry |= {"box": [float(side) for side in box]} if box not in (None, WHOLE) else {}
         entry |= {"kind": condition.kind, "net": recorded_name(source), "net_sha256": net_hash}
         entry["map_sha256"] = sha256(map_.tobytes())
         return ActiveCondition(net, strength, map_, entry)
