@@ -17,8 +17,7 @@ from controlnet.cli.options import Json, Quiet, RayAddress, ShardFlag, say, warn
 from controlnet.model.work.cluster import share
 from controlnet.model.work.crew import killed_twice, without_models
 from controlnet.model.work.outputs import keeps
-from controlnet.preprocessors.data.pack import FORMS as PACKED
-from controlnet.preprocessors.data.pack import is_packed, pack
+from controlnet.preprocessors.data.pack import check_form, is_packed, pack
 from controlnet.preprocessors.data.pairs import SHEET_SUFFIX, Pairs, find_pairs, kind_of_pairs
 from controlnet.preprocessors.data.stream import find_data, is_stream
 from controlnet.preprocessors.errors import ControlNetError, Exit, OutputError, UsageError
@@ -160,8 +159,8 @@ def _check_build(
     """Raises UsageError for what `build` cannot do, OutputError if the data set is there already."""
     if is_url(out):
         raise UsageError(f"-o {out}: a URL gets whole files only", "--to webdataset")
-    if to is not None and to not in PACKED:
-        raise UsageError(f"--to {to}: expected one of {', '.join(PACKED)}", "--to webdataset")
+    if to is not None:
+        check_form(to)
     if per_file < 1:
         raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
     if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
@@ -171,7 +170,7 @@ def _check_build(
         raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)
     if found.form != "photos" and shard is not None:
         raise UsageError(f"--shard {shard}: pairs that are there are packed by one process", "without --shard")
-    if found.form == "photos" and to is not None and is_packed(packed):
+    if found.form == "photos" and to is not None and is_packed(packed, to):
         raise OutputError(f"{packed}: holds a data set already", f"-o {packed}-{to}")
 
 

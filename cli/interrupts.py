@@ -21,11 +21,18 @@ def insist_on_interrupts() -> None:
     def hook(lost) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             return before(lost)
-        again = threading.Timer(AGAIN, os.kill, (os.getpid(), _number()))
+        again = threading.Timer(AGAIN, _send, (_number(),))
         again.daemon = True
         again.start()
 
     sys.unraisablehook = hook
+
+
+def _send(number: int) -> None:
+    if os.name == "nt":  # os.kill would end the process there
+        signal.raise_signal(number)
+    else:
+        os.kill(os.getpid(), number)
 
 
 def _number() -> int:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,17 +26,19 @@ from controlnet.preprocessors.errors import InputError, OutputError
 from controlnet.preprocessors.remote import is_there, is_url, put, put_new, read_url
 
 
-def _where() -> str:
-    """This machine, and the space in which numbers of processes hold: containers may share a name and a folder."""
+def _space() -> int:
+    """The space in which numbers of processes hold: containers may share a name and a folder, and none of these."""
     try:
-        space = Path("/proc/self/ns/pid").stat().st_ino
+        return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
-        space = 0
-    return f"{zlib.crc32(f'{socket.gethostname()} {space}'.encode()):08x}"
+        return 0
 
 
-_HOST = _where()
-_NAME = re.compile(rf"\.{_HOST}-(\d+)-\d+\.tmp(?:\.\w+)?")
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_SPACE = f"{_space():x}"
+_NAME = re.compile(rf"\.{_HOST}-(\w+)-(\d+)-\d+\.tmp(?:\.\w+)?")
+_OLD = 24 * 3600.0
+"""Seconds after which what another container of this name left is taken for left behind."""
 _numbers = itertools.count()
 _swept: set[Path] = set()
 
@@ -46,7 +49,7 @@ def beside(path: Path) -> Iterator[Path]:
     what is there, and is removed otherwise. The folder of `path` is made if it is missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    temporary = path.parent / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    temporary = path.parent / f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
@@ -67,7 +70,7 @@ def scratch(folder: Path) -> Path:
     that writes there does. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    path = folder / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    path = folder / f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
     path.mkdir()
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -90,7 +93,7 @@ def write_new(path: Path, data: bytes) -> bool:
     or on a shared disk, one succeeds. Raises OutputError."""
     if is_url(path):
         return put_new(path, data)
-    temporary = path.parent / f".{_HOST}-{os.getpid()}-{next(_numbers)}.tmp"
+    temporary = path.parent / f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -174,14 +177,28 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove, once per process, the temporary files in a folder whose processes are gone."""
+    """Remove, once per process, the temporary files in a folder whose processes are gone, or may be in another
+    container and have been silent for a day."""
     if folder in _swept:
         return
     _swept.add(folder)
     with os.scandir(folder) as entries:
-        left = [entry.name for entry in entries if (match := _NAME.fullmatch(entry.name)) and _is_gone(int(match[1]))]
+        left = [
+            entry.name
+            for entry in entries
+            if (match := _NAME.fullmatch(entry.name)) and _is_left(entry, *match.groups())
+        ]
     for name in left:
         _remove(folder / name)
+
+
+def _is_left(entry: os.DirEntry, space: str, process: str) -> bool:
+    if space == _SPACE:
+        return _is_gone(int(process))
+    try:
+        return time.time() - entry.stat().st_mtime > _OLD
+    except OSError:  # it is gone already
+        return False
 
 
 def _is_gone(process: int) -> bool:

@@ -31,9 +31,12 @@ def no_network():
 
 @pytest.fixture(autouse=True, scope="session")
 def interruptible():
-    """A shell lets commands in the background ignore Ctrl-C, and so would the commands that tests start."""
+    """A shell lets commands in the background ignore Ctrl-C, and `nohup` the end of a terminal, and so would the
+    commands that tests start."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -57,9 +57,12 @@ with beside(Path({str(tmp_path / "x.png")!r})) as temporary:
     subprocess.run([sys.executable, "-c", code], check=False)
     (left,) = names(tmp_path)
     assert left.endswith(".tmp")
-    others = [f".{files._HOST}-{os.getppid()}-7.tmp", ".00000000-1-7.tmp", "mine.tmp"]
+    here, there = f".{files._HOST}-{files._SPACE}", f".{files._HOST}-0123"  # another container
+    others = [f"{here}-{os.getppid()}-7.tmp", f"{there}-999999-1.tmp", ".00000000-1-7.tmp", "mine.tmp"]
     for name in others:
         (tmp_path / name).touch()
+    (tmp_path / f"{there}-999999-2.tmp").touch()
+    os.utime(tmp_path / f"{there}-999999-2.tmp", (0, 0))  # long silent
     files.write_file(tmp_path / "x.png", b"whole")
     assert names(tmp_path) == sorted([*others, "x.png"])
 

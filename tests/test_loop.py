@@ -90,7 +90,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.EIO, "Input/output error"), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+    ],
 )
 def test_a_checkpoint_is_not_damaged_when_the_machine_fails(tmp_path, monkeypatch, error):
     """A GPU that others fill, a disk that is away: the file stays, under its name."""

@@ -74,10 +74,15 @@ def test_every_image_that_a_full_disk_took_is_told(jobs, tmp_path, small_base_fo
     assert [name for name, _ in outcome.failed] == ["line 1", "line 2", "line 3"]
 
 
-def test_the_best_of_a_job_are_chosen_among_all_of_it(jobs, tmp_path):
-    """Also where a process was killed, and what it was at is tried again."""
+@pytest.mark.parametrize("keep_best, parts", [(None, 4), (1, 1)])
+def test_the_best_of_a_job_are_chosen_among_all_of_it(tmp_path, monkeypatch, keep_best, parts):
+    """Also where a process was killed, and what it was at is tried again in parts."""
     task = pool.Task([Wanted("a", Job("x.png"), i, tmp_path / f"{i}.png") for i in range(4)])
-    assert len(pool._images_of(task)) == 4 and pool._as_it_is(task) == [task]
+    crews = []
+    monkeypatch.setattr(pool, "share", lambda tasks, crew, *where: crews.append(crew) or [])
+    with pytest.raises(ValueError, match="shorter"):
+        list(pool.make([task], pool.Setup(keep_best=keep_best), ["cpu"], None, fail, print))
+    assert len(crews[0].parts(task)) == parts
 
 
 def fills(path, data, last):

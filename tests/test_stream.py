@@ -129,6 +129,7 @@ def test_a_wide_pattern_does_not_train_on_what_is_held_out(pairs_folder, tmp_pat
     pack(halves, tmp_path, "parquet", "depth", 100)
     wide = {pair.picture().tobytes() for pair in open_stream(f"{tmp_path}/*.parquet").pairs}
     assert wide == {pair.picture().tobytes() for pair in halves.pairs if not pair.held_out}
+    assert "validation-00000-of-00001.parquet (held out" in open_stream(f"{tmp_path}/*.parquet").skipped[0]
     alone = open_stream(f"{tmp_path}/validation-*.parquet").pairs  # asked for by name
     assert {pair.picture().tobytes() for pair in alone}.isdisjoint(wide) and alone
 
@@ -142,7 +143,7 @@ def test_packing_sees_that_files_have_changed(pairs_folder, tmp_path):
     with pytest.raises(OutputError, match="holds other data"):
         pack(find_pairs(tmp_path / "pairs"), tmp_path / "out", "webdataset", "depth", 3)
     (tmp_path / "out/manifest.json").unlink()
-    with pytest.raises(OutputError, match="of which nothing is known"):
+    with pytest.raises(OutputError, match="says of what"):
         pack(find_pairs(tmp_path / "pairs"), tmp_path / "out", "webdataset", "depth", 3)
 
 
@@ -150,15 +151,17 @@ def test_packing_that_is_cut_off_is_of_its_pairs_alone(pairs_folder, tmp_path):
     found = find_pairs(pairs_folder)
 
     def stop(done):
-        raise KeyboardInterrupt
+        if done > 4:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pack(found, tmp_path, "webdataset", "depth", 3, stop)
-    assert not is_packed(tmp_path)
+    assert not is_packed(tmp_path, "webdataset")
+    assert "cut off" in find_pairs(tmp_path).skipped[0] and "cut off" in open_stream(f"{tmp_path}/*.tar").skipped[0]
     with pytest.raises(OutputError, match="holds other data"):
         pack(replace(found, pairs=found.pairs[:-1]), tmp_path, "webdataset", "depth", 3)
     pack(found, tmp_path, "webdataset", "depth", 3)
-    assert is_packed(tmp_path) and len(find_pairs(tmp_path).pairs) == len(found.pairs)
+    assert is_packed(tmp_path, "webdataset") and len(find_pairs(tmp_path).pairs) == len(found.pairs)
 
 
 def test_pairs_that_lie_elsewhere_are_packed(pairs_folder, tmp_path):

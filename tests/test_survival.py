@@ -173,10 +173,12 @@ def test_launch_speaks_for_the_process_that_failed(tmp_path):
 
 def test_launch_tells_of_no_memory_when_it_was_asked_to_stop(tmp_path):
     """Before its processes handle signals; the system ends them then."""
-    (tmp_path / "child.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(1000)")
+    (tmp_path / "child.py").write_text("import time\ntime.sleep(1000)")
     (tmp_path / "parent.py").write_text(
         "import sys\nimport controlnet.model.work.processes as launch\n"
         "launch.command_of = lambda args: [sys.executable, *args]\n"
+        "wait = launch._wait\n"
+        "launch._wait = lambda children: print('here', flush=True) or wait(children)\n"
         f"sys.exit(launch.launch(2, [{str(tmp_path / 'child.py')!r}]))"
     )
     process = subprocess.Popen(

@@ -290,7 +290,7 @@ def test_few_held_out_pairs_are_filled_up(data, config):
     found = replace(find_pairs(data), pairs=pairs)
     training, held_out = split(found, config)
     assert len(held_out) == 3 and {pairs[4].image, pairs[5].image} <= {p.image for p in held_out}
-    with pytest.raises(InputError, match="holds every pair out"):
+    with pytest.raises(InputError, match="all its pictures are held out"):
         split(replace(found, pairs=[replace(pair, held_out=True) for pair in pairs]), config)
     assert len(training) == 9 and not {p.image for p in training} & {p.image for p in held_out}
 

@@ -35,6 +35,8 @@ from controlnet.preprocessors.files import beside, write_file
 from controlnet.preprocessors.weights import cache_folder
 from torch import Tensor, nn
 
+RECIPE = 2
+"""Counts what changes in the graphs of the same networks: 2 since control that is averaged keeps its size."""
 KEPT = 16_000_000_000
 """Bytes of graphs on disk; those that were not used for longest are removed. Stable Diffusion 1.5's UNet is 1.7 GB."""
 SHARED = 100_000
@@ -135,7 +137,7 @@ class OpenVino(OfTensors):
         versions = [version(name) for name in ("controlnet-toolkit", "openvino", "torch", "diffusers")]
         config = sorted((key, str(value)) for key, value in call.network.config.items() if not key.startswith("_"))
         what = type(call.network).__name__, call.function.__qualname__
-        text = f"{self._contents[call.network]} {what} {config} {structure} {versions}"
+        text = f"{self._contents[call.network]} {what} {config} {structure} {versions} {RECIPE}"
         return cache_folder() / "graphs" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _index(self, network: Any) -> Path:

@@ -66,13 +66,14 @@ def entries_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _item(path: Path, page: Path, scorer: Scorer | None, side: int) -> dict[str, Any]:
     image, text = read_image(read_bytes(str(path)), str(path))
     record = load(text)
+    is_part = record.get("region_only") is True
     views = [{"label": "image", "src": as_data(image, side)}]
     scores: dict[str, dict[str, float]] = {}
     why = []
     for entry in entries_of(record):
         kind = str(entry.get("kind"))
         try:
-            scored = None if scorer is None else scorer.of_record(image, str(path), entry)[1]
+            scored = None if scorer is None else scorer.of_record(image, str(path), entry, is_part)[1]
         except ControlNetError as error:
             scored = None
             why.append(f"{kind} not scored: {error}")

@@ -100,7 +100,7 @@ def _of_aspect(native: int, aspect: float, coarse: int, fine: int) -> tuple[int,
     def off(size: tuple[int, int]) -> float:
         return abs(math.log(size[0] / size[1] / aspect))
 
-    for step in (coarse, coarse // 2, coarse // 4, fine):
+    for step in [step for step in (coarse, coarse // 2, coarse // 4) if step > fine] + [fine]:
         widths, heights = ({max(step, math.floor(s / step) * step), math.ceil(s / step) * step} for s in (wide, high))
         best = min(((w, h) for w in sorted(widths) for h in sorted(heights)), key=off)
         if off(best) < ASPECT:

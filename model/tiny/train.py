@@ -174,7 +174,8 @@ class Training:
         self.begun["vae"] = AutoencoderTiny.from_pretrained(folder).requires_grad_(True)
         self.limits["vae"] = {"minutes": 0.0}
         record = read_json(folder / "training.json", "the record of a VAE's training")
-        self.earlier = {"scenes": 0, "machine": record.pop("machine")} | self.earlier
+        machines = [record.pop("machine"), *self.earlier.get("machine", "").split(THEN)]
+        self.earlier = {"scenes": 0} | self.earlier | {"machine": THEN.join(filter(None, machines))}
         self.earlier["stages"]["vae"] = record
         self.kept.append("vae")
 

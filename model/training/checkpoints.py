@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from controlnet.model.work.machine import is_out_of_memory
 from controlnet.preprocessors.errors import ModelError
 from controlnet.preprocessors.files import beside, scratch
 from torch import Tensor
@@ -146,9 +147,9 @@ def _is_the_machines(error: BaseException) -> bool:
         return any(_is_the_machines(one) for one, _ in error.failures.values())
     if isinstance(error, FileNotFoundError):  # a part of a folder
         return False
-    if isinstance(error, OSError):
-        return error.errno is not None  # torch raises some of its own without
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, OSError) and error.errno is not None:  # torch raises some of its own without
+        return True
+    return is_out_of_memory(error)
 
 
 def _why(error: CheckpointException, path: Path) -> OSError:

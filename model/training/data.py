@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from controlnet.preprocessors.data.check import LEAST_PAIRS
 from controlnet.preprocessors.data.pair import Pair, Pairs, Source
 from controlnet.preprocessors.data.stream import Stream
 from controlnet.preprocessors.doubts import doubts
-from controlnet.preprocessors.errors import InputError, OutputError, UsageError
+from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.geometry import fit
 from controlnet.preprocessors.kinds import kind_named
 from controlnet.preprocessors.weights import cache_folder
@@ -47,18 +46,18 @@ def split(found: Source, config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
             f"controlnet dataset check {found.folder}",
         )
     own = [index for index, pair in enumerate(found.pairs) if pair.held_out]
-    count = max(2, min(config.held_out, len(found.pairs) // 4))
     by_chance = np.random.default_rng(config.seed).permutation(len(found.pairs)).tolist()
     # A picture with several captions is several pairs: held out are all of them, and one is looked at.
     of_picture: dict[Path, int] = {}
     for index in own + by_chance:
         of_picture.setdefault(found.pairs[index].image, index)
+    count = max(2, min(config.held_out, len(of_picture) // 4))
     chosen = set(list(of_picture.values())[:count])
     hidden = {found.pairs[index].image for index in [*own, *chosen]}
-    if len(own) == len(found.pairs):
-        raise InputError(f"{found.folder}: its split holds every pair out, none is left to train on", "split: train")
     pairs = [pair.of_kind(config.kind) for pair in found.pairs]
     training = [pair for pair in pairs if pair.image not in hidden]
+    if not training:
+        raise InputError(f"{found.folder}: all its pictures are held out, none is left to train on", "split: train")
     return training, [pair for index, pair in enumerate(pairs) if index in chosen]
 
 
@@ -125,8 +124,7 @@ def fingerprint(found: Source, hashes: Cache) -> dict[str, str]:
         parts["captions"].append(pair.caption)
         parts["held-out split"].append(pair.held_out)
         parts["contents"].append([hashes.file_hash(p) for p in files])
-    with suppress(OutputError):  # then they are computed again next time
-        hashes.remember()
+    hashes.remember()
     return {name: key_of(values) for name, values in parts.items()}
 
 
@@ -148,6 +146,8 @@ def check_resumed(folder: Path, record: dict[str, Any], force: bool) -> None:
     if before["base_sha256"] != record["base_sha256"]:
         changes.append(f"the weights of base {record['settings']['base']} are others")
     then, now = before["data"], record["data"]
+    if then.get("held_out", now["held_out"]) != now["held_out"]:
+        changes.append(f"{then['held_out']} pairs were held out, now {now['held_out']}")
     if others := [name for name, digest in now["sha256"].items() if then["sha256"].get(name) != digest]:
         count = f" ({then['pairs']} pairs then, {now['pairs']} now)" * (then["pairs"] != now["pairs"])
         changes.append(f"the data's {', '.join(others)} changed{count}")

@@ -31,7 +31,7 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
             f"{error}{kept}", f"a lower rate from the start: --set learning_rate={lower:.1g}; {usual:g} is usual"
         ) from error
     # Memory: the remedy that halves it and changes nothing comes first.
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if any(word in str(error) for word in GONE):
             goes_on = f"--resume -o {run.path} goes on from the last checkpoint" if run.has_checkpoints else ""
             raise TrainingError("another process of this run is gone, or cannot be reached", goes_on) from error
@@ -49,6 +49,6 @@ def explained(config: TrainConfig, run: RunFolder) -> Iterator[None]:
             raise
         whole = "; the last checkpoint is whole" if run.has_checkpoints else ""
         raise OutputError(
-            f"{error.filename or run.path}: cannot be written ({error.strerror}){whole}",
+            f"{error.filename or run.path}: cannot be read or written ({error.strerror}){whole}",
             "free some disk, then the same command with --resume",
         ) from error

@@ -88,7 +88,7 @@ def train(
         facts = look_at(
             (samples, validation), strict, lambda text: watcher.say(f"warning: {text}"), samples.check_command
         )
-        record = _record(found, config, base_hash, samples, validation, facts)
+        record = _record(found, config, base_hash, samples, validation, facts, store)
         if resume:
             _check_resume(run, record, config, force, watcher)
         new = not resume and processes.is_main
@@ -136,7 +136,13 @@ def _check_settings(config: TrainConfig, processes: Parallel) -> None:
 
 
 def _record(
-    found: Source, config: TrainConfig, base_hash: str, samples: Samples, validation: Samples, facts: dict[str, float]
+    found: Source,
+    config: TrainConfig,
+    base_hash: str,
+    samples: Samples,
+    validation: Samples,
+    facts: dict[str, float],
+    store: Cache,
 ) -> dict[str, Any]:
     """run.json: what is trained on what."""
     data = {
@@ -144,7 +150,7 @@ def _record(
         "form": found.form,
         "pairs": len(found.pairs) if isinstance(found, Pairs) else None,
         "held_out": len(validation.pairs),
-        "sha256": fingerprint(found, Cache(cache_folder() / "training")),
+        "sha256": fingerprint(found, store),
     }
     return {"settings": asdict(config), "base_sha256": base_hash, "size": samples.size, "facts": facts, "data": data}
 

@@ -91,9 +91,10 @@ class Samples:
 
     @cached_property
     def made_by(self) -> list:
-        """The detector that makes conditions of photos: its name, options and weights."""
-        if self.detector is None:
+        """The detector that makes conditions of photos: its name, options and weights, which are fetched first."""
+        if self.detector is None or all(pair.condition for pair in self.pairs):
             return []
+        self.detector.ready(self.detector.load_options()())
         weights = [digests(name) for name in self.detector.weights]
         return [self.detector.name, str(self.detector.load_options()()), weights]
 

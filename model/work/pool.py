@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from controlnet.model.work.batch import Wanted
 from controlnet.model.work.cluster import share
-from controlnet.model.work.crew import Crew, killed_twice
+from controlnet.model.work.crew import Crew, killed_twice, one_part
 from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
@@ -146,7 +146,7 @@ def make(
     if ray is None and not devices:
         yield from make_here(tasks, setup, failed, say, on_step)
         return
-    apart = _images_of if setup.keep_best is None else _as_it_is
+    apart = _images_of if setup.keep_best is None else one_part  # the best are chosen among all of a job
     crew = Crew(partial(make_worker, setup), _died, apart, Outcome.joined)
     outcomes = share(tasks, crew, devices, ray)
     counts = (len(task.wanted) for task in tasks)
@@ -224,11 +224,6 @@ def _names_of(task: Task, made: list[Made]) -> list[str]:
 def _images_of(task: Task) -> list[Task]:
     """A task for each image, if they are files of their own."""
     return [Task([one]) for one in task.wanted] if task.tar is None else [task]
-
-
-def _as_it_is(task: Task) -> list[Task]:
-    """The images of a job among which the best are chosen stay together."""
-    return [task]
 
 
 def _died(task: Task) -> Outcome:

@@ -17,7 +17,7 @@ import time
 from contextlib import ExitStack
 
 from controlnet.preprocessors.errors import Exit
-from controlnet.preprocessors.lock import ORPHANED
+from controlnet.preprocessors.lock import HANGUP, ORPHANED, endings
 
 PARENT = "CONTROLNET_PARENT"
 """The environment variable with the id of the process that started this one."""
@@ -109,8 +109,13 @@ def _hand_on_signals(children: list[subprocess.Popen]) -> list[int]:
                 child.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
         asked.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hand_on)
+    def hang_up(number: int, frame: object) -> None:  # shells send it more than once
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    for number in endings() | {signal.SIGINT}:
+        signal.signal(number, hang_up if number == HANGUP != signal.SIGTERM else hand_on)
     return asked
 
 

@@ -144,14 +144,16 @@ class Scorer:
         for entry in entries:
             if entry not in scored and scored:
                 self.say(f"warning: {path}: kind {entry.get('kind')!r} has no score; {entry.get('path')} is left out")
-        return [self.of_record(image, path, entry) for entry in scored or entries]
+        is_part = load(text).get("region_only") is True
+        return [self.of_record(image, path, entry, is_part) for entry in scored or entries]
 
-    def of_record(self, image: np.ndarray, name: str, entry: dict) -> tuple[str, Scored]:
-        """The scores for a condition in the image's own record. If it was made from a photo, it is made again."""
+    def of_record(self, image: np.ndarray, name: str, entry: dict, is_part: bool = False) -> tuple[str, Scored]:
+        """The scores for a condition in the image's own record. If it was made from a photo, it is made again. The
+        entry's box is what the canvas showed of the condition's file, and of the image too where it `is_part` of it."""
         _check_entry(entry, name)
         path = _recorded_path(entry, name)
         box = tuple(entry["box"]) if "box" in entry else None
-        image, made = inside(image, box), entry.get("detect")
+        image, made = inside(image, box if is_part else None), entry.get("detect")
         if made is None:
             flag = parse_condition(f"{path},kind={entry['kind']}")
             condition = read_condition(flag.path, flag.kind, (image.shape[1], image.shape[0]))
@@ -332,11 +334,19 @@ def _check_entry(entry: Any, image: str) -> None:
         made is None or has(made, kind=str, detector=str, options=dict, size=list, resize=str)
     )
     if whole and "box" in entry:
-        whole = isinstance(entry["box"], list) and [type(side) for side in entry["box"]] == [float] * 4
+        whole = _is_box(entry["box"])
     if whole and made is not None:
         whole = len(made["size"]) == 2 and all(isinstance(n, int) and 0 < n <= MOST_PIXELS for n in made["size"])
     if not whole:
         raise InputError(f"{image}: its record is not whole ({str(entry)[:80]})", "an image as generate wrote it")
+
+
+def _is_box(box: Any) -> bool:
+    """Whether a value is the sides of a part of a picture."""
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
+        return False
+    left, top, right, bottom = box
+    return 0 <= left < right <= 1 and 0 <= top < bottom <= 1
 
 
 def _recorded_path(entry: dict[str, Any], image: str) -> str:

@@ -279,7 +279,7 @@ class Studio:
         strength = Strength(flag.scale, flag.start, flag.end, weighting, on, region)
         scale = scale_text(flag.scale) if isinstance(flag.scale, tuple) else flag.scale
         acts = {"scale": scale, "start": flag.start, "end": flag.end, "weighting": weighting_text(weighting)}
-        box = self._box(flag, job, job.size, painting) if painting is not None and job.size else None
+        box = self._box(flag, job, job.size, painting) if job.size else None
         entry = self._origin(flag, condition) | acts | region_entry
         entry |= {"box": [float(side) for side in box]} if box not in (None, WHOLE) else {}
         entry |= {"kind": condition.kind, "net": recorded_name(source), "net_sha256": net_hash}

@@ -115,7 +115,8 @@ class Tars:
         if any(pair.condition for pair in pairs):  # then a sample without one is no pair
             extra += [str(pair.image) for pair in pairs if pair.condition is None]
             pairs = [pair for pair in pairs if pair.condition]
-        return Pairs(folder, self.name, tuple(pairs), _absent(tars), tuple(extra), _manifest(folder))
+        told = _manifest(folder)
+        return Pairs(folder, self.name, tuple(pairs), _absent(tars), tuple(extra), told, unfinished(told))
 
 
 def pairs_in(tar: Path) -> tuple[list[Pair], list[str]]:
@@ -161,13 +162,12 @@ def _pair_in(tar: Path, sample: dict[str, str]) -> Pair | None:
 
 def _absent(tars: list[Path]) -> tuple[str, ...]:
     """Tar files that lack in a row of numbers, 000000.tar, 000001.tar, ..."""
-    numbers = {int(tar.stem) for tar in tars if tar.stem.isdecimal()}
-    first, last = min(numbers, default=0), max(numbers, default=-1)
-    first = 0 if first == 1 else first
-    if last + 1 - first > 2 * len(numbers):  # a date, or any other name of digits
-        return ()
     width = len(tars[0].stem)
-    return tuple(f"{n:0{width}d}.tar" for n in range(first, last) if n not in numbers)
+    rows = [tar.stem for tar in tars if tar.stem.isdecimal() and len(tar.stem) == width]
+    if not any(stem.startswith("0") for stem in rows):  # dates, say, or a single file's name
+        return ()
+    numbers = set(map(int, rows))
+    return tuple(f"{n:0{width}d}.tar" for n in range(max(numbers)) if n not in numbers)
 
 
 class Photos:
@@ -247,6 +247,13 @@ def _manifest(folder: Path) -> dict:
     if not is_file(path):
         return {}
     return read_object(read_text(path), str(path), hint="controlnet dataset build makes it again, from the photos")
+
+
+def unfinished(manifest: dict) -> tuple[str, ...]:
+    """What is to be told of packed data by its manifest."""
+    if manifest.get("whole", True):
+        return ()
+    return ("manifest.json says that packing was cut off; the same command goes on with it",)
 
 
 def split_of_row(row: dict, name: Path | None = None) -> bool | None:

@@ -18,6 +18,7 @@ from typing import Any
 from controlnet.preprocessors.data.pair import Pair, Pairs
 from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.files import is_file, write_file
+from controlnet.preprocessors.images import read_bytes
 from controlnet.preprocessors.jsons import dumps, object_or_empty
 from controlnet.preprocessors.remote import is_url
 from controlnet.preprocessors.tars import split as split_name
@@ -26,6 +27,7 @@ from controlnet.preprocessors.tars import write_tar
 FORMS = ("webdataset", "parquet")
 ENDINGS = {"webdataset": ".tar", "parquet": ".parquet"}
 MANIFEST = "manifest.json"
+FIRST_TAR = "000000.tar"
 
 
 def pack(
@@ -42,8 +44,8 @@ def pack(
     Raises UsageError for a form that is not known or needs a package, OutputError if `out` holds other data, InputError
     for pairs that cannot be read.
     """
-    if form not in FORMS:
-        raise UsageError(f"--to {form}: expected one of {', '.join(FORMS)}", "--to webdataset")
+    check_form(form)
+    before = check_place(out, form)
     pairs = [pair.of_kind(kind) for pair in found.pairs]
     ordered = sorted(pairs, key=lambda pair: sha256(_name(found, pair).encode()).hexdigest())
     manifest = {
@@ -55,24 +57,50 @@ def pack(
         "pairs_sha256": sha256("\n".join(_mark(found, pair) for pair in ordered).encode()).hexdigest(),
     }
     write = _write_tars if form == "webdataset" else _write_tables
-    before = _manifest(out)
-    if before and {key: before.get(key) for key in manifest} != manifest:
-        raise OutputError(f"{out}: holds other data", f"-o {out}-{form}")
-    if not before and not is_url(out) and any(out.glob(f"*{ENDINGS[form]}")):
-        raise OutputError(f"{out}: holds {ENDINGS[form]} files of which nothing is known", f"-o {out}-{form}")
+    if before is not None and {key: before.get(key) for key in manifest} != manifest:
+        raise OutputError(f"{out}: holds other data", f"-o {out}-{form}; or remove what is there")
     _write_manifest(out, manifest, is_whole=False)
     write(found, ordered, out, kind, per_file, on_pair)
     _write_manifest(out, manifest, is_whole=True)
     return manifest
 
 
-def is_packed(out: Path) -> bool:
-    """Whether a folder, or what a URL names, holds a data set that is whole."""
-    return _manifest(out).get("whole", is_file(out / MANIFEST))
+def check_form(form: str) -> None:
+    """Raises UsageError for a form that is not known or needs a package that is missing."""
+    if form not in FORMS:
+        raise UsageError(f"--to {form}: expected one of {', '.join(FORMS)}", "--to webdataset")
+    if form == "parquet":
+        _datasets()
 
 
-def _manifest(out: Path) -> dict[str, Any]:
-    return object_or_empty((out / MANIFEST).read_bytes()) if is_file(out / MANIFEST) else {}
+def check_place(out: Path, form: str) -> dict[str, Any] | None:
+    """What the manifest in a folder, or behind a URL, says; None if there is none. Raises OutputError if there is none
+    and files of this form all the same."""
+    path = out / MANIFEST
+    if is_file(path):
+        return object_or_empty(read_bytes(str(path)))
+    left = is_file(out / FIRST_TAR) if is_url(out) else any(out.glob(f"*{ENDINGS[form]}"))
+    if left:
+        raise OutputError(
+            f"{out}: holds {ENDINGS[form]} files and no {MANIFEST} that says of what",
+            f"-o {out}-{form}; or remove what is there",
+        )
+    return None
+
+
+def is_packed(out: Path, form: str) -> bool:
+    """Whether there is a data set that is whole. Raises as `check_place`."""
+    before = check_place(out, form)
+    return before is not None and before.get("whole", True)
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError("--to parquet needs datasets", "pip install 'controlnet-toolkit[datasets]'") from None
+    datasets.disable_progress_bars()
+    return datasets
 
 
 def _write_manifest(out: Path, manifest: dict[str, Any], is_whole: bool) -> None:
@@ -97,11 +125,7 @@ def _write_tars(found: Pairs, ordered: Sequence[Pair], out: Path, kind: str, per
 
 
 def _write_tables(found: Pairs, ordered: Sequence[Pair], out: Path, kind: str, per_file: int, on_pair) -> None:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError("--to parquet needs datasets", "pip install 'controlnet-toolkit[datasets]'") from None
-    datasets.disable_progress_bars()
+    datasets = _datasets()
     picture, text = datasets.Image(decode=False), datasets.Value("string")
     features = datasets.Features({"image": picture, "conditioning_image": picture, "text": text, "name": text})
     done = 0

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from controlnet.preprocessors.data.forms import CONDITION_COLUMNS, HELD_OUT, pairs_in, split_of_row
+from controlnet.preprocessors.data.forms import CONDITION_COLUMNS, HELD_OUT, pairs_in, split_of_row, unfinished
 from controlnet.preprocessors.data.pair import HeldPair, Pair, Pairs
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.data.rows import caption_of
@@ -217,22 +217,27 @@ def open_stream(name: str) -> Stream:
     if name.startswith(HUB) and not name.endswith((".tar", ".parquet")):
         return _table(name, name.removeprefix(HUB))
     names = expand(name)
-    held_out = [one for one in names if _is_held_out(one)]
-    if len(held_out) < len(names):  # a pattern that takes in more than is meant for training
-        names = [one for one in names if one not in held_out]
+    held_out = {one for one in names if _is_held_out(one)}
+    if len(held_out) == len(names):  # asked for by name
+        held_out = set()
+    names = [one for one in names if one not in held_out]
+    left = tuple(f"{one} (held out, by its name)" for one in sorted(held_out))
     plain = name.partition("?")[0]
     if plain.endswith(".parquet"):
         files = [one if is_url(one) else glob.escape(one) for one in names]
         # Read by as many rows as are shuffled: left to itself, the library takes a file of none for damaged.
-        return replace(_table(name, "parquet", data_files=files, batch_size=ROWS), manifest=_manifest(names[0]))
+        table = _table(name, "parquet", data_files=files, batch_size=ROWS)
+        return replace(table, manifest=(told := _manifest(names[0])), skipped=(*left, *unfinished(told)))
     if not plain.endswith(".tar"):
         raise UsageError(f"{name}: expected shards (.tar, .parquet) or {HUB}USER/NAME", "'https://host/{000..999}.tar'")
-    return Stream(name, "webdataset", [TarShard(one) for one in names], manifest=_manifest(names[0]))
+    told = _manifest(names[0])
+    shards: list[Shard] = [TarShard(one) for one in names]
+    return Stream(name, "webdataset", shards, manifest=told, skipped=(*left, *unfinished(told)))
 
 
 def _is_held_out(shard: str) -> bool:
     """Whether the name of a shard begins with that of a held-out split: validation-00000-of-00001.parquet, test.tar."""
-    name = place(shard.partition("?")[0]).name
+    name = shard.partition("?")[0].rpartition("/")[2]
     return re.split(r"[^a-z_]|_(?=\d)", name.lower())[0] in HELD_OUT
 
 
