@@ -197,8 +197,8 @@ class Base:
             x = x * torch.from_numpy(~hidden).to(x)
         moments = self.encode_image(x).float()
         if not torch.isfinite(moments).all() and self.vae.dtype == torch.float16:
-            nn.Module.to(self.vae, torch.float32)  # as in `decode`
-            moments = self.encode_image(x)
+            with self._exact_vae():  # as in `decode`
+                moments = self.encode_image(x)
         z0 = moments[:, : self.vae.config.latent_channels]
         return (z0 - self.shift) * self.scale
 
@@ -212,15 +212,25 @@ class Base:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) as the UNet predicts them -> images (B, 3, H, W) in [-1, 1], float32.
 
-        Some VAEs, SDXL's among them, leave the range of float16. Such a VAE is then kept in float32.
+        Some VAEs leave the range of float16. Such an image is decoded in float32, and the next one is tried in float16
+        again: no image depends on those before it.
         """
         latents = latents / self.scale + self.shift
         with self.at_work(self.vae):
             images = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
             if self.vae.dtype == torch.float16 and not torch.isfinite(images).all():
-                nn.Module.to(self.vae, torch.float32)
-                images = self.vae.decode(latents.float()).sample
+                with self._exact_vae():
+                    images = self.vae.decode(latents.float()).sample
         return images.clamp(-1, 1)
+
+    @contextmanager
+    def _exact_vae(self) -> Iterator[None]:
+        """The VAE in float32 and then in float16 again, with the weights that it had."""
+        nn.Module.to(self.vae, torch.float32)
+        try:
+            yield
+        finally:
+            nn.Module.to(self.vae, torch.float16)
 
     @contextmanager
     def at_work(self, *networks: Any) -> Iterator[None]:

@@ -94,7 +94,7 @@ def load_base(
         scheduler=_load_scheduler(stored),
         unet=load("unet", stored, engine=engine),
         engine=engine,
-        vae=load("vae", own_vae),
+        vae=load("vae", own_vae, dtype=_vae_dtype(own_vae, family, dtype)),
         vae_path=own_vae.path if vae else None,
         distilled=_distilled(name, stored),
         encoders=[_load_encoder(one, stored, load) for one in family.encoders],
@@ -125,14 +125,21 @@ def _check_supported(stored: Stored, family: Family) -> None:
 
 def with_vae(base: Base, vae: str, offline: bool = False) -> Base:
     """The same base, its networks shared, with another VAE. Raises ModelError for one that does not fit."""
-    own_vae = _vae(open_model(base.path), vae, offline)
-    home = "cpu" if base.low_memory else base.device
-    network: Any = _load_network(
-        "vae", own_vae, home, base.vae.dtype, low_memory=maps_weights(base.low_memory, base.device, base.engine)
-    )
+    stored = open_model(base.path)
+    own_vae = _vae(stored, vae, offline)
+    home, maps = "cpu" if base.low_memory else base.device, maps_weights(base.low_memory, base.device, base.engine)
+    dtype = _vae_dtype(own_vae, family_of_config(stored.config("unet")), base.dtype)
+    network: Any = _load_network("vae", own_vae, home, dtype, low_memory=maps)
     if base.low_memory:
         network.enable_tiling()
     return replace(base, vae=network, vae_path=own_vae.path)
+
+
+def _vae_dtype(vae: Stored | LoneVae, family: Family, dtype: torch.dtype) -> torch.dtype:
+    """float32 in place of float16 for a VAE that says that it leaves its range, as SDXL's own does (diffusers'
+    `force_upcast`, which it heeds for SDXL alone)."""
+    leaves = family.added and vae.config("vae").get("force_upcast", False)
+    return torch.float32 if leaves and dtype == torch.float16 else dtype
 
 
 def has_vae(name: str, offline: bool = False) -> bool:

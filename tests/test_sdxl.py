@@ -98,14 +98,23 @@ def test_small_nets_are_diffusers_own(sdxl_folder, tmp_path, form):
         assert (a - b).abs().max() <= 1e-9 * b.std()
 
 
-def test_a_vae_that_leaves_float16_goes_on_in_float32(sdxl_folder):
-    """As SDXL's own does: no black picture, no NaN."""
-    base = load_base(str(sdxl_folder / "base"), dtype=torch.float16)
+def test_a_vae_that_says_so_is_in_float32(sdxl_folder, small_base_folder):
+    """SDXL's own; Stable Diffusion 1.5's says it too, as any VAE of diffusers does, and needs it not."""
+    assert load_base(str(sdxl_folder / "base"), dtype=torch.float16).vae.dtype == torch.float32
+    assert load_base(str(sdxl_folder / "base"), dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    assert load_base(str(small_base_folder / "base"), dtype=torch.float16).vae.dtype == torch.float16
+
+
+def test_a_vae_that_leaves_float16_goes_on_in_float32(small_base_folder):
+    """For that image: no black picture, no NaN, and the next one is as if it had not been."""
+    base = load_base(str(small_base_folder / "base"), dtype=torch.float16)
     base.vae.decoder.conv_in.weight.data *= 3e4
+    before = {name: value.clone() for name, value in base.vae.state_dict().items()}
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
     with torch.no_grad():  # as in sampling, where weights of upsampling are folded once
         images = base.decode(latents)
-    assert torch.isfinite(images).all() and images.std() > 0.01 and base.vae.dtype == torch.float32
+    assert torch.isfinite(images).all() and images.std() > 0.01 and base.vae.dtype == torch.float16
+    assert all(torch.equal(value, before[name]) for name, value in base.vae.state_dict().items())
 
 
 @pytest.mark.parametrize("shown, expected", [
