@@ -42,7 +42,7 @@ from controlnet.model.work.outputs import IMAGES, check_png, exists_already, is_
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
 from controlnet.preprocessors.remote import place
-from controlnet.preprocessors.shards import Shard, claim, parse_shard
+from controlnet.preprocessors.shards import WHOLE, Shard, claim, parse_shard
 
 if TYPE_CHECKING:
     from controlnet.model.work.pool import Made
@@ -152,8 +152,7 @@ def _generate(
     used = places(processes, devices, ray)
     failed = _Failures()
     part, sharded = parse_shard(shard), shard is not None
-    if sharded:
-        _claim(part, jobs, defaults, [keep_best, tar, dtype, low_memory, engine])
+    _claim(part, jobs, defaults, [keep_best, tar, dtype, low_memory, engine])
     todo = _jobs(jobs, defaults, failed, part)
     if keep_best is not None:
         _check_keep_best(keep_best, [job for _, job in todo], skip_existing)
@@ -184,7 +183,7 @@ def _generate(
 
 def _claim(part: Shard, jobs: str | None, defaults: dict, others: list) -> None:
     """Record in a folder of results what is made there, so that no shard of other settings writes into it."""
-    if not is_folder(defaults["out"] or "out/", IMAGES):
+    if part == WHOLE or not is_folder(defaults["out"] or "out/", IMAGES):
         return
     lines = [given if isinstance(given, dict) else str(given) for _, given in read_jobs_file(jobs)] if jobs else []
     settings = {name: value for name, value in defaults.items() if name != "out"}

@@ -43,13 +43,18 @@ _numbers = itertools.count()
 _swept: set[Path] = set()
 
 
+def _temporary() -> str:
+    """A name that no other process takes, as _NAME tells it."""
+    return f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or a folder. It becomes `path` when the block ends well, replacing
     what is there, and is removed otherwise. The folder of `path` is made if it is missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    temporary = path.parent / f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
+    temporary = path.parent / _temporary()
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
@@ -70,7 +75,7 @@ def scratch(folder: Path) -> Path:
     that writes there does. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
-    path = folder / f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
+    path = folder / _temporary()
     path.mkdir()
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -93,7 +98,7 @@ def write_new(path: Path, data: bytes) -> bool:
     or on a shared disk, one succeeds. Raises OutputError."""
     if is_url(path):
         return put_new(path, data)
-    temporary = path.parent / f".{_HOST}-{_SPACE}-{os.getpid()}-{next(_numbers)}.tmp"
+    temporary = path.parent / _temporary()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)

@@ -109,4 +109,6 @@ def window(photo: tuple[int, int], size: tuple[int, int], resize: str) -> tuple[
     ratios = size[0] / photo[0], size[1] / photo[1]
     ratio = {"crop": max(ratios), "pad": min(ratios), "keep": 1.0}[resize]
     width, height = size[0] / ratio / photo[0], size[1] / ratio / photo[1]
+    if resize == "crop":  # by rounding alone it would reach outside
+        width, height = min(1.0, width), min(1.0, height)
     return (1 - width) / 2, (1 - height) / 2, width, height, size

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from controlnet.preprocessors.errors import UsageError
-from controlnet.preprocessors.geometry import fit, parse_size
+from controlnet.preprocessors.geometry import fit, parse_size, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,3 +81,10 @@ def test_enlarging_is_opencvs_lanczos_up_to_rounding():
     made = fit(image, (130, 104), "stretch")
     assert made.dtype == np.uint8 and np.abs(made.astype(int) - expected).max() <= 1
     assert np.abs(fit(image[..., 0], (130, 104), "stretch").astype(int) - expected[..., 0]).max() <= 1
+
+
+@given(*[st.integers(8, 5000)] * 4)
+def test_a_crop_shows_no_more_than_the_photo(a, b, c, d):
+    """To the last digit: what is recorded of it is read again as a part of the photo."""
+    left, top, width, height, _ = window((a, b), (c, d), "crop")
+    assert 0 <= left < left + width <= 1 and 0 <= top < top + height <= 1

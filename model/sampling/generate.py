@@ -164,12 +164,7 @@ def generate(
     made = 0
     for group in _groups(requests, 1 if base.low_memory or base.engine.alone else batch):
         # What the images of a group need, encoded once per text and once per condition.
-        prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
-        guided = guidance != 1
-        with doing("texts"):
-            encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
-        prompt = encoded.prompt(prompts, clip_skip, emphasis, ids)  # B rows
-        negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
+        prompt, negative = _prompts(base, encoded, group, guidance != 1, clip_skip, emphasis, ids)  # B rows
         columns = [[request.conditions[k] for request in group] for k in range(len(networks))]
         with doing("conditions"), base.at_work(*networks):
             features = encoded.read(base, networks, columns) if canvas.reads_whole else [[] for _ in columns]
@@ -195,6 +190,23 @@ def generate(
                 image = canvas.decoded(base, latent[None])
             yield image
         made += len(group)
+
+
+def _prompts(
+    base: Base,
+    encoded: Encoded,
+    group: Sequence[Request],
+    guided: bool,
+    clip_skip: int,
+    emphasis: bool,
+    ids: Tensor | None,
+) -> tuple[Prompt, Prompt | None]:
+    """What the two halves of the guidance read, a row for each request; without guidance there is one half."""
+    prompts, negatives = [r.texts for r in group], [r.negatives for r in group]
+    with doing("texts"):
+        encoded.encode_texts(base, set(prompts) | (set(negatives) if guided else set()), clip_skip, emphasis)
+    negative = encoded.prompt(negatives, clip_skip, emphasis, ids) if guided else None
+    return encoded.prompt(prompts, clip_skip, emphasis, ids), negative
 
 
 def _controls(

@@ -38,13 +38,10 @@ def check_scheduler_name(name: str) -> None:
 def name_of(scheduler: SchedulerMixin) -> str:
     """Our name of a scheduler, by its class and what the table says of its config; its class's name if it is none of
     ours."""
-    fits = [
-        (len(options), name)
-        for name, (cls, options) in SCHEDULERS.items()
-        if cls == type(scheduler).__name__ and all(scheduler.config.get(k) == v for k, v in options.items())
-    ]
-    plain = [name for name, (cls, _) in SCHEDULERS.items() if cls == type(scheduler).__name__]
-    return max(fits)[1] if fits else (plain or [type(scheduler).__name__])[0]
+    own = type(scheduler).__name__
+    ours = {name: options for name, (cls, options) in SCHEDULERS.items() if cls == own}
+    fits = [name for name, options in ours.items() if options.items() <= dict(scheduler.config).items()]
+    return max(fits, key=lambda name: len(ours[name]), default=next(iter(ours), own))
 
 
 def make_scheduler(own: SchedulerMixin, name: str | None = None) -> SchedulerMixin:

@@ -155,8 +155,7 @@ class Scorer:
         box = tuple(entry["box"]) if "box" in entry else None
         image, made = inside(image, box if is_part else None), entry.get("detect")
         if made is None:
-            flag = parse_condition(f"{path},kind={entry['kind']}")
-            condition = read_condition(flag.path, flag.kind, (image.shape[1], image.shape[0]))
+            condition = read_condition(path, entry["kind"], (image.shape[1], image.shape[0]))
             return path, self.of_canvas(image, condition if box is None else condition.within(box), name)
         photo, _ = read_image(read_bytes(path), path)
         ready = self.ready(made["kind"], made["detector"], json.dumps(made["options"]))
