@@ -1,11 +1,12 @@
 """Every figure that needs a GPU, in nine minutes at most: `python benchmarks/gpu.py [--parts ...] [--out FILE]`.
 
-    sd15, sdxl            an evaluation: ours eager and as CUDA graphs, diffusers eager; batches; the products alone
-    sd15-compiled, ...    the same compiled, beside diffusers compiled
-    train                 a training step beside diffusers' and plain fine-tuning
-    memory                an image with and without --low-memory
+    compiled        an evaluation, ours compiled beside diffusers compiled: SD 1.5 at batches 1 and 8, SDXL
+    train           a training step beside diffusers' and plain fine-tuning, batches 1 and 4
+    sd15, sdxl      an evaluation: ours eager and as CUDA graphs, diffusers eager; batches; the products alone
+    memory          an image with and without --low-memory
 
-Each part runs in a process of its own and is stopped when its time is over; what it found until then is kept. Random
+Each part runs in a process of its own and is stopped when its time is over; what it found until then is kept. In the
+first two, each row has a process of its own as well: they compile at the same time and are measured in turns. Random
 weights, zero convolutions filled, both halves of the guidance, channels_last on both sides, float16; the same tensors
 and noise in turn; the first round is not counted; medians. `--small` rehearses it on a CPU.
 """
@@ -24,16 +25,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from turns import Prepared, Row, in_turns, wait
 
 HERE = Path(__file__).parent
 EVALUATIONS, ROUNDS = 10, 3
-PARTS = {
-    "sd15-compiled": 200, "sd15": 80, "sdxl": 90, "train": 100, "memory": 70, "sdxl-compiled": 300,
-}  # fmt: skip
+PARTS = {"compiled": 260, "train": 120, "sd15": 80, "sdxl": 90, "memory": 70}
 """Seconds that each may take."""
+COMPILED = [("sd15", 1), ("sd15", 8), ("sdxl", 1)]
+"""Families and batches that are measured compiled."""
+FASTEST: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}
+"""How diffusers' networks are compiled: with CUDA graphs, the quickest way of theirs."""
 
 GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+WHOSE = ("ours", "diffusers")
 
 
 def engines() -> dict[str, Any]:
@@ -50,11 +57,6 @@ def compiled() -> Any:
     from controlnet.model.engines.graphs import Compiled
 
     return Compiled()
-
-
-def wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
 
 
 def compare(title: str, variants: dict[str, Callable[[int], torch.Tensor]], evaluations: int, batch: int) -> None:
@@ -75,13 +77,19 @@ def compare(title: str, variants: dict[str, Callable[[int], torch.Tensor]], eval
             variants[name](evaluations)
             wait()
             times[name].append((time.perf_counter() - start) / evaluations)
+    table(title, times, first, results, batch)
+
+
+def table(title: str, times: dict[str, list[float]], first: dict[str, float], results: dict, batch: int) -> None:
+    """The medians of seconds in `times`, with ratios; `first` is the first call's. Results that are tensors are
+    compared with the first one."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     theirs = next((value for name, value in medians.items() if "diffusers" in name), float("nan"))
     reference = next(iter(results.values())).float()
     print(f"\n| {title} | ms | min ms | times diffusers | speed-up | per image ms | first call s | difference |")
     print("|---|---|---|---|---|---|---|---|")
     for name, median in medians.items():
-        off = float((results[name].float() - reference).abs().max() / reference.std())
+        off = float((results[name].float().cpu() - reference.cpu()).abs().max() / reference.std())
         print(f"| {name} | {1e3 * median:.2f} | {1e3 * min(times[name]):.2f} | {median / theirs:.2f} "
               f"| {theirs / median:.2f} | {1e3 * median / batch:.2f} | {first[name]:.1f} | {off:.1e} |")  # fmt: skip
     print(flush=True)
@@ -97,8 +105,6 @@ def roofline(title: str, function: Callable[[], Any], evaluations: int) -> None:
 
 
 def machine(args) -> None:
-    import diffusers
-
     name = torch.cuda.get_device_name() if GPU else "CPU"
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, diffusers {diffusers.__version__}")
     if not GPU:
@@ -119,33 +125,38 @@ def machine(args) -> None:
         print(what.format(10 * amount / (time.perf_counter() - start)), flush=True)
 
 
-def sd15(args, half: torch.dtype, compile_it: bool) -> None:
+def sd15(args, half: torch.dtype) -> None:
     import generate as g
 
     torch.set_grad_enabled(False)
-    device = torch.device("cuda" if GPU else "cpu")
-    with device:  # to draw random weights takes a CPU longer than all else
+    with DEVICE:  # to draw random weights takes a CPU longer than all else
         unet, nets = g.networks(args.small)
-    both = g.Networks(unet, nets, device, half, True)
+    both = g.Networks(unet, nets, DEVICE, half, True)
     side = 128 if args.small else 512
-    variants: dict[str, Any] = {}
-    if compile_it:
-        own = compiled()
-        theirs = g.Networks(unet, nets, device, half, True)
-        how: dict[str, Any] = {"fullgraph": True, "mode": "reduce-overhead"}  # with CUDA graphs, the quickest of theirs
-        theirs.pipeline.unet = torch.compile(theirs.unet, **how)
-        theirs.references = [torch.compile(one, **how) for one in theirs.references]
-        variants["ours, compiled"] = lambda *a, **k: both.ours(*a, **k, engine=own)
-        variants["diffusers compiled"] = stepping(theirs.theirs)
-        plan = [(1, variants), (8, variants)]
-    else:
-        ours = {f"ours, {name}": (lambda *a, e=e, **k: both.ours(*a, **k, engine=e)) for name, e in engines().items()}
-        plan = [(batch, {**ours, "diffusers, eager": both.theirs}) for batch in (1, 2, 4, 8)]
-    for batch, rows in plan[:1] if args.small else plan:
-        named = {name: (lambda n, f=f, b=batch: f(n, side, b)) for name, f in rows.items()}
+    variants = {f"ours, {name}": (lambda *a, e=e: both.ours(*a, engine=e)) for name, e in engines().items()}
+    variants["diffusers, eager"] = both.theirs
+    for batch in [1] if args.small else [1, 2, 4, 8]:
+        named = {name: (lambda n, f=f, b=batch: f(n, side, b)) for name, f in variants.items()}
         compare(f"SD 1.5, {side}, batch {batch}", named, args.evaluations, batch)
-        if not compile_it and batch in (1, 8):
+        if batch in (1, 8):
             roofline(f"SD 1.5, batch {batch}", lambda b=batch: both.ours(2, side, b), 2)
+
+
+def sdxl(args, half: torch.dtype) -> None:
+    from sdxl import Networks
+
+    both = Networks(DEVICE, half, args.small)
+    side = 128 if args.small else 1024
+    variants: dict[str, Any] = {}
+    for name, engine in engines().items():
+        variants[f"ours, {name}"] = lambda n, b, e=engine: both.ours(n, side, engine=e, batch=b)
+    variants["diffusers, eager"] = lambda n, b: both.theirs(n, side, batch=b)
+    for batch in (1, 4):
+        named = {name: (lambda n, f=f, b=batch: f(n, b)) for name, f in variants.items()}
+        compare(f"SDXL, {side}, batch {batch}", named, args.evaluations, batch)
+        with torch.no_grad():
+            roofline(f"SDXL, batch {batch}", lambda b=batch: both.ours(1, side, batch=b), 1)
+        gc.collect()
 
 
 def stepping(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,63 +169,100 @@ def stepping(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def sdxl(args, half: torch.dtype, compile_it: bool) -> None:
-    from sdxl import Networks
+def prepare_compiled(family: str, whose: str, batch: int, small: bool, count: int) -> Prepared:
+    """An evaluation of a family (sd15, sdxl) with compiled networks, `whose` are ours or diffusers'."""
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_grad_enabled(False)
+    half = torch.float16 if GPU else torch.bfloat16
+    both: Any
+    if family == "sd15":
+        import generate as g
 
-    device = torch.device("cuda" if GPU else "cpu")
-    both = Networks(device, half, args.small)
-    side = 128 if args.small else 1024
-    if compile_it:
+        with DEVICE:
+            unet, nets = g.networks(small)
+        both, side = g.Networks(unet, nets, DEVICE, half, True), 128 if small else 512
+    else:
+        import sdxl as x
+
+        both, side = x.Networks(DEVICE, half, small), 128 if small else 1024
+    if whose == "ours":
         own = compiled()
-        variants = {"ours, compiled": lambda n, b: both.ours(n, side, engine=own, batch=b)}
+        return Prepared(
+            lambda n: both.ours(n, side, batch=batch, engine=own), count, lambda n: both.ours(n, side, batch=batch)
+        )
+    theirs = both.theirs(count, side, batch=batch)  # before they are compiled
+    compile_theirs(both, family)
+    step = stepping(both.theirs)
+    return Prepared(lambda n: step(n, side, batch=batch), count, lambda n: theirs)
 
-        def compiled_theirs(n: int, batch: int) -> torch.Tensor:
-            pipeline: Any = both.pipelines[0]
-            if not hasattr(pipeline, "is_compiled"):
-                pipeline.unet = torch.compile(pipeline.unet, fullgraph=True)
-                pipeline.controlnet = torch.compile(pipeline.controlnet, fullgraph=True)
-                pipeline.is_compiled = True
-            return both.theirs(n, side, batch=batch)
 
-        variants["diffusers compiled"] = compiled_theirs
-        batches = [1]
+def compile_theirs(both: Any, family: str) -> None:
+    """Have torch compile the networks of diffusers' pipeline."""
+    pipeline = both.pipeline if family == "sd15" else both.pipelines[0]
+    pipeline.unet = torch.compile(pipeline.unet, **FASTEST)
+    if family == "sd15":
+        both.references = [torch.compile(one, **FASTEST) for one in both.references]
     else:
-        variants = {f"ours, {name}": (lambda n, b, e=e: both.ours(n, side, engine=e, batch=b))
-                    for name, e in engines().items()}  # fmt: skip
-        variants["diffusers, eager"] = lambda n, b: both.theirs(n, side, batch=b)
-        batches = [1, 4]
-    for batch in batches:
-        named = {name: (lambda n, f=f, b=batch: f(n, b)) for name, f in variants.items()}
-        compare(f"SDXL, {side}, batch {batch}", named, args.evaluations, batch)
-        if not compile_it:
-            with torch.no_grad():
-                roofline(f"SDXL, batch {batch}", lambda b=batch: both.ours(1, side, batch=b), 1)
-        gc.collect()
+        pipeline.controlnet = torch.compile(pipeline.controlnet, **FASTEST)
 
 
-def others(args, half: torch.dtype, part: str) -> None:
-    """Parts that other scripts measure."""
-    small = ["--small"] * args.small
-    if part == "train":
-        for batch in (1, 4):
-            more = ["--batch", str(batch), "--precision", "bfloat16", "--steps", "10", "--warmup", "3", "--no-reading"]
-            subprocess.run([sys.executable, HERE / "train.py", *more, *small], check=False)
-    else:
-        subprocess.run([sys.executable, HERE / "generate.py", "--parts", "memory", *small], check=False)
+def of_compiled(args, seconds: float) -> None:
+    rows = in_turns(
+        prepare_compiled,
+        [(family, whose, batch, args.small, args.evaluations) for family, batch in COMPILED for whose in WHOSE],
+        seconds,
+    )
+    for family, batch in COMPILED:
+        found = {f"{job[1]}, compiled": row for job, row in rows.items() if (job[0], job[2]) == (family, batch)}
+        show(f"{family}, batch {batch}", found, batch)
+
+
+def prepare_step(variant: str, batch: int, small: bool) -> Prepared:
+    """Training steps of a variant of train.py, after three of them."""
+    import train
+
+    args = argparse.Namespace(small=small, batch=batch, precision="bfloat16", cached=False)
+    step = train.step_of(variant, args, DEVICE)
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            step()
+
+    run(3)
+    return Prepared(run, 2 if small else 10)
+
+
+def of_steps(args, seconds: float) -> None:
+    from train import VARIANTS
+
+    for batch in (1, 4):
+        rows = in_turns(prepare_step, [(variant, batch, args.small) for variant in VARIANTS], seconds / 2)
+        show(f"training step, batch {batch}", {job[0]: row for job, row in rows.items()}, batch)
+
+
+def show(title: str, rows: dict[str, Row], batch: int) -> None:
+    """The table of rows that were measured in turns, with how far each is from the same not compiled."""
+    if not rows:
+        return
+    made = {name: torch.ones(2) if row.result is None else row.result for name, row in rows.items()}
+    table(title, {k: row.seconds for k, row in rows.items()}, {k: row.first for k, row in rows.items()}, made, batch)
+    for name, row in rows.items():
+        rounds = ", ".join(f"{1e3 * one:.2f}" for one in row.seconds)
+        print(f"{name}: rounds {rounds} ms; {row.off:.1e} from the same not compiled; {row.peak:.2f} GB", flush=True)
 
 
 def run_part(args) -> None:
     half = torch.float16 if GPU else torch.bfloat16
-    name = args.part.removesuffix("-compiled")
-    import diffusers
-
     diffusers.utils.logging.set_verbosity_error()
-    if name in ("sd15", "sdxl"):
-        {"sd15": sd15, "sdxl": sdxl}[name](args, half, args.part != name)
+    if args.part in ("compiled", "train"):
+        {"compiled": of_compiled, "train": of_steps}[args.part](args, 0.85 * args.seconds)
+    elif args.part == "memory":
+        more = ["--small"] * args.small
+        subprocess.run([sys.executable, HERE / "generate.py", "--parts", "memory", *more], check=False)
+    else:
+        {"sd15": sd15, "sdxl": sdxl}[args.part](args, half)
         if GPU:
             print(f"Peak memory of all together: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB.", flush=True)
-    else:
-        others(args, half, args.part)
 
 
 def output(command: list, seconds: float) -> bytes:
@@ -244,7 +292,8 @@ def main() -> None:
     with args.out.open("ab", buffering=0) as out:
         for part in args.parts.split(","):
             left = min(PARTS[part], args.seconds - (time.monotonic() - begun))
-            command = [sys.executable, __file__, "--part", part, "--evaluations", str(args.evaluations)]
+            command = [sys.executable, __file__, "--part", part, "--seconds", str(left)]
+            command += ["--evaluations", str(args.evaluations)]
             print(f"== {part}, at most {left:.0f} s", flush=True)
             start = time.monotonic()
             found = output([*command, *["--small"] * args.small], max(left, 1))

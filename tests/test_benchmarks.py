@@ -4,9 +4,11 @@ import ast
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -31,6 +33,32 @@ def test_a_script_runs_on_small_networks(args):
     command = [sys.executable, str(ROOT / "benchmarks" / args[0]), *args[1:]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "|" in done.stdout, done.stderr
+
+
+def prepared(name: str):
+    """What the processes of the next test measure."""
+    turns = importlib.import_module("turns")
+    if name == "fails":
+        raise ValueError("this one cannot be made")
+    if name == "hangs":
+        time.sleep(600)
+    return turns.Prepared(lambda n: torch.full((2,), 1.5) * n, 2, lambda n: torch.tensor([1.0, 2.0]) * n)
+
+
+def test_rows_are_measured_in_turns(monkeypatch, capfd):
+    """Those that are ready, each in a process of its own; the others are named, and hold nothing up."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    turns = importlib.import_module("turns")
+    assert turns.in_turns(prepared, [("hangs",)], 2) == {}
+    rows = turns.in_turns(prepared, [("one",), ("fails",), ("two",)], 120, rounds=2)
+    assert sorted(rows) == [("one",), ("two",)]
+    for row in rows.values():
+        assert len(row.seconds) == 2 and all(0 < one < 1 for one in (*row.seconds, row.first))
+        assert row.off == pytest.approx(1 / 2**0.5)  # off by 1 of a deviation of 2 / sqrt(2)
+        assert row.result.tolist() == [3, 3]
+    told = capfd.readouterr()
+    assert "('fails',): failed" in told.out and "('hangs',): not ready in 2 s" in told.out
+    assert "this one cannot be made" in told.err
 
 
 @pytest.mark.slow

@@ -1,0 +1,104 @@
+"""What takes long to prepare, such as compiled networks, measured side by side in little time: each is prepared in a
+process of its own, all at once; then one after another runs while the others wait."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Prepared:
+    """What a process is to measure. `run(n)` does n evaluations or steps."""
+
+    run: Callable[[int], torch.Tensor | None]
+    count: int
+    plain: Callable[[int], torch.Tensor] | None = None
+    """The same without compiling: how far `run` is from it is told."""
+
+
+@dataclass
+class Row:
+    """What was found. Seconds of an evaluation, one for each round; `first` of the first `count` of them."""
+
+    first: float
+    off: float
+    result: torch.Tensor | None
+    peak: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turns(
+    prepare: Callable[..., Prepared], jobs: Sequence[tuple], seconds: float, rounds: int = 3
+) -> dict[tuple, Row]:
+    """The rows of those `jobs`, arguments of `prepare`, that were ready within so many seconds; the others are named.
+    `prepare` is a function of a module."""
+    context, start = get_context("spawn"), time.monotonic()
+    processes, waiting, rows, pipes = [], {}, {}, {}
+    for job in jobs:
+        here, there = context.Pipe()
+        process = context.Process(target=_measure, args=(prepare, job, there), daemon=True)
+        process.start()
+        there.close()
+        processes.append(process)
+        waiting[job] = here
+    while waiting and time.monotonic() - start < seconds:
+        for job, pipe in [(job, pipe) for job, pipe in waiting.items() if pipe.poll(0.05)]:
+            del waiting[job]
+            if (row := _received(pipe)) is not None:
+                rows[job], pipes[job] = row, pipe
+            else:
+                print(f"{job}: failed", flush=True)
+    for job, process in zip(jobs, processes, strict=True):
+        if job in waiting:
+            print(f"{job}: not ready in {seconds:.0f} s", flush=True)
+            process.kill()
+    for _ in range(rounds):
+        for job, pipe in pipes.items():
+            pipe.send("go")
+            took, rows[job].peak = pipe.recv()
+            rows[job].seconds.append(took)
+    for process in processes:
+        process.kill()
+    return rows
+
+
+def _received(pipe: Connection) -> Row | None:
+    try:
+        return pipe.recv()
+    except EOFError:  # it has printed why
+        return None
+
+
+def _measure(prepare: Callable[..., Prepared], job: tuple, pipe: Any) -> None:
+    """Prepare a job, say so, and do it whenever told to."""
+    try:
+        made = prepare(*job)
+        truth = made.plain(made.count).float() if made.plain else None
+        start = time.perf_counter()
+        result = made.run(made.count)
+        wait()
+        first = time.perf_counter() - start
+        result = None if result is None else result.float()
+        off = float("nan") if truth is None or result is None else float((result - truth).abs().max() / truth.std())
+        pipe.send(Row(first, off, None if result is None else result.cpu()))
+        while pipe.recv() == "go":
+            start = time.perf_counter()
+            made.run(made.count)
+            wait()
+            peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+            pipe.send(((time.perf_counter() - start) / made.count, peak))
+    except Exception:
+        traceback.print_exc()
