@@ -41,7 +41,7 @@ def main() -> None:
         runs = {name: run_of(name, changes, args.convergence, args.steps) for name, changes in VARIANTS.items()}
         runs["no prompt emptied"] = run_of("undropped", ["prompt_dropout=0"], args.runs, args.steps)
         for name, count in SIZES.items():
-            photos = world_photos(args.runs / "photos" / str(count), count, 128)
+            photos = world_photos(args.runs / "photos" / str(count), count)
             runs[f"{count:,} scenes"] = run_of(name, [], args.runs, args.steps, str(photos))
         base = load_base("tiny")
         held_out = world(args.runs / "photos" / "held-out", args.scenes, base.native_size, HELD_OUT)

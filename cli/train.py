@@ -38,7 +38,7 @@ from controlnet.preprocessors.lock import ORPHANED, endings
 from controlnet.preprocessors.weights import cache_folder
 
 WORLD = "world"
-WORLD_SCENES = "3000-128"
+WORLD_SCENES = "3000-256"
 
 Data = Annotated[
     str,

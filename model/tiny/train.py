@@ -6,8 +6,7 @@ Every stage goes on where it was interrupted, and is skipped once its minutes (o
 ends after that stage. The base is trained at half the size first, where a picture costs a quarter. CUDA is used if
 present.
 `--start` begins with the weights of an earlier training, such as the ones that the package ships, instead of nothing;
-`--keep vae` takes no more than the VAE from there. `--vae model/tiny/vae256` takes the VAE of the model at 256 pixels,
-which a GPU trained.
+`--keep vae` takes no more than the VAE from there.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ from controlnet.model.tiny.world.shards import world
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.loop import Progress
 from controlnet.model.training.precision import attention_kernels
-from diffusers import AutoencoderTiny
 
 STAGES = ("vae", "text", "half", "base", *CONDITIONS)
 MINUTES = "vae=100,text=5,half=240,base=400,canny=60,pose=40,depth=60"
@@ -124,8 +123,6 @@ class Training:
         self.begun: dict[str, Any] = dict.fromkeys(STAGES)
         if args.start:
             self._begin_with(args.start)
-        if args.vae:
-            self._keep_vae(args.vae)
         self._check_whole()
 
         self.data = world(args.runs / "world", args.scenes, self.size, device=device.type)
@@ -168,16 +165,6 @@ class Training:
             if name in self.kept:
                 self.begun[name] = network.requires_grad_(True)
         shutil.copytree(start / "tokenizer", self.run / "tokenizer", dirs_exist_ok=True)
-
-    def _keep_vae(self, folder: Path) -> None:
-        """Take over a VAE as it is, with the record of its training."""
-        self.begun["vae"] = AutoencoderTiny.from_pretrained(folder).requires_grad_(True)
-        self.limits["vae"] = {"minutes": 0.0}
-        record = read_json(folder / "training.json", "the record of a VAE's training")
-        machines = [record.pop("machine"), *self.earlier.get("machine", "").split(THEN)]
-        self.earlier = {"scenes": 0} | self.earlier | {"machine": THEN.join(filter(None, machines))}
-        self.earlier["stages"]["vae"] = record
-        self.kept.append("vae")
 
     def _new_tokenizer(self):
         rng = np.random.default_rng(0)
@@ -266,7 +253,7 @@ class Training:
             scenes, machines = self.earlier["scenes"], self.earlier["machine"].split(THEN)
         if not machines or any(reached.step for reached in self.progress.values()):
             scenes, machines = max(scenes, self.args.scenes), [*machines, here]
-        return {"scenes": scenes, "machine": THEN.join(dict.fromkeys(machines))}
+        return {"scenes": scenes, "machine": THEN.join(name for name, _ in groupby(machines))}
 
     def _spent(self) -> dict[str, dict[str, float]]:
         """Steps and minutes of each stage, those of an earlier training included."""
@@ -288,7 +275,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny"), help="where checkpoints and drawn scenes go")
     parser.add_argument("--start", type=Path, help="weights to begin with: the folder that --out was")
-    parser.add_argument("--vae", type=Path, help="a trained VAE to take as it is: model/tiny/vae256")
     parser.add_argument("--keep", default=",".join(STAGES), help="what of --start is taken")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights", help="where the model goes")
     args = parser.parse_args(arguments)
