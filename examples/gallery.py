@@ -165,7 +165,7 @@ def weightings(studio: Studio) -> Cells:
 
 
 SHEETS: dict[str, tuple[Callable[[Studio], Cells], int, str]] = {
-    "photos": (photos, 4, "Photos to maps to images: `tiny` paints coarse regions of that shape"),
+    "photos": (photos, 4, "Photos to maps to images: `tiny` paints what it knows in that shape"),
     "prompts": (prompts, 4, "One condition, six prompts"),
     "conditions": (conditions, 6, "One prompt, six conditions"),
     "composition": (composition, 5, "Two conditions, alone and added"),
@@ -186,7 +186,7 @@ def main() -> None:
     for name in args.sheets.split(","):
         cells, columns, title = SHEETS[name]
         picture = args.folder / "pictures" / f"gallery-{name}.png"
-        write_file(picture, png_bytes(contact_sheet(cells(studio), columns, 128)))
+        write_file(picture, png_bytes(contact_sheet(cells(studio), columns, 192)))
         page += [f"## {title}", "", f"![{title}](pictures/{picture.name})", ""]
         print(picture, flush=True)
     page += ["## When control began", "", "![held-out pictures over the steps of a training](pictures/strip.png)", ""]

@@ -41,6 +41,8 @@ PERSON, ROOM = 19, 24
 ONE_THING = (54, 29, 8, 42)
 """Held-out scenes; those of one thing show a cube, a sphere, a cone and a cylinder."""
 Rows = list[list[tuple[np.ndarray, str]]]
+SIZE = 256
+"""Pixels of a drawn scene's side, the native size of `tiny`."""
 SHOWN = 192
 """Pixels of a cell's side."""
 
@@ -115,10 +117,10 @@ class Sheets:
             return str(folder / name)
 
         scenes = [make_scene(HELD_OUT + number) for number in (PERSON, ROOM)]
-        drawn = render(scenes, 128)
+        drawn = render(scenes, SIZE)
         person, room = drawn.images.numpy()
-        shirt = cv2.dilate((drawn.parts[0] == MAIN).numpy().astype(np.uint8) * 255, np.ones((7, 7), np.uint8))
-        pose = kept("person.pose.png", pose_of(drawn.joints[0].numpy(), 128))
+        shirt = cv2.dilate((drawn.parts[0] == MAIN).numpy().astype(np.uint8) * 255, np.ones((13, 13), np.uint8))
+        pose = kept("person.pose.png", pose_of(drawn.joints[0].numpy(), SIZE))
         painted = {"init": kept("person.png", person), "mask": kept("shirt.png", shirt), "cond": pose, "seed": 4}
         shirts = [
             (self.make(prompt=scenes[0].caption.replace("cyan", colour), **painted), f'--mask, "a {colour} shirt"')
@@ -134,20 +136,20 @@ class Sheets:
 
         larger = {"prompt": scenes[1].caption, "strength": 0.4, **under}
         enlarged = [
-            (self.make(**larger, size=(256, 256)), "--size 256 --strength 0.4"),
-            (self.make(**larger, size=(256, 256), tiles=True), "--size 256 --tiles"),
+            (self.make(**larger, size=(512, 512)), "--size 512 --strength 0.4"),
             (self.make(**larger, size=(512, 512), tiles=True), "--size 512 --tiles"),
+            (self.make(**larger, size=(1024, 1024), tiles=True), "--size 1024 --tiles"),
         ]
         mask = np.repeat(shirt[..., None], 3, 2)
         return [
             [(person, "a drawn scene"), (mask, "the mask"), *shirts],
             [(room, "a drawn scene, its depth the condition"), *again],
-            [(room, "128 pixels"), *enlarged],
+            [(room, f"{SIZE} pixels"), *enlarged],
         ]
 
     def adapters(self, folder: Path, lora: Path, word: Path) -> Rows:
         """Rows of pictures, the shapes by a depth map: a LoRA's scales, a learned word."""
-        drawn = render([make_scene(HELD_OUT + number) for number in ONE_THING], 128)
+        drawn = render([make_scene(HELD_OUT + number) for number in ONE_THING], SIZE)
         depths = []
         for number, picture in enumerate(drawn.images.numpy()):
             depths.append(str(folder / f"{number}.depth.png"))
