@@ -113,10 +113,10 @@ bench-scale: env ## Batches and training in one process and in several (minutes)
 bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
 	$(BIN)/python benchmarks/train.py
 
-paper: env ## Tables of the paper's claims on the embedded model (half an hour on 2 cores)
+paper: env ## Tables of the paper's claims on the embedded model (an hour on 2 cores)
 	$(BIN)/python benchmarks/paper.py
 
-ablations: env ## Train ControlNets on tiny with other prompts and data, and judge them (an hour on 2 cores)
+ablations: env ## Train ControlNets on tiny with other prompts and data, and judge them (hours on 2 cores)
 	$(BIN)/python benchmarks/ablations.py
 
 docs: env ## These pages as a site with search, in out/docs/site/
@@ -125,7 +125,7 @@ docs: env ## These pages as a site with search, in out/docs/site/
 gallery: env ## Pictures of what control does, into docs/
 	$(BIN)/python examples/gallery.py
 
-convergence: env ## Train three ControlNets on tiny: when does control begin? (half an hour on 2 cores)
+convergence: env ## Train three ControlNets on tiny: when does control begin? (an hour on 2 cores)
 	$(BIN)/python benchmarks/convergence.py
 
 torture: env ## Kill every writing command at 50 random moments, and fill its disk (an hour)

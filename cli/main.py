@@ -18,7 +18,7 @@ from controlnet.cli import show, verbose
 from controlnet.cli.help import examples, finish, named
 from controlnet.cli.interrupts import insist_on_interrupts
 from controlnet.preprocessors.errors import ControlNetError, Exit
-from controlnet.preprocessors.imports import uncollected
+from controlnet.preprocessors.imports import share_cores, uncollected
 from typer.core import TyperGroup
 
 COMMANDS = {
@@ -103,6 +103,7 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)  # bytes in a file's name that are not text come out unchanged
     insist_on_interrupts()
+    share_cores()
     try:
         try:
             app(args)

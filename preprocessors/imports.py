@@ -1,8 +1,9 @@
-"""Importing much at once."""
+"""What is to be done before and while much is imported."""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,3 +19,14 @@ def uncollected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def share_cores() -> None:
+    """Have torch's threads wait for each other for a moment only before they sleep; to be called before torch is
+    imported.
+
+    By default they spin for milliseconds, on the cores that another command needs: two that made images at once took 88
+    s in place of 10 (benchmarks/LOG.md). What the environment says stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,19 @@ def test_a_collector_that_was_off_stays_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("given, spins", [
+    ({}, "1000"),
+    ({"OMP_WAIT_POLICY": "active"}, None),
+    ({"GOMP_SPINCOUNT": "7"}, "7"),
+], ids=["nothing", "a policy", "a count"])  # fmt: skip
+def test_threads_that_wait_leave_the_core_to_others(run, monkeypatch, given, spins):
+    """Unless the environment says how they wait."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run("--version")[0] == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
