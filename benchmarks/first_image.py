@@ -28,8 +28,8 @@ from diffusers import AutoencoderTiny, ControlNetModel, DPMSolverMultistepSchedu
 from transformers import CLIPTextModel, CLIPTokenizer
 """
 CLOCKED = [
-    ("base loaded", "controlnet.model.work.studio", "load_base"),
-    ("ControlNet loaded", "controlnet.model.work.studio", "load_net"),
+    ("base loaded", "controlnet.model.work.models", "load_base"),
+    ("ControlNet loaded", "controlnet.model.work.models", "load_net"),
     ("hashes of the models", "controlnet.model.work.studio", "model_hash"),
     ("condition read and judged", "controlnet.model.work.pictures", "Pictures._placed"),
     ("text encoded", "controlnet.model.base", "Base.encode_text"),
@@ -102,7 +102,7 @@ def main() -> None:
     scene = make_scene(HELD_OUT + 1)
     with tempfile.TemporaryDirectory() as name:
         condition = Path(name) / "scene.canny.png"
-        condition.write_bytes(png_bytes(user_canny(render([scene], 128).images[0].numpy())))
+        condition.write_bytes(png_bytes(user_canny(render([scene], 256).images[0].numpy())))
         asked = ["generate", "--cond", str(condition), "--prompt", scene.caption, "-o", f"{name}/out/",
                  "--seed", "0", "--overwrite", "--quiet"]  # fmt: skip
         program = [sys.executable, "-m", "controlnet.cli.main", *asked]

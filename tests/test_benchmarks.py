@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def test_a_script_runs_on_small_networks(args):
     command = [sys.executable, str(ROOT / "benchmarks" / args[0]), *args[1:]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "|" in done.stdout, done.stderr
+
+
+def test_what_is_clocked_in_an_image_is_there(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for _, module, path in importlib.import_module("first_image").CLOCKED:
+        attrgetter(path)(importlib.import_module(module))
 
 
 def prepared(name: str):
