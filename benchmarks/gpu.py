@@ -228,8 +228,8 @@ def prepare_step(variant: str, batch: int, small: bool) -> Prepared:
         for _ in range(n):
             step()
 
-    run(3)
-    return Prepared(run, 2 if small else 10)
+    run(1 if small else 3)
+    return Prepared(run, 1 if small else 10)
 
 
 def of_steps(args, seconds: float) -> None:
