@@ -77,7 +77,7 @@ def world(folder: Path, scenes: int, size: int, first_seed: int = 0, device: str
             jobs = [pool.submit(draw_shard, path, start, size, device) for path, start in missing]
             for i, job in enumerate(jobs):
                 job.result()
-                if i % 10 == 9 or i + 1 == len(jobs):
+                if i % 2 == 1 or i + 1 == len(jobs):
                     report(f"world: {(i + 1) * SHARD} of {len(missing) * SHARD} scenes drawn at {size} pixels")
     arrays = {key: _mapped(paths, key, scenes) for key in ("images", "depth", "parts")}
     joints = np.concatenate([_field(path, "joints") for path in paths])[:scenes]
