@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Build backends warn of editable installs at length; what goes wrong is an error all the same.
+# -qq: build backends and indexes warn at length; what goes wrong is an error all the same.
 PIP = PYTHONWARNINGS=ignore $(BIN)/python -m pip
 CONSTRAINTS ?= constraints.txt
 NEED_GB := 12
@@ -21,9 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import shutil; f = shutil.disk_usage(".").free / 1e9; print(f"free disk: {f:.0f} GB"); raise SystemExit(f < $(NEED_GB))' || { echo "error: the environment needs $(NEED_GB) GB of free disk"; echo "hint: free some, or work in a clone on another disk"; exit 1; }
 	@echo "making the environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install -qq --upgrade pip
 	@echo "installing torch and what else is needed: some 7 GB, a few minutes"
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@$(PIP) install -qq --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@echo "fetching the weights of detectors"
 	@$(BIN)/controlnet models pull || echo "warning: weights of detectors were not fetched; later: controlnet models pull"
 	@touch $@

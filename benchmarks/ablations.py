@@ -1,6 +1,6 @@
 """What prompt dropout, the size of the data, zero convolutions and the copy do: `make ablations`, on `tiny`.
 
-    python benchmarks/ablations.py [--steps 1500] [--scenes 100] [--runs runs/ablations]
+    python benchmarks/ablations.py [--steps 1000] [--scenes 100] [--runs runs/ablations]
 
 Canny ControlNets from scratch, equal seed and steps (paper, 3.4, Fig. 10 and the ablation of section 4): the three of
 `convergence.py`, one without prompt dropout, and from 100, 1,000 and 10,000 scenes instead of 3,000. A run that is
@@ -32,7 +32,7 @@ SIZES = {"hundred": 100, "thousand": 1000, "ten-thousand": 10_000}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--scenes", type=int, default=100, help="held-out scenes to judge on")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--convergence", type=Path, default=Path("runs/convergence"), help="where its runs are, or go")
@@ -41,7 +41,7 @@ def main() -> None:
         runs = {name: run_of(name, changes, args.convergence, args.steps) for name, changes in VARIANTS.items()}
         runs["no prompt emptied"] = run_of("undropped", ["prompt_dropout=0"], args.runs, args.steps)
         for name, count in SIZES.items():
-            photos = world_photos(args.runs / "photos" / str(count), count)
+            photos = world_photos(args.runs / "photos", count)
             runs[f"{count:,} scenes"] = run_of(name, [], args.runs, args.steps, str(photos))
         base = load_base("tiny")
         held_out = world(args.runs / "photos" / "held-out", args.scenes, base.native_size, HELD_OUT)

@@ -54,22 +54,23 @@ def draw(runs: dict[str, Path], path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def strip(run: Path, path: Path, steps: tuple[int, ...] = (0, 150, 300, 600, 1500)) -> None:
-    """Two held-out pictures, their conditions, and what was made of them at some steps: part of samples.png."""
+def strip(run: Path, path: Path, at: tuple[float, ...] = (0, 0.1, 0.2, 0.4, 1)) -> None:
+    """Two held-out pictures, their conditions, and what was made of them `at` parts of the run: cut of samples.png."""
     from controlnet.preprocessors.files import write_file
     from controlnet.preprocessors.images import png_bytes, read_image
 
     sheet, _ = read_image((run / "samples.png").read_bytes(), "samples.png")
     shown = [row["step"] for row in read_run(run).validations if row.get("pictures")]
     wide, edge = (sheet.shape[1] - 8) // (2 + len(shown)), 8
-    columns = [0, 1, *(2 + shown.index(step) for step in steps if step in shown)]
+    nearest = {min(shown, key=lambda step, part=part: abs(step - part * shown[-1])) for part in at}
+    columns = [0, 1, *(2 + shown.index(step) for step in sorted(nearest))]
     parts = [sheet[:, edge + wide * c : edge + wide * (c + 1)] for c in columns]
     write_file(path, png_bytes(np.concatenate([sheet[:, :edge], *parts], 1)[: len(sheet) * 2 // 3]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--runs", type=Path, default=Path("runs/convergence"))
     args = parser.parse_args()
     runs = {name: run_of(name, changes, args.runs, args.steps) for name, changes in VARIANTS.items()}

@@ -30,7 +30,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 CLOCKED = [
     ("base loaded", "controlnet.model.work.models", "load_base"),
     ("ControlNet loaded", "controlnet.model.work.models", "load_net"),
-    ("hashes of the models", "controlnet.model.work.studio", "model_hash"),
+    ("hash of the base", "controlnet.model.work.studio", "model_hash"),
+    ("hash of the ControlNet", "controlnet.model.work.models", "model_hash"),
     ("condition read and judged", "controlnet.model.work.pictures", "Pictures._placed"),
     ("text encoded", "controlnet.model.base", "Base.encode_text"),
     ("hint encoded", "controlnet.model.control.controlnet", "ControlNet.prepare"),
@@ -40,6 +41,8 @@ CLOCKED = [
 ]
 INSIDE = """
 import importlib, json, sys, time
+from controlnet.preprocessors.imports import share_cores
+share_cores()
 started = time.perf_counter()
 exec(sys.argv[1])
 imported = time.perf_counter() - started
@@ -66,6 +69,8 @@ try:
 except SystemExit:
     pass
 spent["everything"] = time.perf_counter() - started
+never = [name for name, *_ in clocked if name not in spent]
+assert not never, f"never called: {never}"
 print(json.dumps(spent))
 """
 

@@ -81,18 +81,24 @@ def compare(title: str, variants: dict[str, Callable[[int], torch.Tensor]], eval
 
 
 def table(title: str, times: dict[str, list[float]], first: dict[str, float], results: dict, batch: int) -> None:
-    """The medians of seconds in `times`, with ratios; `first` is the first call's. Results that are tensors are
-    compared with the first one."""
+    """The medians of seconds in `times`, with ratios; `first` is the first call's. `results`, where there are some,
+    are compared with the first one."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     theirs = next((value for name, value in medians.items() if "diffusers" in name), float("nan"))
-    reference = next(iter(results.values())).float()
+    reference = next(iter(results.values()), None)
     print(f"\n| {title} | ms | min ms | times diffusers | speed-up | per image ms | first call s | difference |")
     print("|---|---|---|---|---|---|---|---|")
     for name, median in medians.items():
-        off = float((results[name].float().cpu() - reference.cpu()).abs().max() / reference.std())
+        off = "" if reference is None else f"{difference(results[name], reference):.1e}"
         print(f"| {name} | {1e3 * median:.2f} | {1e3 * min(times[name]):.2f} | {median / theirs:.2f} "
-              f"| {theirs / median:.2f} | {1e3 * median / batch:.2f} | {first[name]:.1f} | {off:.1e} |")  # fmt: skip
+              f"| {theirs / median:.2f} | {1e3 * median / batch:.2f} | {first[name]:.1f} | {off} |")  # fmt: skip
     print(flush=True)
+
+
+def difference(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest one, in deviations of the reference."""
+    result, reference = result.float().cpu(), reference.float().cpu()
+    return float((result - reference).abs().max() / reference.std())
 
 
 def roofline(title: str, function: Callable[[], Any], evaluations: int) -> None:
@@ -218,17 +224,17 @@ def of_compiled(args, seconds: float) -> None:
 
 
 def prepare_step(variant: str, batch: int, small: bool) -> Prepared:
-    """Training steps of a variant of train.py, after three of them."""
+    """Training steps of a variant of train.py."""
     import train
 
-    args = argparse.Namespace(small=small, batch=batch, precision="bfloat16", cached=False)
+    # As in train.py: tuning the UNet gets its latents and texts for nothing, so that only the networks are compared.
+    args = argparse.Namespace(small=small, batch=batch, precision="bfloat16", cached=variant == "tune")
     step = train.step_of(variant, args, DEVICE)
 
     def run(n: int) -> None:
         for _ in range(n):
             step()
 
-    run(1 if small else 3)
     return Prepared(run, 1 if small else 10)
 
 
@@ -242,13 +248,15 @@ def of_steps(args, seconds: float) -> None:
 
 def show(title: str, rows: dict[str, Row], batch: int) -> None:
     """The table of rows that were measured in turns, with how far each is from the same not compiled."""
+    rows = {name: row for name, row in rows.items() if row.seconds}
     if not rows:
         return
-    made = {name: torch.ones(2) if row.result is None else row.result for name, row in rows.items()}
+    made = {name: row.result for name, row in rows.items() if row.result is not None}
     table(title, {k: row.seconds for k, row in rows.items()}, {k: row.first for k, row in rows.items()}, made, batch)
     for name, row in rows.items():
         rounds = ", ".join(f"{1e3 * one:.2f}" for one in row.seconds)
-        print(f"{name}: rounds {rounds} ms; {row.off:.1e} from the same not compiled; {row.peak:.2f} GB", flush=True)
+        off = "" if row.off is None else f"{row.off:.1e} from the same not compiled; "
+        print(f"{name}: rounds {rounds} ms; {off}{row.peak:.2f} GB", flush=True)
 
 
 def run_part(args) -> None:

@@ -5,7 +5,7 @@
 
 Scores are the card's (model/tiny/readers.py): F1 of edges found again, PCK of joints, rank correlation of depth;
 colours are right where the prompt's colour is read from floor, wall and main object. Means with 95 % bootstrap
-intervals. "trained" is the record of `make ablations`, which takes an hour.
+intervals. "trained" is the record of `make ablations`, which takes hours.
 """
 
 from __future__ import annotations

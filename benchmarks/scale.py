@@ -24,7 +24,7 @@ import numpy as np
 
 FEW, MANY = 4, 28
 STEPS = 30
-"""Makes an image by `tiny` take about a second on one core."""
+"""Makes an image by `tiny` take one core a second or two."""
 WAYS = {
     "one process": [],
     "two processes": ["--processes", "2"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -26,13 +27,18 @@ class Prepared:
 
 @dataclass
 class Row:
-    """What was found. Seconds of an evaluation, one for each round; `first` of the first `count` of them."""
+    """What was found. Seconds of an evaluation, one for each round; `first` of the first `count` of them; `peak` of
+    the memory in the rounds, GB; `off` of the same not compiled, in deviations of it."""
 
     first: float
-    off: float
+    off: float | None
     result: torch.Tensor | None
     peak: float = 0.0
     seconds: list[float] = field(default_factory=list)
+
+
+ROUND = 60.0
+"""Seconds after which a round of a row counts as failed."""
 
 
 def wait() -> None:
@@ -64,25 +70,35 @@ def in_turns(
     for job, process in zip(jobs, processes, strict=True):
         if job in waiting:
             print(f"{job}: not ready in {seconds:.0f} s", flush=True)
-            process.kill()
+            _end(process)
     for _ in range(rounds):
         for job, pipe in list(pipes.items()):
-            try:
+            with suppress(OSError):  # it is not there any more, as is found next
                 pipe.send("go")
-                took, rows[job].peak = pipe.recv()
+            if (found := _received(pipe)) is not None:
+                took, rows[job].peak = found
                 rows[job].seconds.append(took)
-            except (EOFError, OSError):  # it has printed why; the others are measured all the same
+                print(f"{job}: {1e3 * took:.2f} ms", flush=True)
+            else:  # the others are measured all the same
                 print(f"{job}: failed", flush=True)
+                _end(processes[jobs.index(job)])
                 del pipes[job], rows[job]
     for process in processes:
-        process.kill()
+        _end(process)
     return rows
 
 
-def _received(pipe: Connection) -> Row | None:
+def _end(process: Any) -> None:
+    """Kill it, and wait until what it held is free."""
+    process.kill()
+    process.join()
+
+
+def _received(pipe: Connection) -> Any:
+    """What a process sends next; None where it sends nothing any more. It has printed why, or hangs."""
     try:
-        return pipe.recv()
-    except EOFError:  # it has printed why
+        return pipe.recv() if pipe.poll(ROUND) else None
+    except (EOFError, OSError):
         return None
 
 
@@ -96,8 +112,10 @@ def _measure(prepare: Callable[..., Prepared], job: tuple, pipe: Any) -> None:
         wait()
         first = time.perf_counter() - start
         result = None if result is None else result.float()
-        off = float("nan") if truth is None or result is None else float((result - truth).abs().max() / truth.std())
+        off = None if truth is None or result is None else float((result - truth).abs().max() / truth.std())
         pipe.send(Row(first, off, None if result is None else result.cpu()))
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         while pipe.recv() == "go":
             start = time.perf_counter()
             made.run(made.count)

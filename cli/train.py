@@ -38,7 +38,6 @@ from controlnet.preprocessors.lock import ORPHANED, endings
 from controlnet.preprocessors.weights import cache_folder
 
 WORLD = "world"
-WORLD_SCENES = "3000-256"
 
 Data = Annotated[
     str,
@@ -161,7 +160,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     from controlnet.model.training import run as training
     from controlnet.preprocessors.data import pairs
 
-    found = found or pairs.find_pairs(shards.world_photos(cache_folder() / "world" / WORLD_SCENES, report=say))
+    found = found or pairs.find_pairs(shards.world_photos(cache_folder() / "world", report=say))
     kind, reason = pairs.kind_of_pairs(found, config.kind)
     reason = "the run's" if resume else reason
     config = replace(config, kind=kind)

@@ -76,7 +76,7 @@ class Base:
 
     @property
     def channels(self) -> int:
-        """Channels of the latents: 4."""
+        """Channels of the latents: 4 of Stable Diffusion's, 8 of `tiny`'s."""
         return self.unet.config.out_channels
 
     @property

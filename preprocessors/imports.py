@@ -1,4 +1,4 @@
-"""What is to be done before and while much is imported."""
+"""What makes large imports quick, and what must be set before torch is one of them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def uncollected() -> Iterator[None]:
 
 
 def share_cores() -> None:
-    """Have torch's threads wait for each other for a moment only before they sleep; to be called before torch is
-    imported.
+    """Make threads of torch that wait for each other sleep after a moment, in place of spinning; to be called before
+    torch is imported.
 
     By default they spin for milliseconds, on the cores that another command needs: two that made images at once took 88
     s in place of 10 (benchmarks/LOG.md). What the environment says stays.

@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import time
+from itertools import count
 from operator import attrgetter
 from pathlib import Path
 
@@ -49,23 +50,31 @@ def prepared(name: str):
         raise ValueError("this one cannot be made")
     if name == "hangs":
         time.sleep(600)
-    return turns.Prepared(lambda n: torch.full((2,), 1.5) * n, 2, lambda n: torch.tensor([1.0, 2.0]) * n)
+    calls = count(1)
+
+    def run(n: int) -> torch.Tensor:
+        if name == "breaks" and next(calls) == 3:  # the first call is not of a round
+            raise ValueError("this one ends in its second round")
+        return torch.full((2,), 1.5) * n
+
+    return turns.Prepared(run, 2, lambda n: torch.tensor([1.0, 2.0]) * n)
 
 
 def test_rows_are_measured_in_turns(monkeypatch, capfd):
     """Those that are ready, each in a process of its own; the others are named, and hold nothing up."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     turns = importlib.import_module("turns")
-    assert turns.in_turns(prepared, [("hangs",)], 2) == {}
-    rows = turns.in_turns(prepared, [("one",), ("fails",), ("two",)], 120, rounds=2)
+    assert sorted(turns.in_turns(prepared, [("hangs",), ("one",)], 20, rounds=1)) == [("one",)]
+    rows = turns.in_turns(prepared, [("one",), ("fails",), ("breaks",), ("two",)], 120, rounds=2)
     assert sorted(rows) == [("one",), ("two",)]
     for row in rows.values():
         assert len(row.seconds) == 2 and all(0 < one < 1 for one in (*row.seconds, row.first))
         assert row.off == pytest.approx(1 / 2**0.5)  # off by 1 of a deviation of 2 / sqrt(2)
         assert row.result.tolist() == [3, 3]
     told = capfd.readouterr()
-    assert "('fails',): failed" in told.out and "('hangs',): not ready in 2 s" in told.out
-    assert "this one cannot be made" in told.err
+    assert "('fails',): failed" in told.out and "('breaks',): failed" in told.out
+    assert "('hangs',): not ready in 20 s" in told.out
+    assert "this one cannot be made" in told.err and "this one ends in its second round" in told.err
 
 
 @pytest.mark.slow

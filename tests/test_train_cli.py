@@ -234,9 +234,10 @@ def test_the_world_as_photos(tmp_path, monkeypatch):
     drawn = render(scenes, 32)
     made = dataset.World(drawn.images.numpy(), *[np.zeros(3)] * 3, [s.caption for s in scenes])
     monkeypatch.setattr(dataset, "world", lambda *a, **k: made)
-    found = find_pairs(dataset.world_photos(tmp_path / "world", 3, 32))
+    found = find_pairs(dataset.world_photos(tmp_path, 3, 32))
     assert [p.caption for p in found.pairs] == made.captions
     assert np.array_equal(read_image(found.pairs[1].image.read_bytes(), "")[0], made.images[1])
+    assert dataset.world_photos(tmp_path, 2, 32) != dataset.world_photos(tmp_path, 3, 32)
 
 
 def test_what_fails_before_the_first_step_leaves_no_run(data, config, tmp_path, capsys):

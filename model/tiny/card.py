@@ -181,7 +181,8 @@ def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tu
         captions = [held_out.captions[row] for row in rows]
         conditions = [measure.condition(held_out, int(row)) for row in rows]
         others = conditions[1:] + conditions[:1]
-        pictures = {"C": reconstruct(base, held_out.images[rows])}
+        drawn = held_out.images[rows]
+        pictures = {"C": reconstruct(base, drawn)}
         for key, by, given, half in (
             ("T", net, conditions, "cond"),
             ("S", net, others, "cond"),
@@ -199,14 +200,14 @@ def evaluate(weights: Path, runs: Path, scenes: int, device: torch.device) -> tu
             found["colours" + way] = colours.accuracy(pictures["T" + way], held_out, rows)
         card["control"][measure.kind] = found
         if measure.kind == "pose":
-            true, seen = held_out.joints[rows], joints.read(held_out.images[rows])
+            true, seen = held_out.joints[rows], joints.read(drawn)
             card["crossing"] = crossing_limbs(joints.read(pictures["T"]), true)
             card["crossing"]["read"] = crossing_limbs(seen, true)["pck"][0]
-            card["joints_read"] = interval(np.array(measure.scores(held_out.images[rows], held_out, rows, conditions)))
+            card["joints_read"] = interval(np.array(measure.scores(drawn, held_out, rows, conditions)))
         if measure.kind == "canny":
-            card["vae_psnr"] = interval(psnr(pictures["C"], held_out.images[rows]))
-            card["reader"] = colours.accuracy(held_out.images[rows], held_out, rows)
-            for name, made in (("colours_free", pictures["0"]), ("parts_reader", held_out.images[rows])):
+            card["vae_psnr"] = interval(psnr(pictures["C"], drawn))
+            card["reader"] = colours.accuracy(drawn, held_out, rows)
+            for name, made in (("colours_free", pictures["0"]), ("parts_reader", drawn)):
                 card[name] = colours.accuracy(made, held_out, rows, parts.read(made))
         for i in (0, 10):
             samples += [
@@ -252,9 +253,13 @@ def write_card(weights: Path, card: dict, training: dict) -> None:
     def lowest(name: str) -> str:
         return f"{min(value[0] for value in card[name].values()):.3f}"
 
-    stages = "\n".join(f"| {n} | {s['steps']:,} | {s['minutes']:.0f} |" for n, s in training["stages"].items())
+    stages = "\n".join(
+        f"| {name} | {stage['scenes']:,} | {stage['steps']:,} | {stage['minutes']:.0f} |"
+        for name, stage in training["stages"].items()
+    )
     parts = [_control_section(measure, card["control"][measure.kind]) for measure in measures(JointReader())]
-    people, (found, low, high), read = card["crossing"].values()
+    crossed = card["crossing"]
+    found, low, high = crossed["pck"]
     text = f"""---
 license: apache-2.0
 tags: [controlnet, text-to-image, stable-diffusion-layout]
@@ -267,11 +272,11 @@ spheres, cubes, cylinders and cones, people made of capsules, and posters of fla
 colours. It is there to learn, to test and to script with; for pictures of the real world take Stable Diffusion weights.
 
 ## Training
-{training["scenes"]:,} procedural scenes (no photo, no other data), on {training["machine"]}.
+Procedural scenes (no photo, no other data), on {training["machine"]}.
 One command trains it again: `make tiny`.
 
-| stage | optimiser steps | minutes |
-|---|---|---|
+| stage | scenes | optimiser steps | minutes |
+|---|---|---|---|
 {stages}
 
 ## Measured
@@ -287,12 +292,12 @@ Where floor, wall and main object are is told by a network trained on the world.
 |---|---|---|
 {chr(10).join(_row(region, values) for region, values in card["colours_free"].items())}
 
-{people} of the people have limbs that cross each other or the trunk: with T, PCK@0.1 of the joints of these limbs is
-{found:.3f} ({low:.3f} to {high:.3f}); of those of the scenes themselves the network reads {read:.3f}.
+{crossed["people"]} of the people have limbs that cross each other or the trunk: with T, PCK@0.1 of the joints of these
+limbs is {found:.3f} ({low:.3f} to {high:.3f}); of the scenes themselves the network reads {crossed["read"]:.3f}.
 
 Colours are read by the five nearest of 1,500 reference scenes; of the scenes themselves that is right in
-{lowest("reader")} or more, and where the network has to find the parts in {lowest("parts_reader")} or more. Joints are
-read by another network; of the scenes themselves it finds {card["joints_read"][0]:.3f}.
+at least {lowest("reader")}, and where the network has to find the parts in at least {lowest("parts_reader")}.
+Joints are read by another network; of the scenes themselves it finds {card["joints_read"][0]:.3f}.
 
 ![held-out scenes](samples.png)
 """

@@ -241,28 +241,29 @@ class Training:
         save_base(out, self.vae, self.unet, self.text_encoder, self.run / "tokenizer")
         for kind, net in self.nets.items():
             save_controlnet(net, out / f"controlnet-{kind}", torch.float16)
-        training = {"size": self.size, **self._trained_on(), "stages": self._spent()}
+        training = {"size": self.size, "machine": THEN.join(self._machines()), "stages": self._spent()}
         (out / "training.json").write_text(json.dumps(training, indent=2) + "\n")
 
-    def _trained_on(self) -> dict[str, Any]:
-        """How many scenes, and which machines; fewer scenes are the first ones of more."""
+    def _machines(self) -> list[str]:
+        """Which machines trained it, one after another."""
         here = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-        here += f", torch {torch.__version__}"
-        scenes, machines = 0, []
+        machines = []
         if any(name in self.earlier["stages"] for name in self.kept):
-            scenes, machines = self.earlier["scenes"], self.earlier["machine"].split(THEN)
+            machines = self.earlier["machine"].split(THEN)
         if not machines or any(reached.step for reached in self.progress.values()):
-            scenes, machines = max(scenes, self.args.scenes), [*machines, here]
-        return {"scenes": scenes, "machine": THEN.join(name for name, _ in groupby(machines))}
+            machines.append(f"{here}, torch {torch.__version__}")
+        return [name for name, _ in groupby(machines)]
 
     def _spent(self) -> dict[str, dict[str, float]]:
-        """Steps and minutes of each stage, those of an earlier training included."""
+        """Scenes, steps and minutes of each stage, those of an earlier training included; fewer scenes are the first
+        ones of more."""
         stages = {}
         for name, reached in self.progress.items():
             before = self.earlier["stages"].get(name, {}) if name in self.kept else {}
             steps, minutes = before.get("steps", 0) + reached.step, before.get("minutes", 0.0) + reached.seconds / 60
+            scenes = max(before.get("scenes", 0), self.args.scenes if reached.step else 0)
             if steps:
-                stages[name] = {"steps": steps, "minutes": round(minutes, 1)}
+                stages[name] = {"scenes": scenes, "steps": steps, "minutes": round(minutes, 1)}
         return stages
 
 

@@ -111,9 +111,9 @@ def _mapped(paths: list[Path], key: str, scenes: int) -> np.ndarray:
 
 
 def world_photos(folder: Path, scenes: int = 3000, size: int = 256, report=print) -> Path:
-    """The first `scenes` of the world as a folder of pictures with captions, `folder`, drawn where it is not there.
-    Raises OutputError."""
-    folder = Path(folder)
+    """The first `scenes` of the world as a folder of pictures with captions, one of those in `folder`, drawn where it
+    is not there. Raises OutputError."""
+    folder = Path(folder) / f"v{WORLD_VERSION}-{size}-{scenes}"
     if (folder / "metadata.jsonl").is_file():
         return folder
     try:
