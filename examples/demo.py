@@ -26,7 +26,7 @@ PROMPTS = {
         "a person standing in a white shirt and red trousers, brown floor, blue wall",
         "a person walking in a yellow shirt and black trousers, green floor, cyan wall",
     ),
-    "depth": ("a large yellow cylinder, grey floor, green wall", "a poster of circles in red, yellow, black and white"),
+    "depth": ("a large white cylinder, brown floor, grey wall", "a large cyan sphere, black floor, black wall"),
 }
 NO_WEIGHTS = 5
 """Exit code of a command that lacks a model, here without a network at the first use of a detector."""
