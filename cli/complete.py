@@ -1,9 +1,12 @@
-"""What a shell offers after a flag: names of the tables, and keys of a condition. Imports no library."""
+"""What a shell offers after a flag: names of the tables, and keys of a condition; else it offers files. Imports no
+library."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+import os
+import shlex
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from typer._click.shell_completion import CompletionItem
@@ -31,10 +34,14 @@ WORDS = {
     "form": ("webdataset", "parquet"),
 }
 """The same, written out: their modules import torch."""
+NUMBERS = {"scale": ("0.5", "1"), "start": ("0", "0.5"), "end": ("0.5", "1")}
+"""Keys of a condition that are numbers, and some of them."""
+COMPLETING = "_CONTROLNET_COMPLETE"
+"""What the shell's script sets, to `complete_bash` and the like."""
 
 
-def words_of(name: str) -> list[str]:
-    """What a parameter or a key may be, as far as tables say it."""
+def words_of(name: str, command: str = "") -> list[str]:
+    """What a parameter of a command or a key may be, as far as tables say it."""
     words = list(WORDS.get(name, ()))
     for reference in NAMES.get(name, ()):
         module, table = reference.split(":")
@@ -42,7 +49,8 @@ def words_of(name: str) -> list[str]:
     if name == "detector":
         from controlnet.preprocessors.detectors.registry import DETECTORS
 
-        words += dict.fromkeys(row for rows in DETECTORS.values() for row in rows)
+        kinds = [DETECTORS[command]] if command in DETECTORS else DETECTORS.values()
+        words += dict.fromkeys(row for rows in kinds for row in rows)
     return words
 
 
@@ -52,23 +60,42 @@ def completion_of(parameter: Any) -> Callable[[Any, Any, str], list[CompletionIt
         return _condition
     if parameter.name not in (*NAMES, *WORDS, "detector"):
         return None
-    return lambda context, parameter, begun: _beginning(words_of(parameter.name), begun)
+    return lambda context, parameter, begun: [
+        CompletionItem(word) for word in words_of(parameter.name, context.info_name) if word.startswith(begun)
+    ]
 
 
-def _beginning(words: Iterable[str], begun: str, before: str = "") -> list[CompletionItem]:
-    """The words that go on from what was `begun`, else files."""
-    found = [CompletionItem(before + word) for word in words if word.startswith(begun)]
-    return found or [CompletionItem(before + begun, type="file")]
+def join_words(environment: MutableMapping[str, str]) -> None:
+    """Put together what bash took apart: it gives `a=b` as three words, and replaces the last one of them."""
+    if not _in_bash(environment):
+        return
+    try:
+        words, at = shlex.split(environment["COMP_WORDS"]), int(environment["COMP_CWORD"])
+    except (KeyError, ValueError):  # a quote that is not closed yet
+        return
+    joined = [""]
+    for word in [*words, ""][: at + 1]:
+        if "=" in (word, joined[-1][-1:]) and joined[-1]:
+            joined[-1] += word
+        else:
+            joined.append(word)
+    environment |= {"COMP_WORDS": shlex.join(joined[1:]), "COMP_CWORD": str(len(joined) - 2)}
 
 
 def _condition(context: Any, parameter: Any, begun: str) -> list[CompletionItem]:
-    """PATH, then ,KEY=VALUE."""
+    """PATH, then ,KEY=VALUE. Of one key its values are offered: after one candidate alone bash sets a space."""
     from controlnet.model.work.condition import KEYS
 
     path, comma, last = begun.rpartition(",")
     if not comma:
-        return [CompletionItem(begun, type="file")]
-    key, equals, value = last.partition("=")
-    if not equals:
-        return _beginning([f"{known}=" for known in KEYS], key, f"{path},")
-    return _beginning(words_of(key) if key in KEYS else (), value, f"{path},{key}=")
+        return []
+    keys = [key for key in KEYS if f"{key}=".startswith(last) or last.startswith(f"{key}=")]
+    words = [f"{key}=" for key in keys]
+    if len(keys) == 1:
+        words = [words[0] + value for value in (*NUMBERS.get(keys[0], ()), *words_of(keys[0]))] or words
+    there = len(begun.rpartition("=")[0]) + 1 if "=" in begun and _in_bash(os.environ) else 0
+    return [CompletionItem(f"{path},{word}"[there:]) for word in words if word.startswith(last)]
+
+
+def _in_bash(environment: Mapping[str, str]) -> bool:
+    return environment.get(COMPLETING) == "complete_bash"

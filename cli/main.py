@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 from controlnet.cli import show, verbose
+from controlnet.cli.complete import join_words
 from controlnet.cli.help import examples, finish, named
 from controlnet.cli.interrupts import insist_on_interrupts
 from controlnet.preprocessors.errors import ControlNetError, Exit
@@ -104,6 +105,7 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors=errors)  # bytes in a file's name that are not text come out unchanged
     insist_on_interrupts()
     share_cores()
+    join_words(os.environ)
     try:
         try:
             app(args)

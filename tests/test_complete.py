@@ -1,6 +1,7 @@
 """What a shell is offered: commands, flags, names of the tables, keys of a condition; without a library."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,14 +14,15 @@ PROGRAM = [sys.executable, "-m", "controlnet.cli.main"]
 
 
 def offered(*words):
-    """What a shell would offer for a line that ends in the last of these words."""
+    """What bash would offer for a line that ends in the last of these words, which it takes apart at `=`."""
+    parts = [part for word in ("controlnet", *words) for part in re.split("(=)", word)]
     environment = os.environ | {
-        "_CONTROLNET_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("controlnet", *words)),
-        "COMP_CWORD": str(len(words)),
+        "_CONTROLNET_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join(part for part in parts if part),
+        "COMP_CWORD": str(len([part for part in parts[:-1] if part])),
     }  # fmt: skip
     code = (
-        "import sys; from controlnet.cli.main import app; sys.argv[0] = 'controlnet'\n"
-        "try: app(prog_name='controlnet')\n"
+        "import sys; from controlnet.cli.main import main; sys.argv[0] = 'controlnet'\n"
+        "try: main()\n"
         "finally: print(*[m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -38,9 +40,15 @@ def offered(*words):
         (("generate", "--base", "sd15"), ["sd15", "sd15-inpainting"]),
         (("generate", "--mode", ""), ["balanced", "guess"]),
         (("generate", "--scheduler", "un"), ["unipc"]),
-        (("generate", "--cond", "a.png,det"), ["a.png,detect="]),
-        (("generate", "--cond", "a.png,detect=de"), ["a.png,detect=depth"]),
-        (("generate", "--cond", "a.png,scale=1,net=sd15-c"), ["a.png,scale=1,net=sd15-canny"]),
+        (("generate", "--base=sd15"), ["sd15", "sd15-inpainting"]),
+        (("generate", "--cond", "a.png,"), ["a.png,detect=", "a.png,kind="]),
+        (("generate", "--cond", "a.png,det"), ["a.png,detect=depth", "a.png,detect=pose"]),
+        (("generate", "--cond", "a.png,sc"), ["a.png,scale=0.5", "a.png,scale=1"]),
+        (("generate", "--cond", "a.png,detect="), ["depth", "pose"]),
+        (("generate", "--cond", "a.png,detect=de"), ["depth"]),
+        (("generate", "--cond", "a.png,scale=1,net=sd15-c"), ["sd15-canny"]),
+        (("generate", "--cond", "a.png,scale=1,ki"), ["1,kind=canny", "1,kind=pose"]),
+        (("detect", "depth", "--detector", "mi"), ["midas"]),
         (("models", "pull", "blaze"), ["blazepose"]),
         (("models", "convert", "a.pth", "b", "--to", ""), ["diffusers", "original"]),
         (("dataset", "build", "photos", "--to", ""), ["webdataset", "parquet"]),
@@ -48,6 +56,19 @@ def offered(*words):
 )
 def test_what_is_offered(words, some):
     assert set(some) <= set(offered(*([words] if isinstance(words, str) else words)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--cond", "photo.ca"),  # files, which the shell offers where nothing else is
+        ("generate", "--cond", "a.png,net=runs/ph"),
+        ("generate", "--base", "./sd"),
+        ("detect", "depth", "--detector", "dwp"),  # of another kind
+    ],
+)
+def test_nothing_is_offered(words):
+    assert offered(*words) == []
 
 
 def test_every_word_stands_for_a_parameter():
