@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import Counter
@@ -164,7 +165,9 @@ def _check_build(
     if per_file < 1:
         raise UsageError(f"--per-file {per_file}: expected 1 or more", "--per-file 1000")
     if out.resolve().is_relative_to(photos.resolve()) and not (out / "manifest.json").is_file():
-        raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", f"-o {photos}-data")
+        beside = f"{photos.resolve()}-data"
+        hint = f"-o {quote(beside if photos.is_absolute() else os.path.relpath(beside))}"
+        raise UsageError(f"{out}: lies in the folder of the photos, and would be taken for photos", hint)
     if found.form != "photos" and to is None:
         hint = f"controlnet train {photos}; or --to webdataset packs them"
         raise UsageError(f"{photos}: holds pairs already ({found.form})", hint)

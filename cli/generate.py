@@ -38,7 +38,7 @@ from controlnet.model.work.crew import places
 from controlnet.model.work.jobs import Job, make_job
 from controlnet.model.work.machine import silence_libraries
 from controlnet.model.work.named import check_names
-from controlnet.model.work.outputs import IMAGES, check_png, exists_already, is_folder, keeps
+from controlnet.model.work.outputs import IMAGES, check_existing, check_png, exists_already, is_folder, keeps
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import is_file, read_text
 from controlnet.preprocessors.remote import place
@@ -100,13 +100,15 @@ class _Failures:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.hints: set[str] = set()
 
     def __call__(self, name: str, error: ControlNetError) -> None:
         if not name:
             raise error
         self.names.add(name)
         say(f"error: {name}: {error}")
-        if error.hint:
+        if error.hint and error.hint not in self.hints:  # the same cure is told once
+            self.hints.add(error.hint)
             say(f"hint: {error.hint}")
 
     def end(self, jobs: list) -> None:
@@ -149,6 +151,7 @@ def _generate(
     if preview is not None:
         check_png("--preview", preview)
         keeps(preview, overwrite, skip_existing=False)
+    check_existing(overwrite, skip_existing)
     used = places(processes, devices, ray)
     failed = _Failures()
     part, sharded = parse_shard(shard), shard is not None

@@ -20,6 +20,7 @@ from controlnet.cli.help import examples, finish, named
 from controlnet.cli.interrupts import insist_on_interrupts
 from controlnet.preprocessors.errors import ControlNetError, Exit
 from controlnet.preprocessors.imports import share_cores, uncollected
+from controlnet.preprocessors.log import LOG
 from typer.core import TyperGroup
 
 COMMANDS = {
@@ -110,7 +111,6 @@ def main(args: list[str] | None = None) -> None:
         try:
             app(args)
         finally:
-            verbose.close()
             show.close()
             sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends
             if args is None and not _is_one_of_several():
@@ -136,6 +136,8 @@ def main(args: list[str] | None = None) -> None:
         full = error.errno in _FULL
         _tell(f"{name}: {error.strerror}", "free some disk, then the same command again" if full else "")
         _leave(Exit.OUTPUT if full or error.errno == errno.EROFS else Exit.INPUT)
+    finally:
+        verbose.close()
 
 
 def _is_one_of_several() -> bool:
@@ -150,6 +152,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _tell(text: str, hint: str) -> None:
     for word, line in (("error", text), ("hint", hint)):
         if line:
+            LOG.debug("%s: %s", word, line)
             print(f"{word}: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 

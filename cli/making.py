@@ -13,7 +13,7 @@ import typer
 from controlnet.cli.bars import bytes_bar, count_bar
 from controlnet.cli.options import say, tell
 from controlnet.model.work.crew import places
-from controlnet.model.work.outputs import IMAGES, check_png, is_folder, keeps
+from controlnet.model.work.outputs import IMAGES, check_existing, check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.detector import Detector, On
 from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.files import exists, is_dir
@@ -43,10 +43,11 @@ def make_maps(
 
     # What is asked for, and whether it can be.
     flags = SimpleNamespace(**{"steady": False} | given, keypoints=keypoints)
+    check_existing(flags.overwrite, flags.skip_existing)
     size = parse_size(flags.size)
     check_resize(flags.resize)
     flags.part, flags.used = parse_shard(flags.shard), places(flags.processes, None, flags.ray)
-    flags.kinds = [row.kind for row, _ in chosen]
+    flags.kinds, flags.hints = [row.kind for row, _ in chosen], set()
     inputs = maps.expand(flags.inputs, flags.recursive, say)
     flags.films = [source for source in inputs if is_clip(source)]
     flags.photos = [source for source in inputs if source not in flags.films]
@@ -80,7 +81,7 @@ def make_maps(
             if len(chosen) == 1:
                 raise
             failed += len(inputs)
-            say(f"error: {detector.kind}: {error}")
+            _say_error(flags, detector, error)
             missing[detector.kind] = str(error).split(" (")[0].split(": ")[-1]
     if flags.sheet is not None and any(shown.values()):
         maps.write_preview(flags.sheet, shown, missing)
@@ -113,7 +114,7 @@ def _photos(flags: SimpleNamespace, job: Detection, crew: Callable, shown: Shown
                 if len(flags.photos) + len(flags.films) == 1:
                     raise made.error
                 failed += 1
-                say(f"error: {f'{job.detector.kind}: ' if len(flags.kinds) > 1 else ''}{made.error}")
+                _say_error(flags, job.detector, made.error)
             elif made.png is not None:
                 sys.stdout.buffer.write(made.png)
                 sys.stdout.flush()
@@ -143,8 +144,16 @@ def _films(flags: SimpleNamespace, job: Detection, shown: Shown) -> int:
             if len(flags.photos) + len(flags.films) == 1:
                 raise
             failed += 1
-            say(f"error: {f'{job.detector.kind}: ' if len(flags.kinds) > 1 else ''}{error}")
+            _say_error(flags, job.detector, error)
     return failed
+
+
+def _say_error(flags: SimpleNamespace, detector: Detector, error: ControlNetError) -> None:
+    """One of several that failed. What may be done is said once, not for each of them."""
+    say(f"error: {f'{detector.kind}: ' if len(flags.kinds) > 1 else ''}{error}")
+    if error.hint and error.hint not in flags.hints:
+        flags.hints.add(error.hint)
+        say(f"hint: {error.hint}")
 
 
 def _film(flags: SimpleNamespace, asked: ClipJob, shown: Shown) -> None:

@@ -35,6 +35,7 @@ def warn(text: str) -> None:
 
 def tell(fields: dict[str, Any], as_json: bool) -> None:
     """One line of data on standard output: the path, or the whole object."""
+    LOG.debug("written: %s", fields["output"])
     print(dumps(fields) if as_json else fields["output"], flush=True)
     show(fields["output"])
 

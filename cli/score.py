@@ -25,7 +25,7 @@ Image = Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="An image t
 Cond = Annotated[
     list[str] | None,
     typer.Option(
-        "--cond", metavar="PATH[,kind=KIND]",
+        "--cond", metavar="PATH[,kind=KIND][,detect=KIND]",
         help="The map it should keep to, or OpenPose's JSON; repeat for several. (default: the image's record's)",
     ),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ def _begin(wanted: bool) -> None:
         raise UsageError(
             "--show: standard output is not a terminal", "--preview sheet.png, or controlnet report FOLDER"
         )
+    logging.getLogger("textual_image").setLevel(logging.CRITICAL)  # it tells, at length, what a terminal cannot do
     try:
         import textual_image.renderable  # noqa: F401  (it asks the terminal what it can)
     except ImportError:

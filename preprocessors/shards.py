@@ -25,7 +25,7 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS", "", ""),
 )
 """Variables that launchers set: of the task, the number of tasks, the first task, the step between two."""
-HINT = "--shard 1/4, ... --shard 4/4; or --shard auto"
+HINT = "--shard 1/4, ... --shard 4/4"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def parse_shard(text: str | None, environment: Mapping[str, str] = os.environ) -
         return _launched(environment)
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UsageError(f"--shard {text}: expected I/N with I from 1 to N", HINT)
+        raise UsageError(f"--shard {text}: expected I/N with I from 1 to N", f"{HINT}; or --shard auto")
     return Shard(int(number), int(count))
 
 

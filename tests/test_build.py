@@ -21,10 +21,14 @@ def test_photos_of_one_name_get_names_of_their_own(tmp_path):
     assert len({name.lower() for name in names}) == 5 and "c" in names
 
 
-def test_build_into_the_photos_folder_is_refused(tmp_path, capsys):
+def test_build_into_the_photos_folder_is_refused(tmp_path, capsys, monkeypatch):
     photos(tmp_path / "photos")
     assert run("dataset", "build", tmp_path / "photos", "-o", tmp_path / "photos/data") == Exit.USAGE
-    assert "would be taken for photos" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "would be taken for photos" in err and f"hint: -o {tmp_path}/photos-data" in err
+    monkeypatch.chdir(tmp_path / "photos")
+    assert run("dataset", "build", ".", "-o", "data") == Exit.USAGE
+    assert "hint: -o ../photos-data" in capsys.readouterr().err
 
 
 def test_build_makes_pairs_and_goes_on_where_it_stopped(tmp_path, capsys):

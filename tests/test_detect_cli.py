@@ -67,6 +67,7 @@ def test_existing_files(run, folder):
     target.write_bytes(b"mine")
     code, _, err = run("detect", "canny", folder / "one.png")
     assert code == Exit.OUTPUT and "exists already" in err and "--overwrite" in err
+    assert run("detect", "canny", folder / "one.png", "--skip-existing", "--overwrite")[0] == Exit.USAGE
     code, out, _ = run("detect", "canny", folder / "one.png", "--skip-existing")
     assert code == 0 and out == f"{target}\n" and target.read_bytes() == b"mine"
     assert run("detect", "canny", folder / "one.png", "--overwrite")[0] == 0

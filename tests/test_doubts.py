@@ -90,7 +90,7 @@ def test_generate_warns_and_strict_refuses(tmp_path, small_base_folder, capsys, 
     command = ("generate", "--base", base, "--cond", cond, "--prompt", "x", "--steps", "1", "-o", out)
     assert run(*command, "--strict") == Exit.INPUT
     err = capsys.readouterr().err
-    assert "m.canny.png: mostly white" in err and "hint: invert" in err and not out.exists()
+    assert "m.canny.png: mostly white" in err and "hint: controlnet check MAP --fix" in err and not out.exists()
     assert run(*command) == 0
     assert "warning: " in (err := capsys.readouterr().err) and "mostly white" in err
 
@@ -187,7 +187,7 @@ def test_the_command_tells_mends_and_overwrites_nothing(tmp_path, lines, floor, 
     assert run("check", tmp_path) == Exit.INPUT
     out = capsys.readouterr().out
     assert (
-        "a.canny.png: inverted lines: mostly white" in out and "hint: invert" in out and "b.depth.png: nothing" in out
+        "a.canny.png: inverted lines: mostly white" in out and "check MAP --fix" in out and "b.depth.png: nothing" in out
     )
     assert run("check", tmp_path / "a.canny.png", "--fix") == 0
     fixed = tmp_path / "a.fixed.canny.png"

@@ -42,6 +42,12 @@ def test_an_image_that_is_its_own_condition_is_perfect_and_another_is_not(run, f
     assert told(run, files / "other.png", "--cond", files / "photo.depth.png")[0]["rmse"] > 10
 
 
+def test_a_photo_is_a_condition_when_its_map_is_made(run, files):
+    (own,) = told(run, files / "photo.png", "--cond", f"{files}/photo.png,detect=canny")
+    assert own["kind"] == "canny" and own["f1"] > 0.95
+    assert told(run, files / "other.png", "--cond", f"{files}/photo.png,detect=canny")[0]["f1_near"] < 0.9
+
+
 def test_the_maps_own_options_are_used(run, files):
     run(
         "detect",
@@ -124,6 +130,8 @@ def test_the_interval_is_the_normal_ones_for_many():
     (("{f}/photo.png",), Exit.INPUT, "names no condition"),
     ((), Exit.USAGE, "give an image"),
     (("--jobs", "{f}/none.jsonl"), Exit.INPUT, "no jobs in it"),
+    (("--jobs", "{f}/photo.png"), Exit.INPUT, "is not text, expected jobs"),
+    (("{f}/photo.png", "--cond", "{f}/photo.png,detect=canny,scale=2"), Exit.USAGE, "kind= and detect= alone"),
 ])  # fmt: skip
 def test_mistakes_are_told(run, files, photo, args, code, said):
     Image.fromarray(canny(photo)[:48]).save(files / "wide.canny.png")
@@ -177,6 +185,20 @@ def test_the_best_of_several_images_are_kept(run, small_base_folder, tmp_path, m
         assert code == Exit.USAGE and said in err
     code, _, err = run("generate", "--base", small_base_folder / "base", "-p", "x", "--num", 2, "--keep-best", 1)
     assert code == Exit.USAGE and "no condition" in err and not (tmp_path / "no").exists()
+
+
+def test_a_map_that_is_another_one_now_or_gone_is_told(run, small_base_folder, files, monkeypatch):
+    monkeypatch.chdir(files)
+    job = ("generate", "--base", small_base_folder / "base", "--cond", f"photo.canny.png,net={small_base_folder}/net")
+    assert run(*job, "-p", "x", "--steps", 1, "--seed", 1, "--size", "128x96", "-o", "made/a.png")[0] == 0
+    assert "is not the file" not in run("score", "made/a.png")[2]
+    assert run("detect", "canny", "other.png", "--size", "128x96", "-o", "photo.canny.png", "--overwrite")[0] == 0
+    code, _, err = run("score", "made/a.png")
+    assert code == 0 and "warning: photo.canny.png: is not the file that made/a.png was made with" in err
+    (files / "photo.canny.png").unlink()
+    for name in ("score", "replay"):
+        code, _, err = run(name, "made/a.png")
+        assert code == Exit.INPUT and f"hint: controlnet {name} made/a.png --cond PATH" in err
 
 
 @pytest.mark.parametrize("made", ["by detect", "by others"])

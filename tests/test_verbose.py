@@ -49,6 +49,13 @@ def test_a_file_has_all_of_it_with_the_time(photo, tmp_path, capsys):
     assert "canvas 128x128" in err and "loading unet" not in err
 
 
+def test_a_file_has_errors_and_what_was_written(photo, capsys):
+    assert run("detect", "canny", photo, "--log", "run.log") == 0
+    assert run("detect", "canny", "gone.png", "--log", "run.log") == Exit.INPUT
+    text = "\n".join(line[24:] for line in Path("run.log").read_text().splitlines())
+    assert "written: photo.canny.png" in text and "error: gone.png: no such file" in text and "hint: ls" in text
+
+
 def test_a_log_that_cannot_be_written(photo, capsys):
     assert run("detect", "canny", photo, "--log", "photo.png/run.log") == Exit.OUTPUT
     assert "--log photo.png/run.log: cannot be written" in capsys.readouterr().err

@@ -44,6 +44,12 @@ def read_jobs_file(path: str) -> list[Line]:
     return list(read_jobs(path, b"" if empty else read_bytes(path)))
 
 
+def _is_binary(head: bytes) -> bool:
+    """Whether a file that begins so is a picture, an archive or the like: not text with a bad line in it."""
+    first = head.splitlines()[0]
+    return b"\0" in head and (b"\0" in first or "\ufffd" in first.decode(errors="replace"))
+
+
 def read_jobs(path: str, data: bytes) -> Iterator[Line]:
     """(where, what is given) for every job in a file: JSON Lines, or CSV with the keys in its first line and a job's
     conditions separated by |. A line that is not a job yields its error. Raises InputError for a file without jobs."""
@@ -52,6 +58,8 @@ def read_jobs(path: str, data: bytes) -> Iterator[Line]:
         decoded(data, path)  # raises: every line of it is unreadable
     if not data.strip():
         raise InputError(f"{path}: no jobs in it", f"{EXAMPLE}   (one per line)")
+    if _is_binary(data[:1000]):
+        raise InputError(f"{path}: is not text, expected jobs", f"{EXAMPLE}   (one per line)")
     # Bytes that are not UTF-8 spoil only their own line.
     text = data.decode("utf-8", errors="surrogateescape")
     if path.lower().endswith(".csv"):

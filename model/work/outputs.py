@@ -50,6 +50,12 @@ def check_png(flag: str, path: Path, endings: tuple[str, ...] = MAPS) -> None:
         )
 
 
+def check_existing(overwrite: bool, skip_existing: bool) -> None:
+    """Raises UsageError for what cannot both be done with a result that is there."""
+    if overwrite and skip_existing:
+        raise UsageError("--overwrite replaces what is there, --skip-existing leaves it", "one of the two")
+
+
 def keeps(path: Path, overwrite: bool, skip_existing: bool) -> bool:
     """Whether an existing result is to be left alone. Raises OutputError when it is in the way, or when its place
     cannot be written, so that this is known before the work."""

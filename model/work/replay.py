@@ -18,7 +18,7 @@ from controlnet.model.work.prepared import Image
 from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.devices import choose_device
 from controlnet.preprocessors.errors import InputError, UsageError, reason
-from controlnet.preprocessors.files import is_file
+from controlnet.preprocessors.files import exists, is_file
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load
 from controlnet.preprocessors.tars import is_member
@@ -197,6 +197,8 @@ def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> Conditio
     if path == "-":
         raise InputError(f"{image}: its condition came from standard input", f"controlnet replay {image} --cond MAP")
     path = where_now(path, image)
+    if not (exists(path) or is_member(path)):
+        raise InputError(f"{path}: no such file, a condition of {image}", f"controlnet replay {image} --cond PATH")
     scale, detect = condition["scale"], condition.get("detect") or {}
     return ConditionFlag(
         path,

@@ -10,9 +10,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from controlnet.model.sampling.canvas import on_canvas, to_canvas
+from controlnet.model.sampling.canvas import detection_size, on_canvas, to_canvas
 from controlnet.model.work.cluster import share
-from controlnet.model.work.condition import parse_condition, where_now
+from controlnet.model.work.condition import ConditionFlag, parse_condition, where_now
 from controlnet.model.work.crew import Crew, killed_twice
 from controlnet.preprocessors.agreement import (
     aligned,
@@ -28,12 +28,14 @@ from controlnet.preprocessors.condition import Condition, read_condition, record
 from controlnet.preprocessors.detectors.detector import Ready
 from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError, reason
+from controlnet.preprocessors.files import exists
 from controlnet.preprocessors.geometry import fit, inside
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.kinds import KINDS, PEOPLE, kind_named
-from controlnet.preprocessors.metadata import load
+from controlnet.preprocessors.metadata import load, sha256
 from controlnet.preprocessors.skeleton import JOINTS, draw
 from controlnet.preprocessors.stage_one import stage_one
+from controlnet.preprocessors.tars import is_member
 
 ASPECT = 0.05
 """How far the ratio of the image's aspect to the map's may be from 1."""
@@ -154,6 +156,8 @@ class Scorer:
         path = _recorded_path(entry, name)
         box = tuple(entry["box"]) if "box" in entry else None
         image, made = inside(image, box if is_part else None), entry.get("detect")
+        if entry.get("sha256") not in (None, sha256(read_bytes(path))):
+            self.say(f"warning: {path}: is not the file that {name} was made with")
         if made is None:
             condition = read_condition(path, entry["kind"], (image.shape[1], image.shape[0]))
             return path, self.of_canvas(image, condition if box is None else condition.within(box), name)
@@ -171,9 +175,15 @@ class Scorer:
         return self.compare(image, condition, name)
 
     def of(self, image: np.ndarray, name: str, cond: str) -> Scored:
-        """The scores of an image (H, W, 3) uint8 for one condition, PATH[,kind=KIND]."""
-        flag = parse_condition(cond)
-        return self.compare(image, read_condition(flag.path, flag.kind, (image.shape[1], image.shape[0])), name)
+        """The scores of an image (H, W, 3) uint8 for one condition, PATH[,kind=KIND], or of a photo PATH,detect=KIND.
+        Raises UsageError for what only acts while an image is made."""
+        flag, size = parse_condition(cond), (image.shape[1], image.shape[0])
+        if flag != ConditionFlag(flag.path, flag.detect, flag.kind):
+            raise UsageError(f"--cond {cond}: score knows kind= and detect= alone", f"--cond {flag.path}")
+        if flag.detect is None:
+            return self.compare(image, read_condition(flag.path, flag.kind, size), name)
+        made = stage_one(flag.path, self.ready(flag.detect, None, "{}"), detection_size(size))
+        return self.of_canvas(image, recorded(made.map, flag.kind or made.kind, flag.path, made.record), name)
 
     def compare(self, image: np.ndarray, condition: Condition, name: str) -> Scored:
         """The scores of an image (H, W, 3) uint8 for a condition. Raises as `check` does, and InputError if their
@@ -352,4 +362,7 @@ def _recorded_path(entry: dict[str, Any], image: str) -> str:
     """The path where a condition in an image's record is now."""
     if entry["path"] == "-":
         raise InputError(f"{image}: its condition came from standard input", f"controlnet score {image} --cond MAP")
-    return where_now(entry["path"], image)
+    path = where_now(entry["path"], image)
+    if not (exists(path) or is_member(path)):
+        raise InputError(f"{path}: no such file, a condition of {image}", f"controlnet score {image} --cond PATH")
+    return path

@@ -40,7 +40,7 @@ def inverted(look: Look) -> Doubt | None:
     return Doubt(
         "inverted lines",
         "mostly white; lines must be white on black",
-        "invert the map's colours",
+        "controlnet check MAP --fix inverts it",
         lambda: 255 - look.map,
     )
 

@@ -66,7 +66,7 @@ def reversed_depth(look: Look) -> Doubt | None:
     return Doubt(
         "reversed depth",
         "it grows lighter upwards: near may be black in it, and must be white",
-        "invert the map's levels, if so",
+        "controlnet check MAP --fix inverts it, if so",
         lambda: 255 - look.map,
         certain=False,
     )
