@@ -79,7 +79,7 @@ def join_words(environment: MutableMapping[str, str]) -> None:
             joined[-1] += word
         else:
             joined.append(word)
-    environment |= {"COMP_WORDS": shlex.join(joined[1:]), "COMP_CWORD": str(len(joined) - 2)}
+    environment.update(COMP_WORDS=shlex.join(joined[1:]), COMP_CWORD=str(len(joined) - 2))
 
 
 def _condition(context: Any, parameter: Any, begun: str) -> list[CompletionItem]:

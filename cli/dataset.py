@@ -101,9 +101,7 @@ def build(
     ] = None,
     size: Annotated[str, typer.Option(help="Size of pictures and maps: WIDTHxHEIGHT, or one number.")] = "512",
     resize: Annotated[str, typer.Option(help="crop, pad or stretch.")] = "crop",
-    jobs: Annotated[
-        int | None, typer.Option("-j", "--jobs", "--processes", help="Processes. (default: one per core)")
-    ] = None,
+    jobs: Annotated[int | None, typer.Option("-j", "--processes", help="Processes. (default: one per core)")] = None,
     ray: RayAddress = None,
     form: To = None,
     per_file: PerFile = 1000,

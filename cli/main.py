@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -18,9 +19,11 @@ from controlnet.cli import show, verbose
 from controlnet.cli.complete import join_words
 from controlnet.cli.help import examples, finish, named
 from controlnet.cli.interrupts import insist_on_interrupts
-from controlnet.preprocessors.errors import ControlNetError, Exit
+from controlnet.preprocessors.errors import ControlNetError, Exit, UsageError
 from controlnet.preprocessors.imports import share_cores, uncollected
 from controlnet.preprocessors.log import LOG
+from typer._click.exceptions import NoArgsIsHelpError
+from typer._click.exceptions import UsageError as TyperUsageError
 from typer.core import TyperGroup
 
 COMMANDS = {
@@ -50,11 +53,32 @@ class Commands(TyperGroup):
     def get_params(self, ctx):
         return named(super().get_params, ctx)
 
+    def make_context(self, *args, **extra):
+        with _as_ours():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx):
+        with _as_ours():
+            return super().invoke(ctx)
+
     def resolve_command(self, ctx, args):
         if args[0] not in COMMANDS:
             return super().resolve_command(ctx, args)
         with uncollected():
             return args[0], _command(args[0]), args[1:]
+
+
+@contextlib.contextmanager
+def _as_ours() -> Iterator[None]:
+    """What Typer finds wrong with a command's words is told as all other mistakes are."""
+    try:
+        yield
+    except NoArgsIsHelpError:
+        raise
+    except TyperUsageError as error:
+        text = error.format_message().rstrip(".")
+        command = error.ctx.command_path if error.ctx else "controlnet"
+        raise UsageError(text[:1].lower() + text[1:], f"{command} --help") from error
 
 
 def _command(name: str):
@@ -109,7 +133,7 @@ def main(args: list[str] | None = None) -> None:
     join_words(os.environ)
     try:
         try:
-            app(args)
+            app(args, prog_name="controlnet")
         finally:
             show.close()
             sys.stdout.flush()  # here, where its errors can be reported, not when the interpreter ends

@@ -27,6 +27,13 @@ class AsItIs:
             (of,) = get_args(wanted)
             if all(type(one) is of for one in value):
                 return list(value)
+        number = next((one for one in (int, float) if wanted is one or one in get_args(wanted)), None)
+        if number is not None and isinstance(value, str):
+            try:
+                return number(value)
+            except ValueError:
+                expected = "a whole number" if number is int else "a number"
+                raise typer.BadParameter(f"{value}: expected {expected}", ctx, param) from None
         return self.make().coerce(value, param=param, ctx=ctx)
 
 

@@ -77,6 +77,13 @@ def can_be_steadied(name: str) -> bool:
     return kind_named(name).form == PEOPLE or kind_named(name).score == "depth"
 
 
+def stands_in(kind: str, other: str) -> bool:
+    """Whether a map of one kind may be taken for one of another: line maps may, and those of which nothing is known."""
+    if kind not in KINDS or other not in KINDS or kind.split("_")[0] == other.split("_")[0]:
+        return True
+    return KINDS[kind].is_lines and KINDS[other].is_lines
+
+
 def kind_named(name: str) -> Kind:
     """The row of a kind; for one that is not in the table a new row, as a picture."""
     return KINDS.get(name, Kind(name))

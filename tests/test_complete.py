@@ -115,8 +115,9 @@ def test_small_commands_import_no_pydantic(tmp_path):
     ("flags", "told"),
     [
         (["--low", "50", "--high", "60"], ""),
-        (["--low", "x"], "--low"),
-        (["--processes", "1.5"], "--processes"),
+        (["--low", "x"], "error: invalid value for '--low': x: expected a whole number\nhint: controlnet detect"),
+        (["--processes", "1.5"], "error: invalid value for '--processes': 1.5: expected a whole number"),
+        (["--lo", "1"], "error: no such option: --lo"),
     ],
 )
 def test_values_are_converted_as_before(tmp_path, flags, told, capsys):

@@ -186,9 +186,7 @@ def test_the_command_tells_mends_and_overwrites_nothing(tmp_path, lines, floor, 
     assert "nothing to doubt (depth, 128x96)" in capsys.readouterr().out
     assert run("check", tmp_path) == Exit.INPUT
     out = capsys.readouterr().out
-    assert (
-        "a.canny.png: inverted lines: mostly white" in out and "check MAP --fix" in out and "b.depth.png: nothing" in out
-    )
+    assert "a.canny.png: inverted lines: mostly white" in out and "MAP --fix" in out and "b.depth.png: nothing" in out
     assert run("check", tmp_path / "a.canny.png", "--fix") == 0
     fixed = tmp_path / "a.fixed.canny.png"
     assert "inverted lines: mended in" in capsys.readouterr().out

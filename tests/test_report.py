@@ -254,7 +254,7 @@ def test_a_page_is_renewed_and_another_file_is_not(results, capsys):
         (["gone/"], Exit.INPUT, "is not a folder"),
         (["empty/"], Exit.INPUT, "neither a training run nor images"),
         (["empty/", "run/"], Exit.USAGE, "is not a training run"),
-        (["run/", "-o", "page.png"], Exit.OUTPUT, "is an HTML file"),
+        (["run/", "-o", "page.png"], Exit.USAGE, "is an HTML file"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, code, said):

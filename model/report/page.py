@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from controlnet.preprocessors.errors import OutputError
+from controlnet.preprocessors.errors import OutputError, UsageError
 from controlnet.preprocessors.files import write_file
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
@@ -39,10 +39,11 @@ def finite(data: Any) -> Any:
 
 
 def check_page(path: Path, overwrite: bool) -> None:
-    """Raises OutputError for a file that is there and not a page of ours, unless it may be overwritten."""
+    """Raises UsageError for a file of another sort, OutputError for one that is there and not a page of ours, unless it
+    may be overwritten."""
     if path.suffix not in (".html", ".htm"):
         name = "report" if str(path) == "-" else path
-        raise OutputError(f"{path}: a report is an HTML file", f"-o {name}.html")
+        raise UsageError(f"{path}: a report is an HTML file", f"-o {name}.html")
     if path.exists() and not overwrite and MARK not in _head(path):
         raise OutputError(f"{path}: exists and is not a report", "--overwrite, or another -o FILE.html")
 

@@ -101,7 +101,7 @@ def look_at(sets: Sequence[Samples], strict: bool, warn: Callable[[str], None], 
         found = [doubt for doubt in found if doubt.what != "inverted lines"]
     for what, number in Counter(doubt.what for doubt in found).items():
         doubt = next(d for d in found if d.what == what)
-        text = f"{number} of the first {len(maps)} conditions: {what}, such as {doubt.text}"
+        text = f"{number} of the first {len(maps)} conditions: {what} ({doubt.text})"
         if strict:
             raise InputError(text, doubt.cure)
         warn(f"{text}; {doubt.cure}")

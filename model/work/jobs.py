@@ -84,7 +84,7 @@ class Job:
     """ddim, euler, unipc, ... (default: the base's)"""
     base: str = options.option("tiny", options.text, flag_default=None)
     """The text-to-image model: a name of `models list`, a folder in diffusers' layout, a single file, or a hub id.
-    (default: $CONTROLNET_BASE, what `models use` said, tiny)"""
+    (default: what $CONTROLNET_BASE says, or `models use` said, or tiny)"""
     vae: str | None = options.option(None, options.text)
     """Another VAE than the base's own: a folder, a single file, or a hub id."""
     lora: tuple[str, ...] = options.option((), options.loras, list[str], metavar="FILE[:scale]", flag_default=None)
@@ -96,7 +96,7 @@ class Job:
     size: tuple[int, int] | None = options.option(None, options.size)
     """Canvas, WIDTHxHEIGHT or one number. (default: the condition's aspect at the base's native size)"""
     init: str | None = options.option(None, options.text, shared=False)
-    """A picture to start from, or a folder of them; `--cond @init,detect=KIND` takes its condition from it."""
+    """A picture to start from, or a folder of them; `--cond @init,...` makes a condition of it."""
     strength: float | None = options.option(None, options.number, float)
     """How much of the sampling is made on it: 0.1 keeps nearly all of it, 1 hardly anything. (default: 0.6; 1
     where there is a mask)"""

@@ -18,7 +18,7 @@ import torch
 from controlnet.model.base import Base
 from controlnet.model.control.strength import Strength
 from controlnet.model.files.hashes import model_hash
-from controlnet.model.registry import recorded_name
+from controlnet.model.registry import NETS, recorded_name
 from controlnet.model.sampling.canvas import canvas_size, own_size
 from controlnet.model.sampling.generate import Encoded, Request, generate
 from controlnet.model.sampling.loop import count_evaluations
@@ -49,7 +49,7 @@ from controlnet.preprocessors.condition import Condition
 from controlnet.preprocessors.errors import ControlNetError, ModelError
 from controlnet.preprocessors.files import whole_path
 from controlnet.preprocessors.geometry import WHOLE, Box, inside, window
-from controlnet.preprocessors.kinds import kind_named
+from controlnet.preprocessors.kinds import kind_named, stands_in
 from controlnet.preprocessors.metadata import sha256
 from controlnet.preprocessors.stage_one import MAKING
 
@@ -267,6 +267,9 @@ class Studio:
         assert job.size is not None
         source = self.sources.source(job.base, flag, condition.kind)
         net, net_hash = self.models.net(job.base, whole_path(source))
+        known = NETS.get(flag.net or "")
+        if known is not None and not any(stands_in(condition.kind, kind) for kind in known.kinds):
+            self.pictures.warn(f"{flag.path}: is a {condition.kind} map, and {flag.net} is for {known.kind}")
         painting = self.pictures.painting(job)
         if kind_named(condition.kind).hides:
             map_ = self.pictures.hiding(flag, condition, job.size, painting)

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 from controlnet.preprocessors.doubts.look import Doubt, Look
-from controlnet.preprocessors.kinds import KINDS, PICTURE
+from controlnet.preprocessors.kinds import KINDS, PICTURE, stands_in
 
 STRETCH = 0.05
 """How much aspects may differ (natural logarithm of their ratio)."""
@@ -36,10 +36,8 @@ def transparent(look: Look) -> Doubt | None:
 
 def of_another_kind(look: Look) -> Doubt | None:
     own = look.record.get("kind")
-    if not isinstance(own, str) or own not in KINDS or own == look.kind.name or look.kind.name not in KINDS:
+    if not isinstance(own, str) or stands_in(own, look.kind.name):
         return None
-    if own.split("_")[0] == look.kind.name.split("_")[0] or (KINDS[own].is_lines and look.kind.is_lines):
-        return None  # line maps stand in for one another
     return Doubt("another kind", f"its own text says that it is a {own} map, not {look.kind.name}", f"kind={own}")
 
 
