@@ -64,6 +64,7 @@ def check(
             if out is not None:
                 raise
             warn(f"no contact sheet: {error}; -o FILE names another place")
+            previews = []
     if as_json:
         print(dumps({"output": str(sheet), **counts, "problems": [vars(p) for p in problems]}))
     else:
@@ -73,7 +74,8 @@ def check(
             print(f"{level}: {number} x {what}")
             for problem in [p for p in problems if p.what == what][:SHOWN]:
                 print(f"    {problem.where}")
-        print(f"{counts['errors']} errors, {counts['warnings']} warnings; look at {sheet}")
+        seen = f"; look at {sheet}" if previews else ""
+        print(f"{counts['errors']} errors, {counts['warnings']} warnings{seen}")
     if counts["errors"]:
         raise typer.Exit(Exit.INPUT)
 

@@ -72,7 +72,7 @@ def results(tmp_path):
     for name, image, prompt, path in (
         ("1-a.png", box, "a black box </script><b>", "box.canny.png"),
         ("2-b.png", picture(1), "a red cone", "box.canny.png"),
-        ("3-c.png", picture(2), "a blue cone", "gone.canny.png"),
+        ("10-c.png", picture(2), "a blue cone", "gone.canny.png"),
     ):
         record = {
             "prompt": prompt, "seed": 1, "steps": 4, "guidance": 3.0, "size": [SIDE, SIDE], "base": "tiny",
@@ -91,12 +91,12 @@ def test_a_page_of_results(results, opened, capsys):
     assert capsys.readouterr().out.strip() == str(results / "report.html")
     assert page.locator("#count").inner_text().startswith("3 images, mean score 0.")
     names = page.locator(".card .name span:first-child")
-    assert names.all_text_contents() == ["1-a.png", "2-b.png", "3-c.png"]
+    assert names.all_text_contents() == ["1-a.png", "2-b.png", "10-c.png"]
     assert page.locator(".card p").first.inner_text() == "a black box </script><b>"
 
     # Sorting and filtering.
     page.locator("#sort").select_option("main-up")
-    assert names.all_text_contents() == ["2-b.png", "1-a.png", "3-c.png"]
+    assert names.all_text_contents() == ["2-b.png", "1-a.png", "10-c.png"]
     page.locator("#sort").select_option("main-down")
     assert names.all_text_contents()[0] == "1-a.png"
     page.locator("#find").fill("CONE red")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -24,13 +25,18 @@ SETTINGS = ("base", "seed", "steps", "scheduler", "guidance", "size", "negative"
 
 def results_in(folder: Path) -> list[Path]:
     """The images below a folder that carry a record of `generate`, by name. Raises InputError if there are none."""
-    pictures = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGES)
+    pictures = (path for path in sorted(folder.rglob("*"), key=_in_order) if path.suffix.lower() in IMAGES)
     found = [path for path in pictures if "prompt" in _record(path)]
     if not found:
         raise InputError(
             f"{folder}: neither a training run nor images that generate made", "controlnet generate ... -o out/"
         )
     return found
+
+
+def _in_order(path: Path) -> list[tuple[int, str]]:
+    """Numbers in names by their value: out/9-a.png before out/10-a.png."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def results_page(

@@ -51,7 +51,7 @@ def read_recorded(path: Path) -> Recorded:
     pixels, text = read_image(read_bytes(str(path)), str(path))
     record = load(text)
     if "prompt" not in record or "seed" not in record:
-        raise InputError(f"{path}: holds no record of its making", "an image as controlnet generate wrote it")
+        raise InputError(f"{path}: holds no record of generate", "an image as controlnet generate wrote it")
     return Recorded(path, pixels, record)
 
 
