@@ -26,8 +26,12 @@ PROMPTS = {
         "a person standing in a white shirt and red trousers, brown floor, blue wall",
         "a person walking in a yellow shirt and black trousers, green floor, cyan wall",
     ),
-    "depth": ("a large white cylinder, brown floor, grey wall", "a large cyan sphere, black floor, black wall"),
+    "depth": ("a large white cylinder, brown floor, grey wall", "a large white sphere, orange floor, brown wall"),
 }
+SAID = {
+    "canny": "its edges: where one thing ends", "pose": "its pose: where a person's joints are",
+    "depth": "its depth: what is near",
+}  # fmt: skip
 NO_WEIGHTS = 5
 """Exit code of a command that lacks a model, here without a network at the first use of a detector."""
 
@@ -94,19 +98,19 @@ def main() -> None:
     for kind, name in PHOTOS.items():
         photo = folder / f"{name}.png"
         picture = picture_of(kind)
-        person = args.person if kind == "pose" else None
+        person, is_portrait = args.person if kind == "pose" else None, kind == "pose" and not args.person
         if person:
             photo = folder / f"{person.stem}.png"
             picture, _ = read_image(person.read_bytes(), str(person))
         write_file(photo, png_bytes(picture))
-        maps = detect(kind, photo, kind == "pose" and not person)
+        maps = detect(kind, photo, is_portrait)
         if not maps:
             continue
-        cells += [(photo, "a photo"), (Path(maps[0]), f"its {kind} map")]
+        cells += [(photo, "a photo"), (Path(maps[0]), SAID[kind] + ", seen from further back" * is_portrait)]
         for seed, prompt in enumerate(PROMPTS[kind]):
             out = folder / "images" / f"{kind}-{seed}.png"
             jobs.append({"cond": maps, "prompt": prompt, "seed": seed, "out": str(out)})
-            cells.append((out, prompt))
+            cells.append((out, f"{'the same map and ' if seed else ''}the words: {prompt}"))
 
     print("\n2. Maps and prompts become images; the first one by itself, then all of them as jobs.")
     (first, *rest) = jobs
@@ -124,6 +128,8 @@ def main() -> None:
     opened = sys.stdout.isatty() and bool(os.environ.get("DISPLAY") or sys.platform == "darwin")
     if opened:
         webbrowser.open((folder / "sheet.png").resolve().as_uri())
+    print("\nMaps say where, words say what. tiny painted this, which knows a small world of shapes alone;")
+    print("Stable Diffusion paints anything: controlnet models pull sd15 sd15-canny, then --base sd15.")
     print(f"\n{seconds:.0f} s. The page: {page[0]}\nAll on one sheet: {folder / 'sheet.png'}")
 
 
