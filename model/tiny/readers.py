@@ -1,9 +1,9 @@
 """How well an image keeps to its condition, on scenes whose truth is known; one row per kind.
 
 The condition is what a user would make from the scene's picture: detected at 512 pixels, then brought to the model's
-size. The score compares it with what is detected on an image. BlazePose, trained on photos, finds 0.96 of the joints of drawn
-scenes but half of those of images of `tiny`, whose figures are smoother (benchmarks/LOG.md), so a network trained on
-the world reads the joints.
+size. The score compares it with what is detected on an image. BlazePose, trained on photos, finds 0.96 of the joints of
+drawn scenes but half of those of images of `tiny`, whose figures are smoother (benchmarks/LOG.md), so a network trained
+on the world reads the joints.
 """
 
 from __future__ import annotations
