@@ -113,7 +113,7 @@ bench-scale: env ## Batches and training in one process and in several (minutes)
 bench-train: env ## Time and memory of a training step beside diffusers' and plain fine-tuning (24 GB, minutes)
 	$(BIN)/python benchmarks/train.py
 
-paper: env ## Tables of the paper's claims on the embedded model (an hour on 2 cores)
+paper: env ## Tables of the paper's claims on the embedded model (two hours on 2 cores)
 	$(BIN)/python benchmarks/paper.py
 
 ablations: env ## Train ControlNets on tiny with other prompts and data, and judge them (hours on 2 cores)
