@@ -155,8 +155,8 @@ class Sheets:
             depths.append(str(folder / f"{number}.depth.png"))
             write_file(Path(depths[-1]), png_bytes(user_depth(picture)))
 
-        plain = "a cube, grey floor, blue wall"
-        under = {"cond": depths[0], "seed": 3}
+        plain = "a sphere, grey floor, blue wall"
+        under = {"cond": depths[1], "seed": 3}
         scales = [(self.make(prompt=plain, **under), f'"{plain}"')] + [
             (self.make(prompt=plain, lora=(f"{lora}:{scale}",), **under), f"--lora {COLOUR}:{scale}")
             for scale in (0.5, 0.8, 1.0)
