@@ -157,6 +157,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
     silence_libraries()
     keep_freed_memory()
     from controlnet.model.tiny.world import shards
+    from controlnet.model.training import parallel
     from controlnet.model.training import run as training
     from controlnet.preprocessors.data import pairs
 
@@ -182,6 +183,7 @@ def _train(found: Any, folder, config, resume, force, device, offline, as_json, 
         if progress.step < config.max_steps:
             say(f"go on with: controlnet train {quote(str(found.folder))} --resume -o {quote(str(folder))}")
         tell({"output": str(folder)} | state, as_json)
+    parallel.take_apart()
     if progress.step < config.max_steps and progress.seconds < 60 * config.minutes:
         raise typer.Exit(Exit.INTERRUPTED)
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from controlnet.model.training.checkpoints import Checkpoints
 from controlnet.model.training.optimizers import make_optimizer
-from controlnet.model.training.parallel import Parallel
+from controlnet.model.training.parallel import Parallel, take_apart
 from controlnet.model.training.run import train
 from controlnet.preprocessors.data.pairs import find_pairs
 from controlnet.preprocessors.errors import Exit, UsageError
@@ -41,6 +41,14 @@ def in_processes(data, config, folder, *more, launcher=None):
         process = start(data, config, folder, *more)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+
+
+def test_processes_are_taken_apart(tmp_path):
+    """Where nothing connects them there is nothing to do."""
+    take_apart()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    take_apart()
+    assert not torch.distributed.is_initialized()
 
 
 def same_losses(one, two):

@@ -35,6 +35,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 SHARDED_CONFIG = "accelerate launch --use_fsdp --fsdp_version 2"
 
 
+def take_apart() -> None:
+    """Disconnect this process from the others, when all is done: threads of Gloo that are there when the interpreter
+    ends may abort the process (pytorch issue 190489). Not after an error, when others may wait for this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Parallel:
     """This process and the others. `count` of them, of which this one is `index`; the first one is `is_main`."""
 
