@@ -30,6 +30,7 @@ from controlnet.cli.options import (
     flags_of_job,
     parameter,
     say,
+    say_error,
     tell,
     typed,
 )
@@ -106,10 +107,7 @@ class _Failures:
         if not name:
             raise error
         self.names.add(name)
-        say(f"error: {name}: {error}")
-        if error.hint and error.hint not in self.hints:  # the same cure is told once
-            self.hints.add(error.hint)
-            say(f"hint: {error.hint}")
+        say_error(f"{name}: ", error, self.hints)
 
     def end(self, jobs: list) -> None:
         """Exit with code PARTIAL if any job has failed."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from controlnet.cli.bars import bytes_bar, count_bar
-from controlnet.cli.options import say, tell
+from controlnet.cli.options import say, say_error, tell
 from controlnet.model.work.crew import places
 from controlnet.model.work.outputs import IMAGES, check_existing, check_png, is_folder, keeps
 from controlnet.preprocessors.detectors.detector import Detector, On
@@ -149,11 +149,8 @@ def _films(flags: SimpleNamespace, job: Detection, shown: Shown) -> int:
 
 
 def _say_error(flags: SimpleNamespace, detector: Detector, error: ControlNetError) -> None:
-    """One of several that failed. What may be done is said once, not for each of them."""
-    say(f"error: {f'{detector.kind}: ' if len(flags.kinds) > 1 else ''}{error}")
-    if error.hint and error.hint not in flags.hints:
-        flags.hints.add(error.hint)
-        say(f"hint: {error.hint}")
+    """One of several maps that failed, with its kind where there are several."""
+    say_error(f"{detector.kind}: " if len(flags.kinds) > 1 else "", error, flags.hints)
 
 
 def _film(flags: SimpleNamespace, asked: ClipJob, shown: Shown) -> None:

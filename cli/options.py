@@ -16,6 +16,7 @@ import typer
 from controlnet.cli.show import show
 from controlnet.model.work.jobs import Job
 from controlnet.model.work.options import Option
+from controlnet.preprocessors.errors import ControlNetError
 from controlnet.preprocessors.files import write_file
 from controlnet.preprocessors.jsons import dumps
 from controlnet.preprocessors.log import LOG
@@ -31,6 +32,14 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     say(f"warning: {text}")
+
+
+def say_error(what: str, error: ControlNetError, told: set[str]) -> None:
+    """One of many that failed, `what` it was, and what can be done: a hint that was `told` is not told again."""
+    say(f"error: {what}{error}")
+    if error.hint and error.hint not in told:
+        told.add(error.hint)
+        say(f"hint: {error.hint}")
 
 
 def tell(fields: dict[str, Any], as_json: bool) -> None:

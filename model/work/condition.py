@@ -7,10 +7,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from controlnet.model.control.modes import WEIGHTINGS
-from controlnet.preprocessors.errors import UsageError
+from controlnet.preprocessors.errors import InputError, UsageError
 from controlnet.preprocessors.files import exists, is_file
 from controlnet.preprocessors.kinds import union_kinds
 from controlnet.preprocessors.remote import place
@@ -176,6 +177,18 @@ _READERS = {
     "end": lambda flag, value: _number(flag, value, "end=1"),
     "weighting": parse_weighting,
 }
+
+
+def found_now(path: str, image: str | Path, command: str) -> str:
+    """Where a condition that an image's record names is now. Raises InputError with the way to name another one to
+    `command`, score or replay, where it is nowhere."""
+    hint = f"controlnet {command} {quote(str(image))} --cond PATH"
+    if path == "-":
+        raise InputError(f"{image}: its condition came from standard input", hint)
+    path = where_now(path, image)
+    if not (exists(path) or is_member(path)):
+        raise InputError(f"{path}: no such file, a condition of {image}", hint)
+    return path
 
 
 def where_now(path: str, image: str | Path) -> str:

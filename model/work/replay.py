@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from controlnet.model.sampling.schedulers import SCHEDULERS
 from controlnet.model.work.batch import Wanted
-from controlnet.model.work.condition import ConditionFlag, parse_scale, parse_weighting, where_now
+from controlnet.model.work.condition import ConditionFlag, found_now, parse_scale, parse_weighting, where_now
 from controlnet.model.work.jobs import ALPHA, OPTIONS, Job
 from controlnet.model.work.options import embedding_of, lora_of
 from controlnet.model.work.prepared import Image
 from controlnet.model.work.studio import Studio
 from controlnet.preprocessors.devices import choose_device
 from controlnet.preprocessors.errors import InputError, UsageError, reason
-from controlnet.preprocessors.files import exists, is_file
+from controlnet.preprocessors.files import is_file
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.metadata import load
 from controlnet.preprocessors.tars import is_member
@@ -193,12 +193,7 @@ def _check(fields: Any, types: dict[str, tuple[type, ...]], image: Path) -> None
 
 
 def _flag(condition: dict[str, Any], image: Path, moved: str | None) -> ConditionFlag:
-    path = moved or condition["path"]
-    if path == "-":
-        raise InputError(f"{image}: its condition came from standard input", f"controlnet replay {image} --cond MAP")
-    path = where_now(path, image)
-    if not (exists(path) or is_member(path)):
-        raise InputError(f"{path}: no such file, a condition of {image}", f"controlnet replay {image} --cond PATH")
+    path = found_now(moved or condition["path"], image, "replay")
     scale, detect = condition["scale"], condition.get("detect") or {}
     return ConditionFlag(
         path,

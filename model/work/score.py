@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from controlnet.model.sampling.canvas import detection_size, on_canvas, to_canvas
 from controlnet.model.work.cluster import share
-from controlnet.model.work.condition import ConditionFlag, parse_condition, where_now
+from controlnet.model.work.condition import ConditionFlag, found_now, parse_condition
 from controlnet.model.work.crew import Crew, killed_twice
 from controlnet.preprocessors.agreement import (
     aligned,
@@ -28,14 +28,12 @@ from controlnet.preprocessors.condition import Condition, read_condition, record
 from controlnet.preprocessors.detectors.detector import Ready
 from controlnet.preprocessors.detectors.registry import find_detector
 from controlnet.preprocessors.errors import ControlNetError, InputError, UsageError, reason
-from controlnet.preprocessors.files import exists
 from controlnet.preprocessors.geometry import fit, inside
 from controlnet.preprocessors.images import read_bytes, read_image
 from controlnet.preprocessors.kinds import KINDS, PEOPLE, kind_named
 from controlnet.preprocessors.metadata import load, sha256
 from controlnet.preprocessors.skeleton import JOINTS, draw
 from controlnet.preprocessors.stage_one import stage_one
-from controlnet.preprocessors.tars import is_member
 
 ASPECT = 0.05
 """How far the ratio of the image's aspect to the map's may be from 1."""
@@ -153,7 +151,7 @@ class Scorer:
         """The scores for a condition in the image's own record. If it was made from a photo, it is made again. The
         entry's box is what the canvas showed of the condition's file, and of the image too where it `is_part` of it."""
         _check_entry(entry, name)
-        path = _recorded_path(entry, name)
+        path = found_now(entry["path"], name, "score")
         box = tuple(entry["box"]) if "box" in entry else None
         image, made = inside(image, box if is_part else None), entry.get("detect")
         if entry.get("sha256") not in (None, sha256(read_bytes(path))):
@@ -356,13 +354,3 @@ def _is_box(box: Any) -> bool:
         return False
     left, top, right, bottom = box
     return 0 <= left < right <= 1 and 0 <= top < bottom <= 1
-
-
-def _recorded_path(entry: dict[str, Any], image: str) -> str:
-    """The path where a condition in an image's record is now."""
-    if entry["path"] == "-":
-        raise InputError(f"{image}: its condition came from standard input", f"controlnet score {image} --cond MAP")
-    path = where_now(entry["path"], image)
-    if not (exists(path) or is_member(path)):
-        raise InputError(f"{path}: no such file, a condition of {image}", f"controlnet score {image} --cond PATH")
-    return path
